@@ -1,0 +1,7 @@
+"""Checkpoints in and out: Hugging Face safetensors, GGUF, hub repositories, and this library's own."""
+
+from convert.checkpoint import load, save
+from convert.source import embedded_model
+from convert.tokenizer import load_tokenizer
+
+__all__ = ["embedded_model", "load", "load_tokenizer", "save"]

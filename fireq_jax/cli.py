@@ -1,0 +1,277 @@
+"""The ``fireq-jax`` command. The top of the stack: it may import everything, nothing imports it."""
+
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+notes = Console(stderr=True)
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="Folder, .gguf file or hub id. Default: the embedded SmolLM2-135M-Instruct."),
+]
+RecipeName = Annotated[str, typer.Option("--recipe", help="Preset used if the model is not quantised yet.")]
+Float = Annotated[bool, typer.Option("--float", help="Run the model as it is, without quantising it.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")]
+TopP = Annotated[float, typer.Option(help="Keep the most likely tokens up to this probability.")]
+Seed = Annotated[int, typer.Option(help="Of the random draws.")]
+
+
+@contextmanager
+def _stage(name: str) -> Iterator[None]:
+    with notes.status(f"{name} ..."):
+        yield
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=notes, transient=True) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes under a temporary name first, so that a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+
+
+def _source(model: str | None) -> str:
+    import convert
+
+    return str(convert.embedded_model()) if model is None else model
+
+
+def _load(model: str | None, recipe: str, keep_float: bool) -> tuple[Any, dict[str, Any], dict[str, Any] | None, Any]:
+    """Model, the parameters to run, the float ones if they were there, and the tokenizer."""
+    import convert
+    import fireq_jax
+    from fireq_jax.demo import compute_dtype
+
+    source = _source(model)
+    with _stage(f"loading {source}"):
+        network, params = convert.load(source)
+        tokenizer = convert.load_tokenizer(source)
+        network = network.clone(dtype=compute_dtype())
+    if fireq_jax.recipe_of(params) is not None:
+        if keep_float:
+            raise ValueError(f"{source} holds quantised weights; --float needs the model they came from")
+        return network, params, None, tokenizer
+    if keep_float:
+        return network, params, params, tokenizer
+    with _progress("quantising") as report:
+        return network, fireq_jax.quantize(params, recipe, progress=report), params, tokenizer
+
+
+@app.command()
+def demo(
+    model: Model = None,
+    recipe: RecipeName = "rtn",
+    max_new_tokens: MaxNewTokens = 64,
+    json_file: JsonFile = None,
+) -> None:
+    """Load a model, quantise it, and compare size, perplexity and an answer before and after."""
+    from fireq_jax.demo import run_demo
+
+    result = run_demo(Path(_source(model)), recipe, max_new_tokens, _stage)
+    table = Table(title=f"{Path(_source(model)).name} on {result['device']}, recipe {recipe}")
+    for column in ("", "float (bf16 weights)", "INT4/FP8"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("parameters", f"{result['bytes_float']:,} bytes", f"{result['bytes_quantized']:,} bytes")
+    cache = "cache_bytes_per_token"
+    table.add_row("cache per token", f"{result[f'{cache}_float']:,} bytes", f"{result[f'{cache}_quantized']:,} bytes")
+    table.add_row(
+        f"perplexity ({result['scored_tokens']} tokens)",
+        f"{result['perplexity_float']:.2f}",
+        f"{result['perplexity_quantized']:.2f}",
+    )
+    console.print(table)
+    console.print(f"[bold]{escape(result['question'])}[/bold]")
+    console.print(f"[cyan]float:[/cyan] {escape(result['text_float'])}")
+    console.print(f"[green]INT4/FP8:[/green] {escape(result['text_quantized'])}")
+    console.print(f"{result['seconds']:.0f} s in all")
+    if json_file is not None:
+        _write_json(json_file, result)
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id of a float model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    recipe: RecipeName = "rtn",
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Quantise a model and save it."""
+    import convert
+    import fireq_jax
+
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists already; pass --overwrite to replace it")
+    with _stage(f"loading {source}"):
+        network, params = convert.load(source)
+        tokenizer = convert.load_tokenizer(source)
+    with _progress("quantising") as report:
+        quantized = fireq_jax.quantize(params, recipe, progress=report)
+    with _stage(f"writing {out}"):
+        convert.save(out, network, quantized, tokenizer=tokenizer, overwrite=overwrite)
+    before, after = fireq_jax.parameter_bytes(params), fireq_jax.parameter_bytes(quantized)
+    console.print(f"{before:,} bytes of parameters became {after:,}; saved in {out}", highlight=False)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="Text to continue; '-' reads standard input.")],
+    model: Model = None,
+    recipe: RecipeName = "rtn",
+    keep_float: Float = False,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+) -> None:
+    """Continue a text."""
+    import fireq_jax
+
+    sampling = fireq_jax.Sampling(temperature, top_k, top_p)
+    network, params, _, tokenizer = _load(model, recipe, keep_float)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    _stream(network, params, tokenizer, tokenizer(text)["input_ids"], max_new_tokens, sampling, seed)
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    recipe: RecipeName = "rtn",
+    keep_float: Float = False,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+) -> None:
+    """Talk with the model; an empty line or the end of input ends it."""
+    import fireq_jax
+    from fireq_jax.demo import chat_prompt
+
+    sampling = fireq_jax.Sampling(temperature, top_k, top_p)
+    network, params, _, tokenizer = _load(model, recipe, keep_float)
+    messages = [{"role": "system", "content": system}] if system else []
+    while True:
+        try:
+            question = console.input("[bold]you:[/bold] ").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        messages.append({"role": "user", "content": question})
+        prompt = chat_prompt(tokenizer, messages)
+        answer = _stream(network, params, tokenizer, prompt, max_new_tokens, sampling, seed + len(messages))
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _stream(
+    network: Any,
+    params: dict[str, Any],
+    tokenizer: Any,
+    prompt: list[int],
+    max_new_tokens: int,
+    sampling: Any,
+    seed: int,
+) -> str:
+    """Prints tokens as they come and returns the whole text."""
+    import jax
+
+    import fireq_jax
+
+    stream = fireq_jax.generate_stream(
+        network, params, prompt, max_new_tokens=max_new_tokens, sampling=sampling, key=jax.random.key(seed)
+    )
+    tokens: list[int] = []
+    shown = ""
+    with _stage("compiling and reading the prompt"):
+        step = next(stream, None)
+    while step is not None:
+        tokens.append(int(step[0]))
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        # A character of several tokens decodes to U+FFFD until the last of them is there.
+        if not text.endswith("\ufffd"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+        step = next(stream, None)
+    print()
+    return shown
+
+
+@app.command()
+def evaluate(
+    text: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="UTF-8 text to score.")],
+    model: Model = None,
+    recipe: RecipeName = "rtn",
+    keep_float: Float = False,
+    window: Annotated[int, typer.Option(help="Tokens per window; each starts without context.")] = 1024,
+    stride: Annotated[int | None, typer.Option(help="Tokens between window starts. Default: the window.")] = None,
+    through: Annotated[str, typer.Option(help="'cache' (as decoding sees it) or 'prefill'.")] = "cache",
+    json_file: JsonFile = None,
+) -> None:
+    """Perplexity of a text, and how far the quantised model is from the float one."""
+    import fireq_jax
+
+    path: Literal["cache", "prefill"] = "prefill" if through == "prefill" else "cache"
+    if through != path:
+        raise ValueError(f"--through {through!r} must be 'cache' or 'prefill'")
+    network, params, reference, tokenizer = _load(model, recipe, keep_float)
+    tokens = tokenizer(text.read_text("utf-8"))["input_ids"]
+    with _progress("scoring") as report:
+        score = fireq_jax.evaluate(
+            network, params, tokens, reference=None if params is reference else reference,
+            window=window, stride=stride, through=path, progress=report,
+        )  # fmt: skip
+    table = Table(title=f"{score.scored_tokens} tokens in {score.windows} windows of {score.window}, "
+                  f"stride {score.stride}; keys and values: {score.keys_values}")  # fmt: skip
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    table.add_row("perplexity per token", f"{score.perplexity:.4f}")
+    if score.kl is not None and score.top1_agreement is not None:
+        table.add_row("KL(float || quantised), nats per token", f"{score.kl:.4f}")
+        table.add_row("top-1 agreement with float", f"{score.top1_agreement:.2%}")
+    console.print(table)
+    if json_file is not None:
+        used = fireq_jax.recipe_of(params)
+        _write_json(json_file, score.to_dict() | {"text": str(text), "recipe": used.name if used else None})
+
+
+def main() -> None:
+    """Entry point: what a user can mend is one line, not a traceback."""
+    # transformers says at every start that torch is not there; nothing here needs it.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except (ValueError, OSError, NotImplementedError) as error:
+        notes.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+        sys.exit(2)

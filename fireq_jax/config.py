@@ -1,0 +1,298 @@
+"""What a Llama looks like (:class:`LlamaConfig`) and how it is quantised (:class:`Recipe`)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: angle of position p and pair i is ``p · inverse_frequencies[i]``.
+
+    Attributes:
+      theta: base of the geometric progression of frequencies.
+      kind: "default"; "linear" (positions divided by ``factor``); "llama3" (low frequencies divided by ``factor``,
+        a smooth ramp between); "factors" (frequency i divided by ``factors[i]``, as GGUF files store llama3).
+      factor: of "linear" and "llama3".
+      low_freq_factor: of "llama3": wavelengths above ``original_max_positions / low_freq_factor`` are stretched.
+      high_freq_factor: of "llama3": wavelengths below ``original_max_positions / high_freq_factor`` are kept.
+      original_max_positions: of "llama3".
+      factors: of "factors": head_dim / 2 divisors.
+    """
+
+    theta: float = 10000.0
+    kind: Literal["default", "linear", "llama3", "factors"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+    factors: tuple[float, ...] = ()
+
+    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
+        """``[head_dim / 2]`` float32, radians per position."""
+        base = self.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        if self.kind == "linear":
+            base = base / self.factor
+        elif self.kind == "factors":
+            base = base / np.asarray(self.factors, np.float64)
+        elif self.kind == "llama3":
+            turns = self.original_max_positions * base / (2 * math.pi)
+            keep = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0.0, 1.0)
+            base = base * (keep + (1.0 - keep) / self.factor)
+        return base.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and settings of a Llama-family decoder; hashable, so that it can be static under ``jax.jit``.
+
+    Attributes:
+      vocab_size: rows of the embedding.
+      hidden_size: width of the residual stream.
+      intermediate_size: width of the MLP.
+      num_layers: decoder blocks.
+      num_heads: query heads.
+      num_kv_heads: key/value heads; divides ``num_heads``.
+      head_dim: size of a head, even.
+      max_positions: longest sequence the model was made for. With a sliding window shorter than that, the window:
+        up to there full attention is the same thing.
+      rms_norm_eps: epsilon of the RMS norms.
+      rope: rotary position embedding.
+      tie_word_embeddings: the embedding is the output projection, too.
+      attention_bias: q, k, v and o have biases.
+      mlp_bias: gate, up and down have biases.
+      bos_token_id: first token of a text, if there is one.
+      eos_token_ids: tokens that end a generation.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int = 2048
+    rms_norm_eps: float = 1e-5
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
+                 "head_dim", "max_positions")  # fmt: skip
+        for name in sizes:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a positive integer")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_heads=} must be divisible by {self.num_kv_heads=}")
+        if self.head_dim % 2:
+            raise ValueError(f"{self.head_dim=} must be even: RoPE rotates pairs of channels")
+        if self.rope.kind == "factors" and len(self.rope.factors) != self.head_dim // 2:
+            raise ValueError(f"rope needs {self.head_dim // 2} factors, got {len(self.rope.factors)}")
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+        """Reads a Hugging Face ``config.json``, in the spelling of transformers 5 or of earlier versions.
+
+        Raises:
+          ValueError: not a Llama, a required key is missing, or a setting this library does not compute (another
+            activation, another rope scaling, an existing quantisation) is on; the message names it.
+        """
+        architectures = list(config.get("architectures") or [])
+        if not architectures and config.get("model_type") in ("llama", "mistral"):
+            architectures = [f"{config['model_type'].capitalize()}ForCausalLM"]
+        if not architectures or architectures[0] not in SUPPORTED_ARCHITECTURES:
+            raise ValueError(
+                f"architectures={architectures} is not a Llama; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+            )
+        _refuse_unsupported(config)
+        required = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        )
+        missing = [key for key in required if config.get(key) is None]
+        if missing:
+            raise ValueError(f"config.json lacks {', '.join(missing)}")
+        heads = config["num_attention_heads"]
+        head_dim = config.get("head_dim") or config["hidden_size"] // heads
+        max_positions = config.get("max_position_embeddings") or 2048
+        eos = config.get("eos_token_id")
+        return cls(
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=head_dim,
+            max_positions=min(max_positions, config.get("sliding_window") or max_positions),
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            rope=_rope_from_hf(config, max_positions),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            attention_bias=bool(config.get("attention_bias", False)),
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            bos_token_id=config.get("bos_token_id"),
+            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The ``config.json`` of this model, readable by :meth:`from_hf` and by transformers."""
+        rope: dict[str, Any] = {"rope_type": self.rope.kind, "rope_theta": self.rope.theta}
+        if self.rope.kind in ("linear", "llama3"):
+            rope["factor"] = self.rope.factor
+        if self.rope.kind == "llama3":
+            rope |= {
+                "low_freq_factor": self.rope.low_freq_factor,
+                "high_freq_factor": self.rope.high_freq_factor,
+                "original_max_position_embeddings": self.rope.original_max_positions,
+            }
+        if self.rope.kind == "factors":
+            rope["factors"] = list(self.rope.factors)
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": self.max_positions,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_parameters": rope,
+            # transformers before 5 reads these two instead
+            "rope_theta": self.rope.theta,
+            "rope_scaling": None if self.rope.kind == "default" else rope,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": list(self.eos_token_ids) or None,
+        }
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
+        raise ValueError(f"hidden_act={activation!r} is not supported; a Llama uses 'silu'")
+    if (rotated := config.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError(f"partial_rotary_factor={rotated} is not supported; every channel must be rotated")
+    if (quantization := config.get("quantization_config")) is not None:
+        method = quantization.get("quant_method", "unknown")
+        raise ValueError(
+            f"the checkpoint is already quantised (quantization_config.quant_method={method!r}); "
+            "load the original bf16/f16/f32 weights"
+        )
+
+
+def _rope_from_hf(config: Mapping[str, Any], max_positions: int) -> RopeConfig:
+    # transformers 5 keeps everything in rope_parameters; before, rope_theta stood alone beside rope_scaling, whose
+    # kind was once called "type".
+    settings = dict(config.get("rope_scaling") or {})
+    settings |= config.get("rope_parameters") or {}
+    kind = settings.get("rope_type") or settings.get("type") or "default"
+    theta = float(settings.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    try:
+        if kind == "linear":
+            return RopeConfig(theta=theta, kind="linear", factor=float(settings["factor"]))
+        if kind == "factors":
+            return RopeConfig(theta=theta, kind="factors", factors=tuple(map(float, settings["factors"])))
+        if kind == "llama3":
+            return RopeConfig(
+                theta=theta,
+                kind="llama3",
+                factor=float(settings["factor"]),
+                low_freq_factor=float(settings["low_freq_factor"]),
+                high_freq_factor=float(settings["high_freq_factor"]),
+                original_max_positions=int(settings.get("original_max_position_embeddings") or max_positions),
+            )
+    except KeyError as error:
+        raise ValueError(f"rope scaling {kind!r} lacks {error.args[0]!r}; got {settings}") from error
+    raise ValueError(f"rope scaling {kind!r} is not supported; supported: default, linear, llama3")
+
+
+# A Recipe has no arrays, so it travels inside a parameter pytree as part of its structure.
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Recipe:
+    """How a float model becomes an INT4/FP8 one. Named ones are in :data:`PRESETS`.
+
+    Attributes:
+      name: what the recipe is called in reports and checkpoints.
+      group_size: neighbours along k that share a weight scale. A tuple is tried in order, per weight, until one
+        divides k; a single number must divide every k.
+      scales: "sigma_fp8" stores group scales as e4m3 with one float32 per weight (FireQ's per-tensor scale),
+        "sigma_bf16" as bf16.
+      tensor_scale: how sigma_fp8 picks the power of two p by which scales are multiplied before e4m3 rounding (the
+        stored float32 is 1 / p). "largest": the largest that saturates none, so that as many as possible leave the
+        subnormal range. "fireq": the published rule, the smallest of 1, 2, 4 ... 2^14 that underflows none.
+        "none": p = 1.
+      numerics: "exact" or "folded", see :func:`pallas_kernels.int4_fp8_matmul`.
+      activations: "fp8" rounds the input of every quantised weight to e4m3 per token, "none" leaves it alone.
+      kv_cache: "int4", or "float" for a cache in the model's dtype (queries then stay unrounded, too).
+      lm_head: quantise the output projection as well. A tied embedding keeps its float copy for the input side.
+    """
+
+    name: str = "custom"
+    group_size: int | tuple[int, ...] = (128, 64, 32)
+    scales: Literal["sigma_fp8", "sigma_bf16"] = "sigma_fp8"
+    tensor_scale: Literal["largest", "fireq", "none"] = "largest"
+    numerics: Literal["exact", "folded"] = "exact"
+    activations: Literal["fp8", "none"] = "fp8"
+    kv_cache: Literal["int4", "float"] = "int4"
+    lm_head: bool = False
+
+    def __post_init__(self) -> None:
+        choices = {
+            "scales": ("sigma_fp8", "sigma_bf16"),
+            "tensor_scale": ("largest", "fireq", "none"),
+            "numerics": ("exact", "folded"),
+            "activations": ("fp8", "none"),
+            "kv_cache": ("int4", "float"),
+        }
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(allowed)}")
+        sizes = (self.group_size,) if isinstance(self.group_size, int) else self.group_size
+        if not sizes or any(not isinstance(g, int) or g < 2 or g % 2 for g in sizes):
+            raise ValueError(f"group_size={self.group_size!r} must be an even number, or a tuple of such")
+
+
+PRESETS: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("rtn"),
+        Recipe("rtn_bf16", scales="sigma_bf16"),
+        Recipe("rtn_folded", numerics="folded"),
+    )
+}
+
+
+def resolve_recipe(recipe: "Recipe | str") -> Recipe:
+    """A :class:`Recipe` as it is, or the preset of that name.
+
+    Raises:
+      ValueError: there is no such preset.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if recipe not in PRESETS:
+        raise ValueError(f"unknown preset {recipe!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[recipe]

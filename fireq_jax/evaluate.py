@@ -1,0 +1,160 @@
+"""How much quantisation changes a model: perplexity, divergence from the float model, agreement."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fireq_jax.kv_cache import KVCache
+from fireq_jax.llama import Llama
+from fireq_jax.quantize import recipe_of
+
+Through = Literal["cache", "prefill"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Averages over the scored tokens of a text.
+
+    Attributes:
+      perplexity: exp of the mean negative log-likelihood per token.
+      kl: mean Kullback-Leibler divergence KL(reference || model) of the next-token distributions, in nats per
+        token; None without a reference.
+      top1_agreement: share of positions at which both models find the same token most likely; None without a
+        reference.
+      scored_tokens: tokens whose likelihood was measured.
+      windows: how many windows the text was cut into.
+      window: tokens per window; every window starts without context.
+      stride: tokens from the start of one window to that of the next. With stride < window only the tokens that
+        no earlier window scored are scored, so each has at least window - stride tokens of context.
+      keys_values: "float" for unquantised attention; else the recipe's kind of cache and whether attention read
+        from it ("cache") or from fresh values as a prompt does ("prefill").
+    """
+
+    perplexity: float
+    kl: float | None
+    top1_agreement: float | None
+    scored_tokens: int
+    windows: int
+    window: int
+    stride: int
+    keys_values: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain Python values."""
+        return asdict(self)
+
+
+def evaluate(
+    model: Llama,
+    params: Mapping[str, Any],
+    tokens: np.ndarray | list[int],
+    *,
+    reference: Mapping[str, Any] | None = None,
+    window: int = 1024,
+    stride: int | None = None,
+    through: Through = "cache",
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Scores a text with a model, and compares with a float reference.
+
+    By default every key and value of a quantised model passes through the cache its recipe names before it is
+    attended to, so that the numbers speak for token-by-token decoding.
+
+    Args:
+      model: the Llama.
+      params: the parameters to judge, float or quantised.
+      tokens: the text, at least two token ids.
+      reference: float parameters to compare with.
+      window: tokens per window; shortened to the text if that is shorter.
+      stride: step between windows; the window if None.
+      through: "cache", or "prefill" to attend to fresh keys and values as a prompt does.
+      progress: called with (windows done, windows in all).
+
+    Returns:
+      An :class:`Evaluation`.
+
+    Raises:
+      ValueError: the text is too short, a token is outside the vocabulary, or window and stride do not fit the
+        model or each other.
+    """
+    ids = np.asarray(tokens, np.int32)
+    config = model.config
+    if ids.ndim != 1 or ids.size < 2:
+        raise ValueError(f"the text has {ids.size} tokens; at least 2 are needed to predict one from another")
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise ValueError(f"token ids {ids.min()} to {ids.max()} leave the vocabulary of {config.vocab_size}")
+    if not 2 <= window <= config.max_positions:
+        raise ValueError(f"{window=} must be between 2 and the model's {config.max_positions} positions")
+    window = min(window, ids.size)
+    stride = window if stride is None else min(stride, window)
+    if stride < 1:
+        raise ValueError(f"{stride=} must be at least 1")
+
+    recipe = recipe_of(params)
+    if through not in ("cache", "prefill"):
+        raise ValueError(f"{through=} must be 'cache' or 'prefill'")
+    starts = [0]
+    # A window's first token is only context, so one that has nothing else to add is not begun.
+    while max(starts[-1] + stride + 1, starts[-1] + window) < ids.size:
+        starts.append(starts[-1] + stride)
+    totals = np.zeros(4)
+    scored_to = 1  # the first token of a text has no context to be predicted from
+    for index, start in enumerate(starts):
+        end = min(start + window, ids.size)
+        padded = np.zeros((1, window), np.int32)
+        padded[0, : end - start] = ids[start:end]
+        targets = start + 1 + np.arange(window - 1)
+        weights = (targets < end) & (targets >= scored_to)
+        length = np.int32(end - start)
+        totals += _score_window(model, params, reference, padded, length, weights.astype(np.float32), through)
+        scored_to = end
+        if progress is not None:
+            progress(index + 1, len(starts))
+    nll, kl, agreement, count = totals
+    return Evaluation(
+        perplexity=float(np.exp(nll / count)),
+        kl=None if reference is None else float(kl / count),
+        top1_agreement=None if reference is None else float(agreement / count),
+        scored_tokens=int(count),
+        windows=len(starts),
+        window=window,
+        stride=stride,
+        keys_values="float" if recipe is None else f"{recipe.kv_cache}, {through}",
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 6))
+def _score_window(
+    model: Llama,
+    params: Mapping[str, Any],
+    reference: Mapping[str, Any] | None,
+    tokens: jax.Array,
+    length: jax.Array,
+    weights: jax.Array,
+    through: Through,
+) -> jax.Array:
+    """Sums over one window: negative log-likelihood, KL, agreement, count; ``weights`` picks the targets."""
+    log_p = jax.nn.log_softmax(_window_logits(model, params, tokens, length, through)[0, :-1])
+    nll = -jnp.take_along_axis(log_p, tokens[0, 1:, None], axis=-1)[:, 0]
+    kl = agreement = jnp.zeros_like(nll)
+    if reference is not None:
+        log_ref = jax.nn.log_softmax(_window_logits(model, reference, tokens, length, through)[0, :-1])
+        kl = jnp.sum(jnp.exp(log_ref) * (log_ref - log_p), axis=-1)
+        agreement = (jnp.argmax(log_ref, axis=-1) == jnp.argmax(log_p, axis=-1)).astype(jnp.float32)
+    return jnp.stack([jnp.sum(weights * x) for x in (nll, kl, agreement, jnp.ones_like(nll))])
+
+
+def _window_logits(
+    model: Llama, params: Mapping[str, Any], tokens: jax.Array, length: jax.Array, through: Through
+) -> jax.Array:
+    recipe = recipe_of(params)
+    cache = None
+    if recipe is not None:
+        cache = KVCache.zeros(model.config, 1, tokens.shape[1], recipe.kv_cache, model.dtype)
+    logits: Any = model.apply({"params": params}, tokens, length[None], cache, through)
+    return logits

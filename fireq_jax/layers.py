@@ -1,0 +1,287 @@
+"""The parts of a Llama in Flax Linen. Each takes float or INT4 weights, whichever the pytree holds."""
+
+import math
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels
+from fireq_jax.config import LlamaConfig
+from fireq_jax.kv_cache import Int4LayerCache, LayerCache
+from fireq_jax.qtensor import Int4Weight
+
+# How new tokens find keys and values:
+#   "prefill"   they are the first of their sequences and attend to each other, to unquantised or e4m3 values
+#   "continue"  as prefill, behind a prefix that the cache holds
+#   "cached"    everything, their own keys and values included, is read back from the cache
+AttentionMode = Literal["prefill", "continue", "cached"]
+
+
+def apply_linear(
+    x: jax.Array,
+    weight: jax.Array | Int4Weight,
+    bias: jax.Array | None = None,
+    *,
+    input_axes: int = 1,
+    out_dtype: Any = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """``y = x · Wᵀ + bias`` over the last ``input_axes`` axes of x, sums in float32.
+
+    Args:
+      x: ``[..., *in_shape]`` float.
+      weight: ``[*out_shape, *in_shape]`` float, or an :class:`Int4Weight` of those shapes.
+      bias: ``out_shape`` or None.
+      input_axes: number of axes in ``in_shape``.
+      out_dtype: dtype of the result; x's if None.
+      implementation: of the int4 product, see :mod:`pallas_kernels.dispatch`.
+
+    Returns:
+      ``[..., *out_shape]``.
+    """
+    batch_shape, in_shape = x.shape[:-input_axes], x.shape[-input_axes:]
+    out_shape = weight.shape[:-input_axes]
+    m, n, k = math.prod(batch_shape), math.prod(out_shape), math.prod(in_shape)
+    flat_bias = None if bias is None else bias.reshape(n)
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    if isinstance(weight, Int4Weight) and weight.activations == "fp8":
+        x8, x_scale = pallas_kernels.quantize_fp8(x.reshape(m, k))
+        y = pallas_kernels.int4_fp8_matmul(
+            x8, x_scale, weight.codes, weight.scales, weight.tensor_scale, flat_bias,
+            numerics=weight.numerics, out_dtype=out_dtype, implementation=implementation,
+        )  # fmt: skip
+    else:
+        w = weight.dequantize(x.dtype) if isinstance(weight, Int4Weight) else weight.astype(x.dtype)
+        contract = (((1,), (1,)), ((), ()))
+        y = jax.lax.dot_general(x.reshape(m, k), w.reshape(n, k), contract, preferred_element_type=jnp.float32)
+        y = (y if flat_bias is None else y + flat_bias.astype(jnp.float32)).astype(out_dtype)
+    return y.reshape(*batch_shape, *out_shape)
+
+
+class Linear(nn.Module):
+    """A linear layer between named groups of axes, ``[..., *in_shape] -> [..., *out_shape]``.
+
+    Attributes:
+      in_shape: trailing axes of the input.
+      out_shape: trailing axes of the output.
+      use_bias: whether there is a bias of shape ``out_shape``.
+      dtype: of computation.
+      implementation: of the int4 product, see :mod:`pallas_kernels.dispatch`.
+    """
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    use_bias: bool = False
+    dtype: Any = jnp.bfloat16
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the layer.
+
+        Raises:
+          ValueError: the quantised weight in the pytree has other shapes than this layer.
+        """
+        kernel = self._kernel()
+        bias = self.param("bias", nn.initializers.zeros, self.out_shape) if self.use_bias else None
+        return apply_linear(
+            x.astype(self.dtype),
+            kernel,
+            bias,
+            input_axes=len(self.in_shape),
+            implementation=self.implementation,
+        )
+
+    def _kernel(self) -> jax.Array | Int4Weight:
+        # self.param compares shapes leaf by leaf, and the leaves of an Int4Weight are not the float weight's.
+        if self.has_variable("params", "kernel"):
+            kernel: Any = self.get_variable("params", "kernel")
+            if isinstance(kernel, Int4Weight):
+                if (kernel.out_shape, kernel.in_shape) != (self.out_shape, self.in_shape):
+                    raise ValueError(
+                        f"{self.name}: the weight maps {kernel.in_shape} to {kernel.out_shape}, "
+                        f"the model needs {self.in_shape} to {self.out_shape}"
+                    )
+                return kernel
+        return self.param("kernel", nn.initializers.normal(0.02), (*self.out_shape, *self.in_shape))
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x²) + eps) · scale`` over the last axis, computed in float32."""
+
+    eps: float
+    dtype: Any = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises ``[..., hidden]``; the result has ``dtype``."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return (x * scale.astype(jnp.float32)).astype(self.dtype)
+
+
+def rope_tables(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotation angles.
+
+    Args:
+      config: its head_dim and rope settings count.
+      positions: ``[batch, t]`` int32.
+
+    Returns:
+      Two ``[batch, t, 1, head_dim / 2]`` float32 arrays.
+    """
+    frequencies = jnp.asarray(config.rope.inverse_frequencies(config.head_dim))
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the channel pairs (i, i + d/2) of ``[batch, t, heads, d]``; the result is float32."""
+    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with a cache.
+
+    With an INT4 cache queries are rounded to e4m3 per token and head. Fresh keys and values are rounded twice, each
+    time from full precision: to e4m3 for the prompt's own attention, to int4 for the cache.
+    """
+
+    config: LlamaConfig
+    dtype: Any = jnp.bfloat16
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        cache: LayerCache | None,
+        starts: jax.Array,
+        lengths: jax.Array,
+        mode: AttentionMode,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Attends t new tokens.
+
+        Args:
+          x: ``[batch, t, hidden]``.
+          rope: tables for the new tokens' positions.
+          cache: this layer's, or None for plain attention among the new tokens.
+          starts: ``[batch]`` int32, tokens already in the cache.
+          lengths: ``[batch]`` int32, how many of the t tokens are real.
+          mode: where keys and values are read.
+
+        Returns:
+          ``[batch, t, hidden]`` and the cache with the new tokens in it.
+        """
+        config = self.config
+
+        def linear(name: str, in_shape: tuple[int, ...], out_shape: tuple[int, ...]) -> Linear:
+            return Linear(in_shape, out_shape, config.attention_bias, self.dtype, self.implementation, name=name)
+
+        query_shape = (config.num_heads, config.head_dim)
+        kv_shape = (config.num_kv_heads, config.head_dim)
+        q = apply_rope(linear("q", (config.hidden_size,), query_shape)(x), *rope)
+        k = apply_rope(linear("k", (config.hidden_size,), kv_shape)(x), *rope)
+        v = linear("v", (config.hidden_size,), kv_shape)(x)
+
+        updated = None if cache is None else cache.append(k, v, starts, lengths)
+        positions = starts[:, None] + jnp.arange(x.shape[1])
+        if isinstance(updated, Int4LayerCache):
+            out = self._int4_attention(q, k, v, updated, positions, lengths, mode)
+        elif updated is None or mode == "prefill":
+            out = self._float_attention(q, k, v, None)
+        else:
+            out = self._float_attention(q, updated.k.swapaxes(1, 2), updated.v.swapaxes(1, 2), positions)
+        return linear("o", query_shape, (config.hidden_size,))(out), updated
+
+    def _int4_attention(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        cache: Int4LayerCache,
+        positions: jax.Array,
+        lengths: jax.Array,
+        mode: AttentionMode,
+    ) -> jax.Array:
+        """Attention of e4m3 queries; ``cache`` already holds the new tokens."""
+        settings: dict[str, Any] = {
+            "softmax_scale": self.config.head_dim**-0.5,
+            "out_dtype": self.dtype,
+            "implementation": self.implementation,
+        }
+        q8, q_scale = pallas_kernels.quantize_fp8(q)
+        if mode == "cached":
+            return pallas_kernels.decode_attention(q8, q_scale, *cache.arrays(), positions, **settings)
+        # The scale of a sequence must not depend on the padding behind it.
+        real = (jnp.arange(q.shape[1]) < lengths[:, None])[..., None, None]
+        k8, k_scale = pallas_kernels.quantize_fp8(jnp.where(real, k, 0), axis=(1, 3))
+        v8, v_scale = pallas_kernels.quantize_fp8(jnp.where(real, v, 0), axis=(1, 3))
+        # Slots before the new tokens are those of the prefix, written or not in this call.
+        prefix = (cache.arrays(), positions[:, 0]) if mode == "continue" else (None, None)
+        return pallas_kernels.prefill_attention(q8, q_scale, k8, k_scale, v8, v_scale, lengths, *prefix, **settings)
+
+    def _float_attention(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array | None) -> jax.Array:
+        """Attends to slots up to ``positions``, or to the new tokens themselves if that is None."""
+        mask = None
+        if positions is not None:
+            mask = (jnp.arange(k.shape[1]) <= positions[..., None])[:, None]
+        return jax.nn.dot_product_attention(
+            q.astype(self.dtype),
+            k,
+            v,
+            mask=mask,
+            scale=self.config.head_dim**-0.5,
+            is_causal=positions is None,
+        )
+
+
+class MLP(nn.Module):
+    """``down(silu(gate(x)) · up(x))``."""
+
+    config: LlamaConfig
+    dtype: Any = jnp.bfloat16
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the block to ``[..., hidden]``."""
+
+        def linear(name: str, in_size: int, out_size: int) -> Linear:
+            bias = self.config.mlp_bias
+            return Linear((in_size,), (out_size,), bias, self.dtype, self.implementation, name=name)
+
+        hidden, wide = self.config.hidden_size, self.config.intermediate_size
+        gated = nn.silu(linear("gate", hidden, wide)(x)) * linear("up", hidden, wide)(x)
+        return linear("down", wide, hidden)(gated)
+
+
+class DecoderBlock(nn.Module):
+    """Attention and MLP, each behind an RMS norm and around a residual connection."""
+
+    config: LlamaConfig
+    dtype: Any = jnp.bfloat16
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        cache: LayerCache | None,
+        starts: jax.Array,
+        lengths: jax.Array,
+        mode: AttentionMode,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Applies the block to ``[batch, t, hidden]``; arguments as for :class:`Attention`."""
+        shared = (self.config, self.dtype, self.implementation)
+        eps = self.config.rms_norm_eps
+        normed = RMSNorm(eps, self.dtype, name="input_norm")(x)
+        attended, cache = Attention(*shared, name="attention")(normed, rope, cache, starts, lengths, mode)
+        x = x + attended
+        return x + MLP(*shared, name="mlp")(RMSNorm(eps, self.dtype, name="post_attention_norm")(x)), cache

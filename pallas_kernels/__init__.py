@@ -1,0 +1,31 @@
+"""Operations of an INT4/FP8 Llama on raw arrays. Knows nothing of models or of pytrees of weights."""
+
+from pallas_kernels.dispatch import decode_attention, implementations, int4_fp8_matmul, prefill_attention
+from pallas_kernels.packing import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
+from pallas_kernels.reference import (
+    E4M3_MAX,
+    Numerics,
+    dequantize_int4,
+    quantize_fp8,
+    quantize_kv,
+    round_to_e4m3,
+    write_rows,
+)
+
+__all__ = [
+    "E4M3_MAX",
+    "INT4_MAX",
+    "INT4_MIN",
+    "Numerics",
+    "decode_attention",
+    "dequantize_int4",
+    "implementations",
+    "int4_fp8_matmul",
+    "pack_int4",
+    "prefill_attention",
+    "quantize_fp8",
+    "quantize_kv",
+    "round_to_e4m3",
+    "unpack_int4",
+    "write_rows",
+]

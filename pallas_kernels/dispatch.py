@@ -1,0 +1,188 @@
+"""Public entry points: shapes are checked here, then an implementation is chosen.
+
+``implementation`` is a name, or None for the best one that supports the device and the shapes. A name that cannot
+be honoured is refused before anything is traced.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import reference
+from pallas_kernels.reference import Numerics
+
+# Per operation, the implementations from the most to the least specialised; None takes the first that fits.
+_IMPLEMENTATIONS: dict[str, dict[str, Callable[..., jax.Array]]] = {
+    "int4_fp8_matmul": {"reference": reference.int4_fp8_matmul},
+    "prefill_attention": {"reference": reference.prefill_attention},
+    "decode_attention": {"reference": reference.decode_attention},
+}
+
+
+def implementations(op: str) -> tuple[str, ...]:
+    """Names of the implementations of ``op``, the most specialised first.
+
+    Raises:
+      ValueError: there is no such operation.
+    """
+    if op not in _IMPLEMENTATIONS:
+        raise ValueError(f"unknown operation {op!r}; known: {sorted(_IMPLEMENTATIONS)}")
+    return tuple(_IMPLEMENTATIONS[op])
+
+
+def select(op: str, implementation: str | None) -> Callable[..., jax.Array]:
+    """The function that computes ``op``.
+
+    Raises:
+      ValueError: there is no such operation.
+      NotImplementedError: ``op`` has no implementation of that name.
+    """
+    names = implementations(op)
+    if implementation is None:
+        return _IMPLEMENTATIONS[op][names[0]]
+    if implementation not in names:
+        raise NotImplementedError(
+            f"{op} has no {implementation!r} implementation; it has {', '.join(names)}. "
+            "Pass implementation=None to take the best of them."
+        )
+    return _IMPLEMENTATIONS[op][implementation]
+
+
+def _require(op: str, name: str, array: jax.Array, shape: tuple[int, ...], dtypes: tuple[Any, ...]) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{op}: {name} must have shape {shape}, got {array.shape}")
+    if array.dtype not in [jnp.dtype(d) for d in dtypes]:
+        expected = " or ".join(jnp.dtype(d).name for d in dtypes)
+        raise ValueError(f"{op}: {name} must be {expected}, got {array.dtype}")
+
+
+def int4_fp8_matmul(
+    x8: jax.Array,
+    x_scale: jax.Array,
+    codes: jax.Array,
+    scales: jax.Array,
+    tensor_scale: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    numerics: Numerics = "exact",
+    out_dtype: Any = jnp.bfloat16,
+    implementation: str | None = None,
+) -> jax.Array:
+    """INT4-weight, FP8-activation matrix product; see :func:`pallas_kernels.reference.int4_fp8_matmul`.
+
+    Raises:
+      ValueError: shapes or dtypes do not belong together, or ``numerics`` is unknown.
+      NotImplementedError: ``implementation`` does not exist.
+    """
+    op = "int4_fp8_matmul"
+    compute = select(op, implementation)
+    if x8.ndim != 2 or codes.ndim != 2 or scales.ndim != 2:
+        raise ValueError(f"{op}: x8, codes and scales are matrices, got {x8.shape}, {codes.shape}, {scales.shape}")
+    (m, k), (n, groups) = x8.shape, scales.shape
+    if groups == 0 or k % groups or (k // groups) % 2:
+        raise ValueError(f"{op}: {k=} cannot be split into {groups} groups of an even size")
+    if numerics not in ("exact", "folded"):
+        raise ValueError(f"{op}: {numerics=} must be 'exact' or 'folded'")
+    _require(op, "x8", x8, (m, k), (jnp.float8_e4m3fn,))
+    _require(op, "x_scale", x_scale, (m,), (jnp.float32,))
+    _require(op, "codes", codes, (n, k // 2), (jnp.uint8,))
+    _require(op, "scales", scales, (n, groups), (jnp.float8_e4m3fn, jnp.bfloat16))
+    _require(op, "tensor_scale", tensor_scale, (), (jnp.float32,))
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"{op}: bias must have shape {(n,)}, got {bias.shape}")
+    return compute(x8, x_scale, codes, scales, tensor_scale, bias, numerics=numerics, out_dtype=out_dtype)
+
+
+def _check_queries(op: str, q8: jax.Array, q_scale: jax.Array, kv_heads: int, head_dim: int) -> None:
+    if q8.ndim != 4:
+        raise ValueError(f"{op}: q8 must be [batch, tokens, heads, head_dim], got {q8.shape}")
+    b, t, h, d = q8.shape
+    if h % kv_heads or d != head_dim:
+        raise ValueError(
+            f"{op}: {h} query heads of size {d} cannot share {kv_heads} key/value heads of size {head_dim}"
+        )
+    _require(op, "q8", q8, (b, t, h, d), (jnp.float8_e4m3fn,))
+    _require(op, "q_scale", q_scale, (b, t, h), (jnp.float32,))
+
+
+def _check_cache(op: str, cache: tuple[jax.Array, ...], batch: int) -> None:
+    k_codes, k_scales, v_codes, v_scales = cache
+    if k_codes.ndim != 4:
+        raise ValueError(f"{op}: k_codes must be [batch, kv heads, slots, head_dim / 2], got {k_codes.shape}")
+    shape = (batch, *k_codes.shape[1:])
+    _require(op, "k_codes", k_codes, shape, (jnp.uint8,))
+    _require(op, "v_codes", v_codes, shape, (jnp.uint8,))
+    _require(op, "k_scales", k_scales, shape[:3], (jnp.bfloat16,))
+    _require(op, "v_scales", v_scales, shape[:3], (jnp.bfloat16,))
+
+
+def prefill_attention(
+    q8: jax.Array,
+    q_scale: jax.Array,
+    k8: jax.Array,
+    k_scale: jax.Array,
+    v8: jax.Array,
+    v_scale: jax.Array,
+    lengths: jax.Array,
+    prefix: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None = None,
+    prefix_lengths: jax.Array | None = None,
+    *,
+    softmax_scale: float,
+    out_dtype: Any = jnp.bfloat16,
+    implementation: str | None = None,
+) -> jax.Array:
+    """FP8 causal attention of a prompt; see :func:`pallas_kernels.reference.prefill_attention`.
+
+    Raises:
+      ValueError: shapes or dtypes do not belong together.
+      NotImplementedError: ``implementation`` does not exist.
+    """
+    op = "prefill_attention"
+    compute = select(op, implementation)
+    if k8.ndim != 4:
+        raise ValueError(f"{op}: k8 must be [batch, tokens, kv heads, head_dim], got {k8.shape}")
+    b, _, kv, d = k8.shape
+    _check_queries(op, q8, q_scale, kv, d)
+    for name, values, scale in (("k", k8, k_scale), ("v", v8, v_scale)):
+        _require(op, f"{name}8", values, (q8.shape[0], q8.shape[1], kv, d), (jnp.float8_e4m3fn,))
+        _require(op, f"{name}_scale", scale, (b, kv), (jnp.float32,))
+    _require(op, "lengths", lengths, (b,), (jnp.int32,))
+    if (prefix is None) != (prefix_lengths is None):
+        raise ValueError(f"{op}: prefix and prefix_lengths are given together or not at all")
+    if prefix is not None and prefix_lengths is not None:
+        _check_cache(op, prefix, b)
+        _require(op, "prefix_lengths", prefix_lengths, (b,), (jnp.int32,))
+    return compute(
+        q8, q_scale, k8, k_scale, v8, v_scale, lengths, prefix, prefix_lengths,
+        softmax_scale=softmax_scale, out_dtype=out_dtype,
+    )  # fmt: skip
+
+
+def decode_attention(
+    q8: jax.Array,
+    q_scale: jax.Array,
+    k_codes: jax.Array,
+    k_scales: jax.Array,
+    v_codes: jax.Array,
+    v_scales: jax.Array,
+    query_positions: jax.Array,
+    *,
+    softmax_scale: float,
+    out_dtype: Any = jnp.bfloat16,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Attention of new tokens to the int4 cache; see :func:`pallas_kernels.reference.decode_attention`.
+
+    Raises:
+      ValueError: shapes or dtypes do not belong together.
+      NotImplementedError: ``implementation`` does not exist.
+    """
+    op = "decode_attention"
+    compute = select(op, implementation)
+    cache = (k_codes, k_scales, v_codes, v_scales)
+    _check_cache(op, cache, q8.shape[0])
+    _check_queries(op, q8, q_scale, k_codes.shape[1], 2 * k_codes.shape[3])
+    _require(op, "query_positions", query_positions, q8.shape[:2], (jnp.int32,))
+    return compute(q8, q_scale, *cache, query_positions, softmax_scale=softmax_scale, out_dtype=out_dtype)

@@ -1,0 +1,71 @@
+"""The float model against transformers' LlamaForCausalLM and MistralForCausalLM (tests/golden/make_golden.py)."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import write_checkpoint
+from tiny_models import TOKENS, VARIANTS
+
+import convert
+import fireq_jax
+
+GOLDEN = Path(__file__).parent / "golden"
+# Both sides compute in float32 and sum in different orders. Relative to the logits' own size, since their rounding
+# error is: SmolLM2's reach 33.
+TOLERANCE = 1e-4
+
+
+def assert_logits_close(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * max(1.0, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tiny_models_match_transformers(variant, tmp_path):
+    model, params = convert.load(write_checkpoint(tmp_path, VARIANTS[variant]))
+    expected = np.load(GOLDEN / "tiny.npz")[variant]
+    assert np.abs(expected).max() > 1  # the comparison would mean little on logits near zero
+    assert_logits_close(model.apply({"params": params}, TOKENS), expected)
+
+
+@pytest.mark.smollm2
+def test_smollm2_matches_transformers(smollm2):
+    model, params = smollm2
+    golden = np.load(GOLDEN / "smollm2.npz")
+    logits = model.apply({"params": params}, golden["tokens"])
+    assert_logits_close(logits[..., :: int(golden["step"])], golden["logits"])
+
+
+@pytest.mark.parametrize("variant", ["llama31", "biases", "smollm2"])
+def test_prefill_and_decode_give_the_logits_of_the_whole_sequence(variant, tmp_path):
+    model, params = convert.load(write_checkpoint(tmp_path, VARIANTS[variant]))
+    whole = np.load(GOLDEN / "tiny.npz")[variant]
+    cache = fireq_jax.KVCache.zeros(model.config, 2, 16, "float", jnp.float32)
+    lengths = np.array([4, 6], np.int32)
+    logits, cache = model.apply({"params": params}, TOKENS[:, :6], lengths, cache, method="prefill")
+    assert_logits_close(logits, whole[[0, 1], lengths - 1])
+    for step in range(4):
+        at = lengths + step
+        logits, cache = model.apply({"params": params}, TOKENS[[0, 1], at][:, None], cache, method="decode")
+        assert_logits_close(logits[:, 0], whole[[0, 1], at])
+    np.testing.assert_array_equal(cache.lengths, lengths + 4)
+
+
+def test_continued_prefill_gives_the_logits_of_the_whole_sequence(tiny):
+    model, params = tiny
+    whole = np.load(GOLDEN / "tiny.npz")["llama3"]
+    cache = fireq_jax.KVCache.zeros(model.config, 2, 16, "float", jnp.float32)
+    first, second = np.array([3, 5], np.int32), np.array([5, 2], np.int32)
+    _, cache = model.apply({"params": params}, TOKENS[:, :5], first, cache, method="prefill")
+    rest = np.stack([row[n : n + 5] for row, n in zip(TOKENS, first, strict=True)])
+    logits, _ = model.apply({"params": params}, rest, second, cache, True, method="prefill")
+    assert_logits_close(logits, whole[[0, 1], first + second - 1])
+
+
+def test_initialised_model_has_the_tree_that_load_makes(tiny):
+    import jax
+
+    model, params = tiny
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), TOKENS)["params"])
+    assert jax.tree.map(lambda x: x.shape, shapes) == jax.tree.map(lambda x: x.shape, params)

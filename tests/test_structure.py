@@ -1,0 +1,34 @@
+"""Dependencies point one way: convert -> fireq_jax -> pallas_kernels -> jax. The command line is on top of all."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ALLOWED = {"pallas_kernels": set(), "fireq_jax": {"pallas_kernels"}, "convert": {"fireq_jax"}}
+TOP = {ROOT / "fireq_jax" / "cli.py", ROOT / "fireq_jax" / "demo.py"}
+
+
+def imported(path: Path) -> set[str]:
+    roots = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            roots.add((node.module or "").split(".")[0])
+    return roots
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_dependencies_point_one_way(package):
+    files = set((ROOT / package).rglob("*.py"))
+    assert files
+    for path in files - TOP:
+        assert imported(path) & ALLOWED.keys() <= ALLOWED[package] | {package}, path
+
+
+def test_torch_is_not_needed():
+    for package in ALLOWED:
+        for path in (ROOT / package).rglob("*.py"):
+            assert "torch" not in imported(path), path
