@@ -227,18 +227,13 @@ class Attention(nn.Module):
         return pallas_kernels.prefill_attention(q8, q_scale, k8, k_scale, v8, v_scale, lengths, *prefix, **settings)
 
     def _float_attention(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array | None) -> jax.Array:
-        """Attends to slots up to ``positions``, or to the new tokens themselves if that is None."""
+        """Attends to slots up to ``positions``, or among the new tokens if that is None."""
         mask = None
         if positions is not None:
             mask = (jnp.arange(k.shape[1]) <= positions[..., None])[:, None]
-        return jax.nn.dot_product_attention(
-            q.astype(self.dtype),
-            k,
-            v,
-            mask=mask,
-            scale=self.config.head_dim**-0.5,
-            is_causal=positions is None,
-        )
+        q, k, v = (x.astype(self.dtype) for x in (q, k, v))
+        scale = self.config.head_dim**-0.5
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=positions is None)
 
 
 class MLP(nn.Module):
