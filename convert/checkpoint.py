@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ from fireq_jax.quantize import recipe_of
 FORMAT_VERSION = 1
 SHARD_BYTES = 5 * 10**9
 _FLOATS = ("float32", "float16", "bfloat16")
+Table = dict[str, TensorSpec]
 _INT4_PARTS = ("codes", "scales", "tensor_scale")
 
 
@@ -63,7 +64,7 @@ def load(source: str | Path, *, dtype: Any = None, revision: str | None = None) 
     tensors = open_all(weight_files(path))
     if "fireq" in hf_config:
         return _load_quantized(config, hf_config["fireq"], tensors, dtype, str(path))
-    table = tensor_table(config)
+    table = _own_table(config, False, lambda spec: spec.name in tensors)
     ignorable = [name for name in tensors if is_ignorable(name, config)]
     expected = {name: spec.stored_shape for name, spec in table.items()}
     check_tensors({name: x.shape for name, x in tensors.items()}, expected, ignorable, str(path))
@@ -72,7 +73,7 @@ def load(source: str | Path, *, dtype: Any = None, revision: str | None = None) 
 
 
 def _common_dtype(tensors: Mapping[str, np.ndarray], names: Mapping[str, Any], dtype: Any, source: str) -> Any:
-    stored = {tensors[name].dtype.name for name in names}
+    stored = {tensors[name].dtype.name for name in names if not name.endswith("post_rope_scale")}
     if not stored <= set(_FLOATS):
         raise ValueError(f"{source}: weights must be {', '.join(_FLOATS)}, found {', '.join(sorted(stored))}")
     if dtype is not None:
@@ -83,7 +84,10 @@ def _common_dtype(tensors: Mapping[str, np.ndarray], names: Mapping[str, Any], d
 def _assemble(tensors: Iterator[tuple[str, np.ndarray]], table: Mapping[str, TensorSpec], dtype: Any) -> dict[str, Any]:
     params: dict[str, Any] = {}
     for name, value in tensors:
-        insert(params, table[name].path, jnp.asarray(value.astype(dtype).reshape(table[name].shape)))
+        spec = table[name]
+        # Scales that the rotation applies in float32 are float32, whatever the weights are.
+        kept = np.float32 if spec.path[-1] == "post_rope_scale" else dtype
+        insert(params, spec.path, jnp.asarray(value.astype(kept).reshape(spec.shape)))
     return params
 
 
@@ -145,7 +149,9 @@ def save(
 
 def _named_arrays(config: LlamaConfig, params: Mapping[str, Any]) -> dict[str, jax.Array]:
     named: dict[str, jax.Array] = {}
-    for name, spec in _table_with_head(config, lookup(params, ("lm_head", "kernel")) is not None).items():
+    separate_head = lookup(params, ("lm_head", "kernel")) is not None
+    table = _own_table(config, separate_head, lambda spec: lookup(params, spec.path) is not None)
+    for name, spec in table.items():
         value = lookup(params, spec.path)
         if value is None:
             raise ValueError(f"params lack {'/'.join(spec.path)}")
@@ -157,9 +163,21 @@ def _named_arrays(config: LlamaConfig, params: Mapping[str, Any]) -> dict[str, j
     return named
 
 
-def _table_with_head(config: LlamaConfig, separate_head: bool) -> dict[str, TensorSpec]:
-    """The tensor table, with an output projection even for a tied model if its pytree holds one."""
+def _own_table(config: LlamaConfig, separate_head: bool, post_rope: Callable[[TensorSpec], bool]) -> Table:
+    """The tensor table with what only this library's pytrees hold.
+
+    Args:
+      config: the model.
+      separate_head: a tied model has an output projection of its own (a quantised one).
+      post_rope: whether a layer has the tensor of :func:`fireq_jax.scaling.scale_keys_after_rope`.
+    """
     table = tensor_table(config)
+    shape = (config.num_kv_heads, config.head_dim)
+    for i in range(config.num_layers):
+        path = (f"layers_{i}", "attention", "post_rope_scale")
+        spec = TensorSpec(f"model.layers.{i}.self_attn.post_rope_scale", path, shape, shape)
+        if post_rope(spec):
+            table[spec.name] = spec
     if separate_head and "lm_head.weight" not in table:
         shape = (config.vocab_size, config.hidden_size)
         table["lm_head.weight"] = TensorSpec("lm_head.weight", ("lm_head", "kernel"), shape, shape, 1)
@@ -216,7 +234,7 @@ def _load_quantized(
     config: LlamaConfig, block: Mapping[str, Any], tensors: Mapping[str, np.ndarray], dtype: Any, source: str
 ) -> tuple[Llama, dict[str, Any]]:
     recipe = _read_recipe(block, source)
-    table = _table_with_head(config, recipe.lm_head)
+    table = _own_table(config, recipe.lm_head, lambda spec: spec.name in tensors)
     quantized = {n for n, spec in table.items() if spec.input_axes and (n != "lm_head.weight" or recipe.lm_head)}
     floats = {name: spec for name, spec in table.items() if name not in quantized}
     # Int4Weight.validate knows what shapes belong together; here only names and float shapes are compared.

@@ -85,6 +85,8 @@ class Linear(nn.Module):
           ValueError: the quantised weight in the pytree has other shapes than this layer.
         """
         kernel = self._kernel()
+        # Only collected by a caller who asks for this collection (calibration).
+        self.sow("statistics", "input", x)
         bias = self.param("bias", nn.initializers.zeros, self.out_shape) if self.use_bias else None
         return apply_linear(
             x.astype(self.dtype),
@@ -138,10 +140,25 @@ def rope_tables(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, j
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the channel pairs (i, i + d/2) of ``[batch, t, heads, d]``; the result is float32."""
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+    """Rotates the channel pairs (i, i + d/2) of every head, then scales the channels.
+
+    Args:
+      x: ``[batch, t, heads, d]``.
+      cos: ``[batch, t, 1, d / 2]`` float32.
+      sin: as cos.
+      scale: ``[heads, d]`` float32, or None; it multiplies the tables, so that it costs nothing per element.
+
+    Returns:
+      ``[batch, t, heads, d]`` float32.
+    """
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+    if scale is None:
+        return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+    scale_low, scale_high = jnp.split(scale, 2, axis=-1)
+    rotated_low = low * (cos * scale_low) - high * (sin * scale_low)
+    rotated_high = high * (cos * scale_high) + low * (sin * scale_high)
+    return jnp.concatenate([rotated_low, rotated_high], axis=-1)
 
 
 class Attention(nn.Module):
@@ -185,10 +202,13 @@ class Attention(nn.Module):
 
         query_shape = (config.num_heads, config.head_dim)
         kv_shape = (config.num_kv_heads, config.head_dim)
-        q = apply_rope(linear("q", (config.hidden_size,), query_shape)(x), *rope)
-        k = apply_rope(linear("k", (config.hidden_size,), kv_shape)(x), *rope)
+        query_scale, key_scale = self._post_rope_scales()
+        q = apply_rope(linear("q", (config.hidden_size,), query_shape)(x), *rope, query_scale)
+        k = apply_rope(linear("k", (config.hidden_size,), kv_shape)(x), *rope, key_scale)
         v = linear("v", (config.hidden_size,), kv_shape)(x)
 
+        self.sow("statistics", "queries", q)
+        self.sow("statistics", "keys", k)
         updated = None if cache is None else cache.append(k, v, starts, lengths)
         positions = starts[:, None] + jnp.arange(x.shape[1])
         if isinstance(updated, Int4LayerCache):
@@ -198,6 +218,13 @@ class Attention(nn.Module):
         else:
             out = self._float_attention(q, updated.k.swapaxes(1, 2), updated.v.swapaxes(1, 2), positions)
         return linear("o", query_shape, (config.hidden_size,))(out), updated
+
+    def _post_rope_scales(self) -> tuple[jax.Array | None, jax.Array | None]:
+        """Per-head factors of rotated queries and keys, if the pytree has :func:`scale_keys_after_rope`'s leaf."""
+        if not self.has_variable("params", "post_rope_scale"):
+            return None, None
+        scale: jax.Array = self.get_variable("params", "post_rope_scale")
+        return jnp.repeat(scale, self.config.num_heads // self.config.num_kv_heads, axis=0), 1 / scale
 
     def _int4_attention(
         self,

@@ -17,6 +17,7 @@ from tiny_models import TOKENS, VARIANTS, state_dict
 import convert
 import fireq_jax
 from convert.tensors import tensor_table
+from fireq_jax import scaling
 from fireq_jax.config import LlamaConfig, RopeConfig
 
 
@@ -296,6 +297,9 @@ def test_embedded_model_is_what_its_file_says(smollm2):
 @pytest.mark.parametrize("variant", ["biases", "smollm2"])
 def test_checkpoints_round_trip_bit_for_bit(tmp_path, variant, recipe):
     model, params = convert.load(write_checkpoint(tmp_path / "in", VARIANTS[variant]), dtype="bfloat16")
+    scales = jnp.linspace(0.1, 3, model.config.num_kv_heads * model.config.head_dim, dtype=jnp.float32)
+    scales = scales.reshape(model.config.num_kv_heads, model.config.head_dim)
+    params["layers_1"] = scaling.scale_keys_after_rope(params["layers_1"], scales)
     if recipe is not None:
         params = fireq_jax.quantize(params, recipe)
     convert.save(tmp_path / "out", model, params)
