@@ -1,5 +1,6 @@
 """INT4 weights and INT4 KV cache with FP8 activations for Llama models in JAX, after FireQ (arXiv 2505.20839)."""
 
+from fireq_jax.calibrate import calibrate
 from fireq_jax.config import PRESETS, LlamaConfig, Recipe, RopeConfig
 from fireq_jax.evaluate import Evaluation, evaluate
 from fireq_jax.generate import Generation, generate, generate_stream
@@ -21,6 +22,7 @@ __all__ = [
     "RopeConfig",
     "Sampling",
     "cache_bytes_per_token",
+    "calibrate",
     "evaluate",
     "generate",
     "generate_stream",

@@ -69,7 +69,7 @@ def _load(model: str | None, recipe: str, keep_float: bool) -> tuple[Any, dict[s
     """Model, the parameters to run, the float ones if they were there, and the tokenizer."""
     import convert
     import fireq_jax
-    from fireq_jax.demo import compute_dtype
+    from fireq_jax.demo import calibrated, compute_dtype
 
     source = _source(model)
     with _stage(f"loading {source}"):
@@ -82,21 +82,20 @@ def _load(model: str | None, recipe: str, keep_float: bool) -> tuple[Any, dict[s
         return network, params, None, tokenizer
     if keep_float:
         return network, params, params, tokenizer
-    with _progress("quantising") as report:
-        return network, fireq_jax.quantize(params, recipe, progress=report), params, tokenizer
+    return network, calibrated(network, params, tokenizer, recipe, _progress), params, tokenizer
 
 
 @app.command()
 def demo(
     model: Model = None,
-    recipe: RecipeName = "rtn",
+    recipe: RecipeName = "best",
     max_new_tokens: MaxNewTokens = 64,
     json_file: JsonFile = None,
 ) -> None:
     """Load a model, quantise it, and compare size, perplexity and an answer before and after."""
     from fireq_jax.demo import run_demo
 
-    result = run_demo(Path(_source(model)), recipe, max_new_tokens, _stage)
+    result = run_demo(Path(_source(model)), recipe, max_new_tokens, _stage, _progress)
     table = Table(title=f"{Path(_source(model)).name} on {result['device']}, recipe {recipe}")
     for column in ("", "float (bf16 weights)", "INT4/FP8"):
         table.add_column(column, justify="left" if not column else "right")
@@ -121,20 +120,26 @@ def demo(
 def quantize(
     source: Annotated[str, typer.Argument(help="Folder, .gguf file or hub id of a float model.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    recipe: RecipeName = "rtn",
+    recipe: RecipeName = "best",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="UTF-8 text to calibrate on. Default: CPython's help topics."),
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(min=512, help="Tokens of that text to use.")] = 8192,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
 ) -> None:
     """Quantise a model and save it."""
     import convert
     import fireq_jax
+    from fireq_jax.demo import calibrated
 
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists already; pass --overwrite to replace it")
     with _stage(f"loading {source}"):
         network, params = convert.load(source)
         tokenizer = convert.load_tokenizer(source)
-    with _progress("quantising") as report:
-        quantized = fireq_jax.quantize(params, recipe, progress=report)
+    text = None if calibration is None else calibration.read_text("utf-8")
+    quantized = calibrated(network, params, tokenizer, recipe, _progress, text, calibration_tokens)
     with _stage(f"writing {out}"):
         convert.save(out, network, quantized, tokenizer=tokenizer, overwrite=overwrite)
     before, after = fireq_jax.parameter_bytes(params), fireq_jax.parameter_bytes(quantized)
@@ -145,7 +150,7 @@ def quantize(
 def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue; '-' reads standard input.")],
     model: Model = None,
-    recipe: RecipeName = "rtn",
+    recipe: RecipeName = "best",
     keep_float: Float = False,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
@@ -165,7 +170,7 @@ def generate(
 @app.command()
 def chat(
     model: Model = None,
-    recipe: RecipeName = "rtn",
+    recipe: RecipeName = "best",
     keep_float: Float = False,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: MaxNewTokens = 256,
@@ -231,7 +236,7 @@ def _stream(
 def evaluate(
     text: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="UTF-8 text to score.")],
     model: Model = None,
-    recipe: RecipeName = "rtn",
+    recipe: RecipeName = "best",
     keep_float: Float = False,
     window: Annotated[int, typer.Option(help="Tokens per window; each starts without context.")] = 1024,
     stride: Annotated[int | None, typer.Option(help="Tokens between window starts. Default: the window.")] = None,

@@ -247,6 +247,13 @@ class Recipe:
       numerics: "exact" or "folded", see :func:`pallas_kernels.int4_fp8_matmul`.
       activations: "fp8" rounds the input of every quantised weight to e4m3 per token, "none" leaves it alone.
       kv_cache: "int4", or "float" for a cache in the model's dtype (queries then stay unrounded, too).
+      smoothing: channel-wise scaling of linear inputs. "none"; "mean" is FireQ's, from weights alone; "search" picks
+        powers of input and weight magnitudes by output error (needs a calibration).
+      keys: scaling of keys against queries. "none"; "fireq" scales pairs before and the largest channels after RoPE;
+        "search" scales every channel after RoPE by score error (both need a calibration).
+      key_top_k: channels per head that "fireq" scales after RoPE, besides their partners.
+      rounding: "nearest", or "gptq": group scales searched by output error, error-compensated codes (needs a
+        calibration).
       lm_head: quantise the output projection as well. A tied embedding keeps its float copy for the input side.
     """
 
@@ -257,6 +264,10 @@ class Recipe:
     numerics: Literal["exact", "folded"] = "exact"
     activations: Literal["fp8", "none"] = "fp8"
     kv_cache: Literal["int4", "float"] = "int4"
+    smoothing: Literal["none", "mean", "search"] = "none"
+    keys: Literal["none", "fireq", "search"] = "none"
+    key_top_k: int = 3
+    rounding: Literal["nearest", "gptq"] = "nearest"
     lm_head: bool = False
 
     def __post_init__(self) -> None:
@@ -266,13 +277,23 @@ class Recipe:
             "numerics": ("exact", "folded"),
             "activations": ("fp8", "none"),
             "kv_cache": ("int4", "float"),
+            "smoothing": ("none", "mean", "search"),
+            "keys": ("none", "fireq", "search"),
+            "rounding": ("nearest", "gptq"),
         }
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(allowed)}")
+        if self.key_top_k < 0:
+            raise ValueError(f"key_top_k={self.key_top_k} must not be negative")
         sizes = (self.group_size,) if isinstance(self.group_size, int) else self.group_size
         if not sizes or any(not isinstance(g, int) or g < 2 or g % 2 for g in sizes):
             raise ValueError(f"group_size={self.group_size!r} must be an even number, or a tuple of such")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the recipe reads statistics of activations."""
+        return self.smoothing == "search" or self.keys != "none" or self.rounding == "gptq"
 
 
 PRESETS: dict[str, Recipe] = {
@@ -281,6 +302,9 @@ PRESETS: dict[str, Recipe] = {
         Recipe("rtn"),
         Recipe("rtn_bf16", scales="sigma_bf16"),
         Recipe("rtn_folded", numerics="folded"),
+        Recipe("fireq", tensor_scale="fireq", smoothing="mean", keys="fireq"),
+        Recipe("fireq_bf16", scales="sigma_bf16", smoothing="mean", keys="fireq"),
+        Recipe("best", smoothing="search", keys="search", rounding="gptq"),
     )
 }
 

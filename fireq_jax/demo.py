@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fireq_jax.calibrate import calibrate
+from fireq_jax.config import resolve_recipe
 from fireq_jax.evaluate import evaluate
 from fireq_jax.generate import generate
 from fireq_jax.kv_cache import cache_bytes_per_token
@@ -21,6 +23,52 @@ QUESTION = "What is gravity? Answer in two or three sentences."
 def compute_dtype() -> Any:
     """bfloat16 where it is fast; float32 on a CPU, which would only convert back and forth."""
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def default_calibration_text() -> str:
+    """English prose with code: the help topics that every CPython brings along (``pydoc_data.topics``)."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def calibration_tokens(tokenizer: Any, text: str, count: int) -> list[int]:
+    """About ``count`` tokens in eight passages spread evenly over a text; all of a shorter text."""
+    passages, characters = 8, 8  # a token of English or code has 3 to 5 characters
+    size = count // passages
+    starts = [i * max(0, len(text) - characters * size) // (passages - 1) for i in range(passages)]
+    tokens = [tokenizer(text[start : start + characters * size])["input_ids"][:size] for start in starts]
+    return [token for passage in tokens for token in passage]
+
+
+def calibrated(
+    model: Any,
+    params: dict[str, Any],
+    tokenizer: Any,
+    recipe: str,
+    progress: Callable[[str], AbstractContextManager[Callable[[int, int], None]]],
+    text: str | None = None,
+    count: int = 4096,
+) -> dict[str, Any]:
+    """Quantises by a preset, calibrating first if it asks for it.
+
+    Args:
+      model: the Llama.
+      params: its float parameters.
+      tokenizer: its tokenizer.
+      recipe: a preset's name.
+      progress: makes the context of a named progress bar.
+      text: calibration text; None takes :func:`default_calibration_text`.
+      count: tokens of it to use.
+    """
+    statistics = None
+    if resolve_recipe(recipe).needs_calibration:
+        tokens = calibration_tokens(tokenizer, default_calibration_text() if text is None else text, count)
+        with progress("calibrating") as report:
+            window = min(512, model.config.max_positions, max(len(tokens), 1))
+            statistics = calibrate(model, params, tokens, window=window, progress=report)
+    with progress("quantising") as report:
+        return jax.block_until_ready(quantize(params, recipe, calibration=statistics, progress=report))
 
 
 def chat_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
@@ -39,6 +87,7 @@ def run_demo(
     recipe: str,
     max_new_tokens: int,
     stage: Callable[[str], AbstractContextManager[Any]],
+    progress: Callable[[str], AbstractContextManager[Callable[[int, int], None]]],
 ) -> dict[str, Any]:
     """Runs the demo.
 
@@ -47,6 +96,7 @@ def run_demo(
       recipe: a preset's name.
       max_new_tokens: of each answer.
       stage: makes the context, such as a spinner, in which a named stage runs.
+      progress: makes the context of a named progress bar.
 
     Returns:
       ``bytes_float``, ``bytes_quantized``, ``cache_bytes_per_token_float``, ``cache_bytes_per_token_quantized``,
@@ -60,8 +110,7 @@ def run_demo(
         model, params = convert.load(source, dtype=jnp.bfloat16)
         tokenizer = convert.load_tokenizer(source)
         model = model.clone(dtype=compute_dtype())
-    with stage("quantising to INT4/FP8"):
-        quantized = jax.block_until_ready(quantize(params, recipe))
+    quantized = calibrated(model, params, tokenizer, recipe, progress)
 
     passage = tokenizer(files("fireq_jax").joinpath("data/passage.txt").read_text("utf-8"))["input_ids"]
     with stage("perplexity of the float model"):

@@ -2,8 +2,8 @@
 
 A transform takes one decoder block's float parameters and returns new ones; nothing is modified. With an input ``x``
 and a weight ``W``, ``(x / s) · (W · s)ᵀ = x · Wᵀ``: s goes into the weight's columns, 1 / s into whatever made x. After
-FireQ (arXiv 2505.20839, section 3.2 and 3.3); where its published code folds a scale that is no equivalence (the value/output
-pair averages four neighbouring channels instead of the query group's), the equivalence is computed here.
+FireQ (arXiv 2505.20839); where its published code folds a scale that is no equivalence (the value/output pair averages
+four neighbouring channels instead of the query group's), the equivalence is computed here.
 """
 
 from collections.abc import Mapping

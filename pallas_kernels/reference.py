@@ -133,16 +133,22 @@ def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
 def quantize_kv(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rounds keys or values to int4 with one scale per token and head: ``x ≈ codes · scale``.
 
-    The scale is rounded to bf16 first and the codes are taken with the rounded scale, so nothing is lost twice.
+    The entry of largest magnitude takes code -8, whatever its sign, so the scale carries a sign and steps are an eighth
+    finer than with ``max|x| / 7``. An entry of the opposite sign beyond 7/8 of it is clipped, by at most one step; the
+    KL divergence of SmolLM2 with an INT4 cache falls by a tenth all the same. The scale is rounded to bf16 first and
+    codes are taken with the rounded scale, so nothing is lost twice.
 
     Args:
       x: ``[..., d]`` float.
 
     Returns:
-      codes ``[..., d / 2]`` uint8 (packed) and scale ``[...]`` bf16, ``max|x| / 7``; 1 for an all-zero row.
+      codes ``[..., d / 2]`` uint8 (packed) and scale ``[...]`` bf16, minus the entry of largest magnitude over 8; 1 for
+      an all-zero row.
     """
     x = x.astype(jnp.float32)
-    scale = _absmax_scale(jnp.max(jnp.abs(x), axis=-1), INT4_MAX).astype(jnp.bfloat16)
+    highest, lowest = jnp.max(x, axis=-1), jnp.min(x, axis=-1)
+    magnitude = _absmax_scale(jnp.maximum(highest, -lowest), -INT4_MIN)
+    scale = jnp.where(highest > -lowest, -magnitude, magnitude).astype(jnp.bfloat16)
     codes = jnp.clip(jnp.round(x / scale.astype(jnp.float32)[..., None]), INT4_MIN, INT4_MAX)
     return pack_int4(codes.astype(jnp.int8)), scale
 

@@ -105,10 +105,18 @@ def test_kv_quantisation_is_within_half_a_step():
     assert scale.dtype == jnp.bfloat16
     assert codes.shape == (2, 3, 4, 32)
     step = np.asarray(scale, np.float32)[..., None]
-    np.testing.assert_allclose(step[..., 0], np.where(x.any(-1), np.abs(x).max(-1) / 7, 1), rtol=BF16)
-    restored = np.asarray(pk.unpack_int4(codes), np.float32) * step
-    # half a step, and where the rounded scale is small by bf16's half unit, the clipped rest of the largest
-    assert (np.abs(restored - x) <= step * (0.5 + 7 * BF16)).all()
+    extreme = np.where(x.max(-1) > -x.min(-1), x.max(-1), x.min(-1))
+    np.testing.assert_allclose(step[..., 0], np.where(extreme == 0, 1, -extreme / 8), rtol=BF16)
+    values = np.asarray(pk.unpack_int4(codes), np.float32)
+    assert (
+        np.take_along_axis(values, np.abs(x).argmax(-1)[..., None], -1)[..., 0] == np.where(extreme == 0, 0, -8)
+    ).all()
+    # half a step inside the grid, from -8 to 7 steps; beyond 7 the distance to it, at most one step and what the
+    # rounding of the scale to bf16 takes off at the other end
+    inside = x / step <= 7
+    error = np.abs(values * step - x) / np.abs(step)
+    assert (error[inside] <= 0.5 + 8 * BF16).all()
+    assert (error[~inside] <= 1 + 8 * BF16).all()
 
 
 def test_rows_are_written_behind_what_is_there_and_nowhere_else():

@@ -1,0 +1,144 @@
+"""Rounding a weight with regard to what its inputs look like.
+
+With ``H = E[x xᵀ]`` the mean squared error of an output is ``e H eᵀ`` for the weight error e. Group scales are searched
+for the smallest such error inside the group, and GPTQ (arXiv 2210.17323) rounds column after column, each time moving
+the error made so far onto columns that are still to be rounded. The grid is the one the kernel computes with: scales
+rounded to their storage type, codes from -8 to 7.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from fireq_jax.config import Recipe
+from fireq_jax.numerics import E4M3_TINY, group_absmax, store_scales
+from pallas_kernels import INT4_MAX, INT4_MIN, pack_int4, round_to_e4m3
+
+# Candidates for a group scale, as fractions of the one that clips nothing.
+SCALE_FRACTIONS = tuple(0.5 + 0.04 * i for i in range(14))
+# Added to the diagonal of H, as a fraction of its mean, so that it can be inverted.
+DAMPING = 0.01
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def _to_grid(w: jax.Array, step: jax.Array) -> jax.Array:
+    return jnp.clip(jnp.round(w / step), INT4_MIN, INT4_MAX)
+
+
+def search_scales(w: jax.Array, hessian: jax.Array, group_size: int, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
+    """Group scales of the smallest output error under round-to-nearest.
+
+    A scale may be negative: then the entry of largest magnitude, if it is positive, takes code -8, and the grid reaches
+    further on its side.
+
+    Args:
+      w: ``[n, k]`` float32.
+      hessian: ``[k, k]`` float32.
+      group_size: divides k.
+      recipe: its ``scales``, ``tensor_scale`` and ``numerics`` count.
+
+    Returns:
+      scales ``[n, k / group_size]`` in the recipe's storage type and the scalar float32 tensor_scale.
+    """
+    n, k = w.shape
+    groups = k // group_size
+    grouped = w.reshape(n, groups, group_size)
+    blocks = hessian.reshape(groups, group_size, groups, group_size)[jnp.arange(groups), :, jnp.arange(groups)]
+    largest = group_absmax(w, group_size)
+    # All candidates are at most this, so the tensor scale that suits it suits them.
+    stored, tensor_scale = store_scales(largest / INT4_MAX, recipe)
+    lowest, highest = jnp.min(grouped, axis=-1), jnp.max(grouped, axis=-1)
+    toward = jnp.where(highest > -lowest, -1.0, 1.0)  # sign that puts the largest magnitude on code -8
+
+    def store(scale: jax.Array) -> jax.Array:
+        if recipe.scales == "sigma_bf16":
+            return scale.astype(jnp.bfloat16)
+        magnitude = jnp.maximum(jnp.abs(scale) / tensor_scale, E4M3_TINY)
+        return round_to_e4m3(jnp.sign(scale) * magnitude)
+
+    def error(candidate: jax.Array) -> jax.Array:
+        step = (candidate.astype(jnp.float32) * tensor_scale)[..., None]
+        e = grouped - _to_grid(grouped, step) * step
+        return jnp.einsum("ngi,gij,ngj->ng", e, blocks, e, precision=HIGHEST)
+
+    def better(best: tuple[jax.Array, jax.Array], fraction: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        for scale in (largest / INT4_MAX, toward * largest / -INT4_MIN):
+            candidate = store(jnp.where(largest > 0, scale * fraction, stored.astype(jnp.float32) * tensor_scale))
+            found = error(candidate)
+            improves = found < best[1]
+            best = jnp.where(improves, candidate, best[0]), jnp.where(improves, found, best[1])
+        return best, None
+
+    fractions = jnp.asarray([1.0 + 1.0 / 16, *reversed(SCALE_FRACTIONS)], jnp.float32)
+    (scales, _), _ = jax.lax.scan(better, (stored, error(stored)), fractions)
+    return scales, tensor_scale
+
+
+def gptq(w: jax.Array, hessian: jax.Array, step: jax.Array) -> jax.Array:
+    """Error-compensated rounding, columns of the largest second moment first.
+
+    Args:
+      w: ``[n, k]`` float32.
+      hessian: ``[k, k]`` float32, positive semi-definite.
+      step: ``[n, k]`` float32, every entry's grid step; non-zero.
+
+    Returns:
+      codes ``[n, k]`` int8.
+    """
+    n, k = w.shape
+    size = next(b for b in (128, 96, 64, 32, 16, 8, 4, 2, 1) if k % b == 0)
+    diagonal = jnp.diagonal(hessian)
+    hessian = hessian + jnp.diag(jnp.where(diagonal > 0, 0.0, 1.0) + DAMPING * jnp.mean(diagonal))
+    order = jnp.argsort(-diagonal)
+    w, step = w[:, order], step[:, order]
+    inverse = jnp.linalg.inv(hessian[order][:, order])
+    # Row i of this upper factor says how an error in column i is spread over the columns behind it.
+    upper = jnp.linalg.cholesky((inverse + inverse.T) / 2).T
+    columns = jnp.arange(size)
+
+    def round_block(carry: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        w, codes = carry
+        factor = jax.lax.dynamic_slice(upper, (start, start), (size, size))
+        steps = jax.lax.dynamic_slice(step, (0, start), (n, size))
+
+        def round_column(
+            i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
+            block, codes, errors = state
+            code = _to_grid(block[:, i], steps[:, i])
+            e = (block[:, i] - code * steps[:, i]) / factor[i, i]
+            block = block - e[:, None] * jnp.where(columns > i, factor[i], 0.0)
+            return block, codes.at[:, i].set(code), errors.at[:, i].set(e)
+
+        block = jax.lax.dynamic_slice(w, (0, start), (n, size))
+        zeros = jnp.zeros_like(block)
+        _, block_codes, errors = jax.lax.fori_loop(0, size, round_column, (block, zeros, zeros))
+        behind = jnp.where(jnp.arange(k) >= start + size, jax.lax.dynamic_slice(upper, (start, 0), (size, k)), 0.0)
+        w = w - jnp.matmul(errors, behind, precision=HIGHEST)
+        return (w, jax.lax.dynamic_update_slice(codes, block_codes, (0, start))), None
+
+    starts = jnp.arange(0, k, size)
+    (_, codes), _ = jax.lax.scan(round_block, (w, jnp.zeros_like(w)), starts)
+    return codes[:, jnp.argsort(order)].astype(jnp.int8)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def round_weight_calibrated(
+    w: jax.Array, hessian: jax.Array, group_size: int, recipe: Recipe
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Searched scales and error-compensated codes of one weight.
+
+    Args:
+      w: ``[n, k]`` float.
+      hessian: ``[k, k]`` float32, second moments of its input.
+      group_size: divides k.
+      recipe: how scales are stored.
+
+    Returns:
+      As :func:`fireq_jax.numerics.round_weight`; scales may be negative.
+    """
+    w = w.astype(jnp.float32)
+    scales, tensor_scale = search_scales(w, hessian, group_size, recipe)
+    step = jnp.repeat(scales.astype(jnp.float32) * tensor_scale, group_size, axis=1)
+    return pack_int4(gptq(w, hessian, step)), scales, tensor_scale
