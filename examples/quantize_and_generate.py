@@ -9,13 +9,16 @@ import jax
 
 import convert
 import fireq_jax
+from fireq_jax.demo import calibration_tokens, default_calibration_text
 
 
 def main() -> None:
     source = sys.argv[1] if len(sys.argv) > 1 else convert.embedded_model()
     model, params = convert.load(source)
     tokenizer = convert.load_tokenizer(source)
-    quantized = fireq_jax.quantize(params)
+    text = default_calibration_text()
+    statistics = fireq_jax.calibrate(model, params, calibration_tokens(tokenizer, text, 4096))
+    quantized = fireq_jax.quantize(params, calibration=statistics)
 
     text = "The sea is blue because water absorbs red light, and what is left over is scattered back to the eye."
     score = fireq_jax.evaluate(model, quantized, tokenizer(text)["input_ids"], reference=params)

@@ -261,7 +261,8 @@ def evaluate(
     table.add_column("measure")
     table.add_column("value", justify="right")
     table.add_row("perplexity per token", f"{score.perplexity:.4f}")
-    if score.kl is not None and score.top1_agreement is not None:
+    if score.reference_perplexity is not None:
+        table.add_row("perplexity of the float model", f"{score.reference_perplexity:.4f}")
         table.add_row("KL(float || quantised), nats per token", f"{score.kl:.4f}")
         table.add_row("top-1 agreement with float", f"{score.top1_agreement:.2%}")
     console.print(table)

@@ -113,9 +113,7 @@ def run_demo(
     quantized = calibrated(model, params, tokenizer, recipe, progress)
 
     passage = tokenizer(files("fireq_jax").joinpath("data/passage.txt").read_text("utf-8"))["input_ids"]
-    with stage("perplexity of the float model"):
-        float_score = evaluate(model, params, passage)
-    with stage("perplexity of the quantised model"):
+    with stage("perplexity of both models"):
         score = evaluate(model, quantized, passage, reference=params)
 
     prompt = chat_prompt(tokenizer, [{"role": "user", "content": QUESTION}])
@@ -129,7 +127,7 @@ def run_demo(
         "bytes_quantized": parameter_bytes(quantized),
         "cache_bytes_per_token_float": cache_bytes_per_token(model.config, "float"),
         "cache_bytes_per_token_quantized": cache_bytes_per_token(model.config, "int4"),
-        "perplexity_float": float_score.perplexity,
+        "perplexity_float": score.reference_perplexity,
         "perplexity_quantized": score.perplexity,
         "kl": score.kl,
         "scored_tokens": score.scored_tokens,

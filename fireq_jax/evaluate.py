@@ -22,6 +22,7 @@ class Evaluation:
 
     Attributes:
       perplexity: exp of the mean negative log-likelihood per token.
+      reference_perplexity: that of the reference; None without one.
       kl: mean Kullback-Leibler divergence KL(reference || model) of the next-token distributions, in nats per
         token; None without a reference.
       top1_agreement: share of positions at which both models find the same token most likely; None without a
@@ -36,6 +37,7 @@ class Evaluation:
     """
 
     perplexity: float
+    reference_perplexity: float | None
     kl: float | None
     top1_agreement: float | None
     scored_tokens: int
@@ -102,7 +104,7 @@ def evaluate(
     # A window's first token is only context, so one that has nothing else to add is not begun.
     while max(starts[-1] + stride + 1, starts[-1] + window) < ids.size:
         starts.append(starts[-1] + stride)
-    totals = np.zeros(4)
+    totals = np.zeros(5)
     scored_to = 1  # the first token of a text has no context to be predicted from
     for index, start in enumerate(starts):
         end = min(start + window, ids.size)
@@ -115,9 +117,10 @@ def evaluate(
         scored_to = end
         if progress is not None:
             progress(index + 1, len(starts))
-    nll, kl, agreement, count = totals
+    nll, reference_nll, kl, agreement, count = totals
     return Evaluation(
         perplexity=float(np.exp(nll / count)),
+        reference_perplexity=None if reference is None else float(np.exp(reference_nll / count)),
         kl=None if reference is None else float(kl / count),
         top1_agreement=None if reference is None else float(agreement / count),
         scored_tokens=int(count),
@@ -138,15 +141,20 @@ def _score_window(
     weights: jax.Array,
     through: Through,
 ) -> jax.Array:
-    """Sums over one window: negative log-likelihood, KL, agreement, count; ``weights`` picks the targets."""
+    """Sums over one window: negative log-likelihood of model and reference, KL, agreement, count.
+
+    ``weights`` picks the targets.
+    """
     log_p = jax.nn.log_softmax(_window_logits(model, params, tokens, length, through)[0, :-1])
-    nll = -jnp.take_along_axis(log_p, tokens[0, 1:, None], axis=-1)[:, 0]
-    kl = agreement = jnp.zeros_like(nll)
+    targets = tokens[0, 1:, None]
+    nll = -jnp.take_along_axis(log_p, targets, axis=-1)[:, 0]
+    reference_nll = kl = agreement = jnp.zeros_like(nll)
     if reference is not None:
         log_ref = jax.nn.log_softmax(_window_logits(model, reference, tokens, length, through)[0, :-1])
+        reference_nll = -jnp.take_along_axis(log_ref, targets, axis=-1)[:, 0]
         kl = jnp.sum(jnp.exp(log_ref) * (log_ref - log_p), axis=-1)
         agreement = (jnp.argmax(log_ref, axis=-1) == jnp.argmax(log_p, axis=-1)).astype(jnp.float32)
-    return jnp.stack([jnp.sum(weights * x) for x in (nll, kl, agreement, jnp.ones_like(nll))])
+    return jnp.stack([jnp.sum(weights * x) for x in (nll, reference_nll, kl, agreement, jnp.ones_like(nll))])
 
 
 def _window_logits(

@@ -67,9 +67,8 @@ def quantize(
     """Rounds the linear weights of a Llama to INT4, one decoder block at a time.
 
     Embedding, norms and (unless the recipe says otherwise) the output projection keep their dtype; norms take up
-    scales.
-    The result is what the model, :func:`fireq_jax.generate` and :func:`fireq_jax.evaluate` take in place of
-    float parameters. Without a calibration the weights are rounded to nearest; a calibration adds scales chosen by output
+    scales. The result is what the model, :func:`fireq_jax.generate` and :func:`fireq_jax.evaluate` take in place of
+    float parameters. Without a calibration weights are rounded to nearest; a calibration adds scales chosen by output
     error and error-compensated rounding, which is the larger part of the accuracy (``docs/accuracy.md``).
 
     Args:

@@ -134,9 +134,8 @@ def quantize_kv(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rounds keys or values to int4 with one scale per token and head: ``x ≈ codes · scale``.
 
     The entry of largest magnitude takes code -8, whatever its sign, so the scale carries a sign and steps are an eighth
-    finer than with ``max|x| / 7``. An entry of the opposite sign beyond 7/8 of it is clipped, by at most one step; the
-    KL divergence of SmolLM2 with an INT4 cache falls by a tenth all the same. The scale is rounded to bf16 first and
-    codes are taken with the rounded scale, so nothing is lost twice.
+    finer than with ``max|x| / 7``. An entry of the opposite sign beyond 7/8 of it is clipped, by at most one step. The
+    scale is rounded to bf16 first and codes are taken with the rounded scale, so nothing is lost twice.
 
     Args:
       x: ``[..., d]`` float.

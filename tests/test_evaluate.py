@@ -36,7 +36,7 @@ def test_perplexity_by_hand(tiny, text, window, stride):
     score = fireq_jax.evaluate(model, params, text, window=window, stride=stride)
     assert score.scored_tokens == len(losses)
     assert score.perplexity == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
-    assert (score.kl, score.top1_agreement) == (None, None)
+    assert (score.kl, score.top1_agreement, score.reference_perplexity) == (None, None, None)
 
 
 def test_divergence_and_agreement_by_hand(tiny, text):
@@ -49,6 +49,8 @@ def test_divergence_and_agreement_by_hand(tiny, text):
     score = fireq_jax.evaluate(model, quantized, text[:40], reference=params, window=40)
     assert score.kl == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-3)
     assert score.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
+    expected = np.exp(-np.mean(np.take_along_axis(p, text[1:40, None], -1)))
+    assert score.reference_perplexity == pytest.approx(expected, rel=1e-5)
     assert score.keys_values == "float, cache"
 
 
