@@ -28,8 +28,11 @@ Numerics = Literal["exact", "folded"]
 
 
 def round_to_e4m3(x: jax.Array) -> jax.Array:
-    """Rounds to the nearest e4m3 value, saturating at ±448 (a plain cast gives NaN there)."""
-    return jnp.clip(x.astype(jnp.float32), -E4M3_MAX, E4M3_MAX).astype(E4M3)
+    """Rounds to the nearest e4m3 value, saturating at ±448 (a plain cast gives NaN there).
+
+    Behind a barrier: XLA may otherwise drop the rounding where the result is widened again (seen on an H100).
+    """
+    return jax.lax.optimization_barrier(jnp.clip(x.astype(jnp.float32), -E4M3_MAX, E4M3_MAX).astype(E4M3))
 
 
 def _absmax_scale(absmax: jax.Array, largest: float) -> jax.Array:

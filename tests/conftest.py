@@ -17,6 +17,8 @@ import fireq_jax
 # The first example of a test compiles, so deadlines say nothing.
 settings.register_profile("fireq", deadline=None)
 settings.load_profile("fireq")
+# On a GPU float32 products would otherwise run in tf32, and the oracles are float32 or better.
+jax.config.update("jax_default_matmul_precision", "highest")
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
