@@ -72,8 +72,8 @@ def load(source: str | Path, *, dtype: Any = None, revision: str | None = None) 
     return Llama(config, dtype), _assemble(((name, tensors[name]) for name in table), table, dtype)
 
 
-def _common_dtype(tensors: Mapping[str, np.ndarray], names: Mapping[str, Any], dtype: Any, source: str) -> Any:
-    stored = {tensors[name].dtype.name for name in names if not name.endswith("post_rope_scale")}
+def _common_dtype(tensors: Mapping[str, np.ndarray], table: Table, dtype: Any, source: str) -> Any:
+    stored = {tensors[name].dtype.name for name, spec in table.items() if spec.dtype is None}
     if not stored <= set(_FLOATS):
         raise ValueError(f"{source}: weights must be {', '.join(_FLOATS)}, found {', '.join(sorted(stored))}")
     if dtype is not None:
@@ -81,12 +81,11 @@ def _common_dtype(tensors: Mapping[str, np.ndarray], names: Mapping[str, Any], d
     return jnp.dtype(stored.pop()) if len(stored) == 1 else jnp.dtype(jnp.float32)
 
 
-def _assemble(tensors: Iterator[tuple[str, np.ndarray]], table: Mapping[str, TensorSpec], dtype: Any) -> dict[str, Any]:
+def _assemble(tensors: Iterator[tuple[str, np.ndarray]], table: Table, dtype: Any) -> dict[str, Any]:
     params: dict[str, Any] = {}
     for name, value in tensors:
         spec = table[name]
-        # Scales that the rotation applies in float32 are float32, whatever the weights are.
-        kept = np.float32 if spec.path[-1] == "post_rope_scale" else dtype
+        kept = dtype if spec.dtype is None else spec.dtype
         insert(params, spec.path, jnp.asarray(value.astype(kept).reshape(spec.shape)))
     return params
 
@@ -175,7 +174,8 @@ def _own_table(config: LlamaConfig, separate_head: bool, post_rope: Callable[[Te
     shape = (config.num_kv_heads, config.head_dim)
     for i in range(config.num_layers):
         path = (f"layers_{i}", "attention", "post_rope_scale")
-        spec = TensorSpec(f"model.layers.{i}.self_attn.post_rope_scale", path, shape, shape)
+        # The rotation applies it in float32, whatever the weights are.
+        spec = TensorSpec(f"model.layers.{i}.self_attn.post_rope_scale", path, shape, shape, dtype=np.float32)
         if post_rope(spec):
             table[spec.name] = spec
     if separate_head and "lm_head.weight" not in table:

@@ -21,6 +21,7 @@ class TensorSpec:
       stored_shape: shape in the checkpoint.
       shape: shape in the pytree; the same elements in the same order, heads on an axis of their own.
       input_axes: trailing axes of a linear weight that are inputs; 0 for everything else.
+      dtype: what the tensor is, whatever the model's dtype; None follows the model.
     """
 
     name: str
@@ -28,6 +29,7 @@ class TensorSpec:
     stored_shape: tuple[int, ...]
     shape: tuple[int, ...]
     input_axes: int = 0
+    dtype: Any = None
 
 
 def tensor_table(config: LlamaConfig) -> dict[str, TensorSpec]:

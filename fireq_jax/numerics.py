@@ -14,6 +14,11 @@ E4M3_TINY = 2.0**-9
 FIREQ_MAX_EXPONENT = 14
 
 
+def to_grid(w: jax.Array, step: jax.Array) -> jax.Array:
+    """The int4 code, as a float, whose multiple of ``step`` is nearest to w."""
+    return jnp.clip(jnp.round(w / step), INT4_MIN, INT4_MAX)
+
+
 def group_absmax(w: jax.Array, group_size: int) -> jax.Array:
     """``[n, k]`` -> ``[n, k / group_size]`` float32, the largest magnitude of each group."""
     return jnp.max(jnp.abs(w.astype(jnp.float32)).reshape(w.shape[0], -1, group_size), axis=-1)
@@ -83,5 +88,5 @@ def round_weight(w: jax.Array, group_size: int, recipe: Recipe) -> tuple[jax.Arr
     scales, tensor_scale = store_scales(group_absmax(w, group_size) / INT4_MAX, recipe)
     step = scales.astype(jnp.float32) * tensor_scale
     grouped = w.astype(jnp.float32).reshape(*scales.shape, group_size)
-    codes = jnp.clip(jnp.round(grouped / step[..., None]), INT4_MIN, INT4_MAX)
+    codes = to_grid(grouped, step[..., None])
     return pack_int4(codes.astype(jnp.int8).reshape(w.shape)), scales, tensor_scale

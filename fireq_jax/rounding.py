@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fireq_jax.config import Recipe
-from fireq_jax.numerics import E4M3_TINY, group_absmax, store_scales
+from fireq_jax.numerics import E4M3_TINY, group_absmax, store_scales, to_grid
 from pallas_kernels import INT4_MAX, INT4_MIN, pack_int4, round_to_e4m3
 
 # Candidates for a group scale, as fractions of the one that clips nothing.
@@ -20,10 +20,6 @@ SCALE_FRACTIONS = tuple(0.5 + 0.04 * i for i in range(14))
 # Added to the diagonal of H, as a fraction of its mean, so that it can be inverted.
 DAMPING = 0.01
 HIGHEST = jax.lax.Precision.HIGHEST
-
-
-def _to_grid(w: jax.Array, step: jax.Array) -> jax.Array:
-    return jnp.clip(jnp.round(w / step), INT4_MIN, INT4_MAX)
 
 
 def search_scales(w: jax.Array, hessian: jax.Array, group_size: int, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
@@ -59,7 +55,7 @@ def search_scales(w: jax.Array, hessian: jax.Array, group_size: int, recipe: Rec
 
     def error(candidate: jax.Array) -> jax.Array:
         step = (candidate.astype(jnp.float32) * tensor_scale)[..., None]
-        e = grouped - _to_grid(grouped, step) * step
+        e = grouped - to_grid(grouped, step) * step
         return jnp.einsum("ngi,gij,ngj->ng", e, blocks, e, precision=HIGHEST)
 
     def better(best: tuple[jax.Array, jax.Array], fraction: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
@@ -106,7 +102,7 @@ def gptq(w: jax.Array, hessian: jax.Array, step: jax.Array) -> jax.Array:
             i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
             block, codes, errors = state
-            code = _to_grid(block[:, i], steps[:, i])
+            code = to_grid(block[:, i], steps[:, i])
             e = (block[:, i] - code * steps[:, i]) / factor[i, i]
             block = block - e[:, None] * jnp.where(columns > i, factor[i], 0.0)
             return block, codes.at[:, i].set(code), errors.at[:, i].set(e)

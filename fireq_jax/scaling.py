@@ -29,7 +29,7 @@ def _scaled(layer: Mapping[str, Any], factors: Factors) -> Layer:
     return visit(layer, ())
 
 
-def _per_query_head(layer: Mapping[str, Any], per_kv_head: jax.Array) -> jax.Array:
+def per_query_head(layer: Mapping[str, Any], per_kv_head: jax.Array) -> jax.Array:
     """``[kv heads, d]`` -> ``[heads, d]``: every query head takes the values of its key/value head."""
     heads = layer["attention"]["q"]["kernel"].shape[0]
     return jnp.repeat(per_kv_head, heads // per_kv_head.shape[0], axis=0)
@@ -57,7 +57,7 @@ def scale_values(layer: Mapping[str, Any], s: jax.Array) -> Layer:
         {
             ("attention", "v", "kernel"): 1 / s[..., None],
             ("attention", "v", "bias"): 1 / s,
-            ("attention", "o", "kernel"): _per_query_head(layer, s),
+            ("attention", "o", "kernel"): per_query_head(layer, s),
         },
     )
 
@@ -83,7 +83,7 @@ def scale_keys_before_rope(layer: Mapping[str, Any], n: jax.Array) -> Layer:
         scale commutes with the rotation.
     """
     both = jnp.concatenate([n, n], axis=-1)
-    queries = _per_query_head(layer, both)
+    queries = per_query_head(layer, both)
     return _scaled(
         layer,
         {

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from fireq_jax import scaling
-from fireq_jax.numerics import group_absmax
-from pallas_kernels import INT4_MAX, INT4_MIN, quantize_kv, unpack_int4
+from fireq_jax.numerics import group_absmax, to_grid
+from pallas_kernels import INT4_MAX, quantize_kv, unpack_int4
 
 Layer = dict[str, Any]
 LayerStatistics = dict[str, jax.Array]
@@ -45,31 +45,28 @@ def _readers(layer: Layer, place: str) -> jax.Array:
     return jnp.concatenate([kernel.reshape(-1, k) for kernel in kernels])
 
 
-def _share(layer: Layer, place: str, per_input: jax.Array) -> jax.Array:
-    """Averages what must be equal: the query heads of a kv head read the same values. ``[k]`` -> ``[k]``."""
+def _reduce(layer: Layer, place: str, per_input: jax.Array) -> jax.Array:
+    """``[k]`` -> the shape the place's transform takes, averaging what must be equal.
+
+    The query heads of a kv head read the same values: ``[heads · d]`` becomes ``[kv heads, d]`` there.
+    """
     if place != "attention_output":
         return per_input
-    heads, d, _ = layer["attention"]["q"]["kernel"].shape
-    kv_heads = layer["attention"]["v"]["kernel"].shape[0]
-    grouped = per_input.reshape(kv_heads, heads // kv_heads, d)
-    return jnp.broadcast_to(jnp.mean(grouped, axis=1, keepdims=True), grouped.shape).reshape(-1)
+    kv_heads, d, _ = layer["attention"]["v"]["kernel"].shape
+    return jnp.mean(per_input.reshape(kv_heads, -1, d), axis=1)
 
 
-def _apply(layer: Layer, place: str, s: jax.Array) -> Layer:
-    """Applies a scale of ``[k]`` that :func:`_share` has made equal where it must be."""
-    if place == "attention_output":
-        heads, d, _ = layer["attention"]["q"]["kernel"].shape
-        kv_heads = layer["attention"]["v"]["kernel"].shape[0]
-        s = s.reshape(kv_heads, heads // kv_heads, d)[:, 0]
-    return _PLACES[place][2](layer, s)
+def _expand(layer: Layer, place: str, s: jax.Array) -> jax.Array:
+    """What a scale of :func:`_reduce`'s shape does to each input: ``[k]``."""
+    return scaling.per_query_head(layer, s).reshape(-1) if place == "attention_output" else s
 
 
 @jax.jit
 def smooth_by_weights(layer: Layer) -> Layer:
     """FireQ's channel-wise scaling: every input channel's weights get the same mean magnitude. Needs no data."""
-    for place in _PLACES:
-        magnitude = jnp.mean(jnp.abs(_readers(layer, place)), axis=0)
-        layer = _apply(layer, place, 1 / _share(layer, place, jnp.maximum(magnitude, 1e-8)))
+    for place, (_, _, transform) in _PLACES.items():
+        magnitude = jnp.maximum(jnp.mean(jnp.abs(_readers(layer, place)), axis=0), 1e-8)
+        layer = transform(layer, 1 / _reduce(layer, place, magnitude))
     return layer
 
 
@@ -90,30 +87,34 @@ def smooth_by_search(
     Returns:
       The scaled block and its statistics after the scaling.
     """
-    for place, group_size in zip(_PLACES, group_sizes, strict=True):
-        w, hessian = _readers(layer, place), statistics[place]
-        energy = _share(layer, place, jnp.diagonal(hessian))
-        inputs = jnp.sqrt(jnp.maximum(energy, 1e-6 * jnp.mean(energy) + 1e-20))
-        weights = _share(layer, place, jnp.maximum(jnp.mean(jnp.abs(w), axis=0), 1e-8))
-
-        def scale(exponents: jax.Array, inputs: jax.Array = inputs, weights: jax.Array = weights) -> jax.Array:
-            s = inputs ** exponents[0] / weights ** exponents[1]
-            return s / jnp.exp(jnp.mean(jnp.log(s)))
-
-        def error(
-            exponents: jax.Array, w: jax.Array = w, hessian: jax.Array = hessian, group_size: int = group_size,
-            scale: Callable[[jax.Array], jax.Array] = scale,
-        ) -> jax.Array:  # fmt: skip
-            s = scale(exponents)
-            step = jnp.repeat(group_absmax(w * s, group_size) / INT4_MAX, group_size, axis=1) + 1e-20
-            e = jnp.clip(jnp.round(w * s / step), INT4_MIN, INT4_MAX) * step / s - w
-            return jnp.sum(jnp.matmul(e, hessian, precision=HIGHEST) * e)
-
-        candidates = jnp.asarray([(a, b) for a in INPUT_EXPONENTS for b in WEIGHT_EXPONENTS])
-        s = scale(candidates[jnp.argmin(jax.lax.map(error, candidates))])
-        layer = _apply(layer, place, s)
-        statistics = {**statistics, place: hessian / (s[:, None] * s)}
+    for (place, (_, _, transform)), group_size in zip(_PLACES.items(), group_sizes, strict=True):
+        hessian = statistics[place]
+        s = _search_input_scale(layer, place, hessian, group_size)
+        per_input = _expand(layer, place, s)
+        layer = transform(layer, s)
+        statistics = {**statistics, place: hessian / (per_input[:, None] * per_input)}
     return layer, statistics
+
+
+def _search_input_scale(layer: Layer, place: str, hessian: jax.Array, group_size: int) -> jax.Array:
+    """The best candidate, of :func:`_reduce`'s shape."""
+    w = _readers(layer, place)
+    energy = _reduce(layer, place, jnp.diagonal(hessian))
+    inputs = jnp.sqrt(jnp.maximum(energy, 1e-6 * jnp.mean(energy) + 1e-20))
+    weights = _reduce(layer, place, jnp.maximum(jnp.mean(jnp.abs(w), axis=0), 1e-8))
+
+    def scale(exponents: jax.Array) -> jax.Array:
+        s = inputs ** exponents[0] / weights ** exponents[1]
+        return s / jnp.exp(jnp.mean(jnp.log(s)))
+
+    def error(exponents: jax.Array) -> jax.Array:
+        s = _expand(layer, place, scale(exponents))
+        step = jnp.repeat(group_absmax(w * s, group_size) / INT4_MAX, group_size, axis=1) + 1e-20
+        e = to_grid(w * s, step) * step / s - w
+        return jnp.sum(jnp.matmul(e, hessian, precision=HIGHEST) * e)
+
+    candidates = jnp.asarray([(a, b) for a in INPUT_EXPONENTS for b in WEIGHT_EXPONENTS])
+    return scale(candidates[jnp.argmin(jax.lax.map(error, candidates))])
 
 
 def scale_keys_as_fireq(layer: Layer, keys: jax.Array, top_k: int) -> Layer:
