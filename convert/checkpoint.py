@@ -162,22 +162,29 @@ def _named_arrays(config: LlamaConfig, params: Mapping[str, Any]) -> dict[str, j
     return named
 
 
-def _own_table(config: LlamaConfig, separate_head: bool, post_rope: Callable[[TensorSpec], bool]) -> Table:
+def _own_table(config: LlamaConfig, separate_head: bool, present: Callable[[TensorSpec], bool]) -> Table:
     """The tensor table with what only this library's pytrees hold.
 
     Args:
       config: the model.
       separate_head: a tied model has an output projection of its own (a quantised one).
-      post_rope: whether a layer has the tensor of :func:`fireq_jax.scaling.scale_keys_after_rope`.
+      present: whether a layer has one of the tensors that are applied behind the rotation of keys
+        (:mod:`fireq_jax.scaling`).
     """
     table = tensor_table(config)
-    shape = (config.num_kv_heads, config.head_dim)
+    per_channel = (config.num_kv_heads, config.head_dim)
+    behind_rope = {
+        "post_rope_scale": per_channel,
+        "key_offset": per_channel,
+        "key_rotation": (config.head_dim, config.head_dim),
+    }
     for i in range(config.num_layers):
-        path = (f"layers_{i}", "attention", "post_rope_scale")
-        # The rotation applies it in float32, whatever the weights are.
-        spec = TensorSpec(f"model.layers.{i}.self_attn.post_rope_scale", path, shape, shape, dtype=np.float32)
-        if post_rope(spec):
-            table[spec.name] = spec
+        for leaf, shape in behind_rope.items():
+            # Applied in float32, whatever the weights are.
+            path = (f"layers_{i}", "attention", leaf)
+            spec = TensorSpec(f"model.layers.{i}.self_attn.{leaf}", path, shape, shape, dtype=np.float32)
+            if present(spec):
+                table[spec.name] = spec
     if separate_head and "lm_head.weight" not in table:
         shape = (config.vocab_size, config.hidden_size)
         table["lm_head.weight"] = TensorSpec("lm_head.weight", ("lm_head", "kernel"), shape, shape, 1)

@@ -1,121 +1,197 @@
-"""Measures what quantisation recipes cost on the embedded model and writes docs/accuracy.md's table.
+"""Measures what quantisation recipes cost on the embedded model; raw numbers go to docs/results/accuracy.json.
 
-    uv run python examples/accuracy.py
+    uv run python examples/accuracy_texts.py texts.json
+    uv run python examples/accuracy.py texts.json
+    uv run --group plots python examples/accuracy_report.py
 
-The texts come with this repository and with CPython: calibration on its help topics (``pydoc_data.topics``),
-evaluation on source code of the standard library, the text of the Apache licence, and a story. Raw numbers go to
-docs/results.
+Meant for a GPU, where it takes some minutes; on two CPU cores it takes hours.
 """
 
-import asyncio.base_events
+import argparse
 import json
 import platform
 import subprocess
+import sys
 import time
-from importlib.metadata import version
-from importlib.resources import files
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import convert
 import fireq_jax
-from fireq_jax.demo import calibration_tokens, default_calibration_text
+from pallas_kernels import quantize_fp8
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "accuracy.json"
-PAGE = ROOT / "docs" / "accuracy.md"
-BEGIN, END = "<!-- table: examples/accuracy.py -->", "<!-- end of table -->"
-WINDOW = 512
-CALIBRATION_TOKENS = 8192
-RECIPES = {
-    "rtn": fireq_jax.PRESETS["rtn"],
-    "fireq": fireq_jax.PRESETS["fireq"],
-    "best": fireq_jax.PRESETS["best"],
-    "best, float cache": fireq_jax.Recipe("best", smoothing="search", rounding="gptq", kv_cache="float"),
-    "best without smoothing": fireq_jax.Recipe("best", keys="search", rounding="gptq"),
-    "rtn with searched keys": fireq_jax.Recipe("rtn", keys="search"),
-}
+WINDOW = 1024
+EVALUATED_TOKENS = 5120  # of each text
+CALIBRATION_WINDOW = 512
+# Tokens of each source of calibration text.
+CALIBRATION_TOKENS = {"help": 8192, "library": 8192, "english": 16384}
+DRAWS = 3
+P = fireq_jax.PRESETS
 
 
-def texts() -> dict[str, str]:
-    return {
-        "code": Path(asyncio.base_events.__file__).read_text("utf-8")[:8000],
-        "licence": (ROOT / "LICENSE").read_text("utf-8")[:7000],
-        "story": files("fireq_jax").joinpath("data/passage.txt").read_text("utf-8"),
-    }
+def no_cache(recipe: fireq_jax.Recipe) -> fireq_jax.Recipe:
+    return replace(recipe, kv_cache="float")
 
 
-def measure() -> dict[str, Any]:
-    model, params = convert.load(convert.embedded_model(), dtype="float32")
-    tokenizer = convert.load_tokenizer(convert.embedded_model())
-    evaluation = {name: tokenizer(text)["input_ids"] for name, text in texts().items()}
+def weights_only(recipe: fireq_jax.Recipe) -> fireq_jax.Recipe:
+    return replace(recipe, kv_cache="float", activations="none")
+
+
+def cache_only(recipe: fireq_jax.Recipe) -> fireq_jax.Recipe:
+    return replace(P["kv4"], keys=recipe.keys, values=recipe.values)
+
+
+# Name, recipe, calibration draws; most wanted first, in case time runs out.
+RECIPES = [
+    ("rtn", P["rtn"], 1),
+    ("data_free", P["data_free"], 1),
+    ("fireq", P["fireq"], DRAWS),
+    ("best", P["best"], DRAWS),
+    ("learned", P["learned"], 2),
+    ("best: W4A8", no_cache(P["best"]), 1),
+    ("best: W4", weights_only(P["best"]), 1),
+    ("best: KV4", cache_only(P["best"]), 1),
+    ("rtn: W4A8", no_cache(P["rtn"]), 1),
+    ("rtn: W4", weights_only(P["rtn"]), 1),
+    ("rtn: KV4", cache_only(P["rtn"]), 1),
+    ("fireq: W4A8", no_cache(P["fireq"]), 1),
+    ("fireq: W4", weights_only(P["fireq"]), 1),
+    ("fireq: KV4", cache_only(P["fireq"]), 1),
+    ("best, folded", replace(P["best"], numerics="folded"), 1),
+    ("best, not sequential", replace(P["best"], sequential=False), 1),
+    ("best, keys searched", replace(P["best"], keys="search", values="none"), 1),
+    ("fireq, folded", replace(P["fireq"], numerics="folded"), 1),
+    ("fireq_bf16", P["fireq_bf16"], 1),
+]
+
+
+def draw(sources: dict[str, np.ndarray], seed: int) -> np.ndarray:
+    """Windows spread over every source, at places that depend on the seed."""
+    rng = np.random.default_rng(seed)
+    windows = []
+    for name, count in CALIBRATION_TOKENS.items():
+        ids, n = sources[name], count // CALIBRATION_WINDOW
+        starts = (np.arange(n) + rng.random(n)) * (len(ids) - CALIBRATION_WINDOW) / n
+        windows += [ids[int(start) : int(start) + CALIBRATION_WINDOW] for start in starts]
+    return np.concatenate(windows)
+
+
+def with_rounded_inputs(params: dict[str, Any]) -> dict[str, Any]:
+    """Float parameters whose linear weights are marked for :func:`fp8_inputs`."""
+
+    def mark(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        marked = {key: mark(value) for key, value in node.items()}
+        return {**marked, "rounded_input": jnp.ones(())} if "kernel" in node else marked
+
+    return {name: mark(part) if name.startswith("layers_") else part for name, part in params.items()}
+
+
+@contextmanager
+def fp8_inputs() -> Iterator[None]:
+    """Rounds the input of marked linear layers to e4m3 per token."""
+
+    def rounded(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        module = context.module
+        if context.method_name == "__call__" and module.has_variable("params", "rounded_input"):
+            x, axes = args[0], tuple(range(-len(module.in_shape), 0))
+            codes, scale = quantize_fp8(x, axis=axes)
+            args = ((codes.astype(jnp.float32) * jnp.expand_dims(scale, axes)).astype(x.dtype), *args[1:])
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(rounded):
+        yield
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
-    calibration = fireq_jax.calibrate(
-        model, params, calibration_tokens(tokenizer, default_calibration_text(), CALIBRATION_TOKENS), window=WINDOW
-    )
-    seconds = {"calibrate": time.perf_counter() - began}
-    rows = []
-    for name, recipe in RECIPES.items():
-        began = time.perf_counter()
-        quantized = jax.block_until_ready(fireq_jax.quantize(params, recipe, calibration=calibration))
-        seconds[name] = time.perf_counter() - began
+    source = args.model or convert.embedded_model()
+    model, params = convert.load(source, dtype="float32")
+    tokenizer = convert.load_tokenizer(source)
+    texts = json.loads(args.texts.read_text("utf-8"))
+    evaluation = {name: tokenizer(text)["input_ids"][:EVALUATED_TOKENS] for name, text in texts["evaluation"].items()}
+    sources = {name: np.asarray(tokenizer(text)["input_ids"]) for name, text in texts["calibration"].items()}
+    rows: list[dict[str, Any]] = []
+
+    def record(name: str, seed: int, quantized: Any, seconds: float) -> None:
         scores = {
-            text: fireq_jax.evaluate(model, quantized, np.asarray(ids), reference=params, window=WINDOW).to_dict()
+            text: fireq_jax.evaluate(model, quantized, ids, reference=params, window=WINDOW).to_dict()
             for text, ids in evaluation.items()
         }
-        rows.append({"recipe": name, "texts": scores})
-        print(name, {text: round(score["kl"], 4) for text, score in scores.items()}, flush=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        rows.append({"recipe": name, "draw": seed, "seconds": seconds, "texts": scores})
+        kl = np.mean([score["kl"] for score in scores.values()])
+        print(f"{time.perf_counter() - began:5.0f} s  {name}, draw {seed}: KL {kl:.4f}", flush=True)
+
+    @cache
+    def calibration(seed: int) -> Any:
+        return fireq_jax.calibrate(model, params, draw(sources, seed), window=CALIBRATION_WINDOW)
+
+    for name, recipe, draws in RECIPES:
+        for seed in range(draws):
+            if time.perf_counter() - began > args.seconds:
+                continue
+            reads_data = recipe.needs_calibration or (recipe.keys != "none" and recipe.name != "data_free")
+            statistics = calibration(seed) if reads_data else None
+            start = time.perf_counter()
+            quantized = jax.block_until_ready(fireq_jax.quantize(params, recipe, calibration=statistics))
+            record(name, seed, quantized, time.perf_counter() - start)
+    with fp8_inputs():
+        record("A8", 0, with_rounded_inputs(params), 0.0)
     return {
-        "command": "uv run python examples/accuracy.py",
-        "commit": commit.stdout.strip(),
+        "command": " ".join(["python", *sys.argv]),
+        "commit": args.commit or git_commit(),
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("fireq-jax", "jax", "flax", "numpy")},
+        "versions": {name: installed(name) for name in ("jax", "jaxlib", "flax", "numpy", "optax")},
         "model": "SmolLM2-135M-Instruct (GGUF Q4_1, dequantised to float32)",
         "window": WINDOW,
         "calibration_tokens": CALIBRATION_TOKENS,
-        "seconds": seconds,
+        "calibration_window": CALIBRATION_WINDOW,
         "rows": rows,
     }
 
 
-def average(scores: dict[str, Any], key: str) -> float:
-    """Mean over all scored tokens of all texts."""
-    weights = [score["scored_tokens"] for score in scores.values()]
-    return float(np.average([score[key] for score in scores.values()], weights=weights))
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
-def table(results: dict[str, Any]) -> str:
-    names = list(results["rows"][0]["texts"])
-    tokens = sum(score["scored_tokens"] for score in results["rows"][0]["texts"].values())
-    lines = [
-        f"{results['model']}, windows of {results['window']}, {tokens} scored tokens, calibration on "
-        f"{results['calibration_tokens']} tokens; keys and values through the cache. KL in nats per token.",
-        "",
-        "| recipe | KL | top-1 agreement | " + " | ".join(f"KL, {name}" for name in names) + " | seconds |",
-        "|---|---|---|" + "---|" * len(names) + "---|",
-    ]
-    for row in results["rows"]:
-        scores = row["texts"]
-        each = " | ".join(f"{scores[name]['kl']:.3f}" for name in names)
-        overall = f"{average(scores, 'kl'):.3f} | {average(scores, 'top1_agreement'):.1%}"
-        lines.append(f"| {row['recipe']} | {overall} | {each} | {results['seconds'][row['recipe']]:.0f} |")
-    lines += ["", f"Device: {results['device']}; commit {results['commit'][:12]}; calibration took "
-                  f"{results['seconds']['calibrate']:.0f} s more."]  # fmt: skip
-    return "\n".join(lines)
+def git_commit() -> str:
+    return subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def main() -> None:
-    results = measure()
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    before, rest = PAGE.read_text("utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}", encoding="utf-8")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", type=Path, help="what accuracy_texts.py wrote")
+    parser.add_argument("--model", type=Path, help="a GGUF file or a folder; the embedded model if left out")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after this time")
+    parser.add_argument("--commit", help="to record, where there is no git")
+    args = parser.parse_args()
+    # float32 products on a GPU would otherwise run in tf32.
+    with jax.default_matmul_precision("highest"):
+        results = measure(args)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    staged = args.out.with_suffix(".partial")
+    staged.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    staged.rename(args.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """INT4 weights and INT4 KV cache with FP8 activations for Llama models in JAX, after FireQ (arXiv 2505.20839)."""
 
-from fireq_jax.calibrate import calibrate
+from fireq_jax.calibrate import calibrate, load_calibration, save_calibration
 from fireq_jax.config import PRESETS, LlamaConfig, Recipe, RopeConfig
 from fireq_jax.evaluate import Evaluation, evaluate
 from fireq_jax.generate import Generation, generate, generate_stream
@@ -26,7 +26,9 @@ __all__ = [
     "evaluate",
     "generate",
     "generate_stream",
+    "load_calibration",
     "parameter_bytes",
     "quantize",
     "recipe_of",
+    "save_calibration",
 ]

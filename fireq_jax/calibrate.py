@@ -1,19 +1,26 @@
 """What a float model's activations look like on a text: the statistics that calibrated quantisation reads."""
 
+import json
+import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from fireq_jax.layers import DecoderBlock, rope_tables
+from fireq_jax.config import LlamaConfig
 from fireq_jax.llama import Llama
 from fireq_jax.quantize import layer_names, recipe_of
+from fireq_jax.streams import block_inputs, observe_block
 
 # Rotated keys kept per layer, spread over the whole text, for choosing the scales of the key cache.
-KEY_SAMPLES = 512
+KEY_SAMPLES = 2048
+CALIBRATION_VERSION = 1
 Statistics = dict[str, Any]
 
 
@@ -40,7 +47,8 @@ def calibrate(
       progress: called with (layers done, layers in all).
 
     Returns:
-      Per layer name (``"layers_0"`` ...), as float32 numpy arrays:
+      ``tokens``, ``[windows, window]`` int32, and ``config``, the model's (part of the structure, no array); and per
+      layer name (``"layers_0"`` ...), as float32 numpy arrays:
 
       - ``attention_input``, ``attention_output``, ``mlp_input``, ``mlp_hidden``: second moments ``E[x xᵀ]``,
         ``[k, k]``, of the inputs of q/k/v, of o, of gate/up and of down.
@@ -63,20 +71,22 @@ def calibrate(
         raise ValueError(f"token ids {ids.min()} to {ids.max()} leave the vocabulary of {config.vocab_size}")
     ids = ids[: ids.size - ids.size % window].reshape(-1, window).astype(np.int32)
     hidden = [np.asarray(_embed(params["embed"]["embedding"], row)) for row in ids]
-    block = DecoderBlock(config, jnp.float32)
     samples = -(-KEY_SAMPLES // len(hidden))
     names = layer_names(params)
-    statistics: Statistics = {}
+    statistics: Statistics = {"tokens": ids, "config": config}
     for done, name in enumerate(names, 1):
-        total = None
+        sums: dict[str, jax.Array] = {}
+        maxima: dict[str, jax.Array] = {}
         keys = []
         for i, x in enumerate(hidden):
-            x, sums, sampled = _observe(block, params[name], x, min(samples, window))
+            x, window_sums, window_maxima, sampled = _observe(config, params[name], x, min(samples, window))
             hidden[i] = np.asarray(x)
-            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+            sums = {key: sums.get(key, 0) + value for key, value in window_sums.items()}
+            maxima = {key: jnp.maximum(maxima.get(key, 0), value) for key, value in window_maxima.items()}
             keys.append(np.asarray(sampled))
-        means = jax.tree.map(lambda x: np.asarray(x) / ids.size, total)
-        statistics[name] = {**means, "keys": np.concatenate(keys)}
+        statistics[name] = {key: np.asarray(value) / ids.size for key, value in sums.items()}
+        statistics[name] |= {key: np.asarray(value) for key, value in maxima.items()}
+        statistics[name]["keys"] = np.concatenate(keys)
         if progress is not None:
             progress(done, len(names))
     return statistics
@@ -89,28 +99,71 @@ def _embed(embedding: jax.Array, row: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnums=(0, 3))
 def _observe(
-    block: DecoderBlock, layer: Mapping[str, Any], x: jax.Array, samples: int
-) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
-    """The block's output for one window, sums of its statistics over the window, and a sample of its keys."""
+    config: LlamaConfig, layer: dict[str, Any], x: jax.Array, samples: int
+) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array], jax.Array]:
+    """The block's output for one window, the window's sums and maxima, and a sample of its keys."""
     t = x.shape[1]
-    config = block.config
-    rope = rope_tables(config, jnp.arange(t)[None])
-    starts, lengths = jnp.zeros(1, jnp.int32), jnp.full(1, t, jnp.int32)
-    result: Any = block.apply({"params": layer}, x, rope, None, starts, lengths, "prefill", mutable=["statistics"])
-    (out, _), state = result
-    seen = state["statistics"]
-
-    def second_moment(part: str, projection: str) -> jax.Array:
-        rows = seen[part][projection]["input"][0].astype(jnp.float32).reshape(t, -1)
-        return jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
-
+    out, seen = observe_block(config, layer, x)
     queries = seen["attention"]["queries"][0][0].reshape(t, config.num_kv_heads, -1, config.head_dim)
     sums = {
-        "attention_input": second_moment("attention", "q"),
-        "attention_output": second_moment("attention", "o"),
-        "mlp_input": second_moment("mlp", "gate"),
-        "mlp_hidden": second_moment("mlp", "down"),
-        "query_energy": jnp.sum(jnp.mean(jnp.square(queries), axis=2), axis=0),
+        place: jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
+        for place, rows in block_inputs(seen).items()
     }
-    picked = jnp.linspace(0, t - 1, samples).astype(jnp.int32)
-    return out, sums, seen["attention"]["keys"][0][0][picked]
+    sums["query_energy"] = jnp.sum(jnp.mean(jnp.square(queries), axis=2), axis=0)
+    keys = seen["attention"]["keys"][0][0]
+    low, high = jnp.split(keys, 2, axis=-1)
+    maxima = {
+        "key_absmax": jnp.max(jnp.abs(keys), axis=0),
+        "key_pair_norm": jnp.max(jnp.sqrt(low**2 + high**2), axis=0),
+    }
+    return out, sums, maxima, keys[jnp.linspace(0, t - 1, samples).astype(jnp.int32)]
+
+
+def save_calibration(path: str | Path, calibration: Mapping[str, Any]) -> None:
+    """Writes what :func:`calibrate` returned to one safetensors file, under a temporary name first.
+
+    Args:
+      path: the file; an existing one is replaced.
+      calibration: statistics and tokens.
+    """
+    target = Path(path).expanduser().absolute()
+    arrays = {
+        f"{layer}/{name}": np.ascontiguousarray(value)
+        for layer, statistics in calibration.items()
+        if layer not in ("tokens", "config")
+        for name, value in statistics.items()
+    }
+    metadata = {"fireq_calibration": str(CALIBRATION_VERSION), "config": json.dumps(calibration["config"].to_hf())}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as staging:
+        whole = Path(staging) / target.name
+        save_file({**arrays, "tokens": np.ascontiguousarray(calibration["tokens"])}, whole, metadata)
+        whole.rename(target)
+
+
+def load_calibration(path: str | Path) -> Statistics:
+    """Reads what :func:`save_calibration` wrote.
+
+    Raises:
+      ValueError: the file is no calibration, or one of another version.
+      FileNotFoundError: there is no such file.
+    """
+    source = Path(path).expanduser()
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} is not a file")
+    try:
+        with safe_open(source, "numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except SafetensorError as error:
+        raise ValueError(f"{source} is not a safetensors file, or a damaged one: {error}") from error
+    if (found := metadata.get("fireq_calibration")) != str(CALIBRATION_VERSION):
+        raise ValueError(f"{source} holds calibration format {found}; this version reads {CALIBRATION_VERSION}")
+    calibration: Statistics = {
+        "tokens": arrays.pop("tokens"),
+        "config": LlamaConfig.from_hf(json.loads(metadata["config"])),
+    }
+    for name, value in arrays.items():
+        layer, statistic = name.split("/")
+        calibration.setdefault(layer, {})[statistic] = value
+    return calibration

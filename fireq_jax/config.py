@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
@@ -48,6 +48,8 @@ class RopeConfig:
         return base.astype(np.float32)
 
 
+# Without arrays, too, it travels inside the statistics of a calibration.
+@jax.tree_util.register_static
 @dataclass(frozen=True)
 class LlamaConfig:
     """Sizes and settings of a Llama-family decoder; hashable, so that it can be static under ``jax.jit``.
@@ -247,13 +249,22 @@ class Recipe:
       numerics: "exact" or "folded", see :func:`pallas_kernels.int4_fp8_matmul`.
       activations: "fp8" rounds the input of every quantised weight to e4m3 per token, "none" leaves it alone.
       kv_cache: "int4", or "float" for a cache in the model's dtype (queries then stay unrounded, too).
-      smoothing: channel-wise scaling of linear inputs. "none"; "mean" is FireQ's, from weights alone; "search" picks
-        powers of input and weight magnitudes by output error (needs a calibration).
-      keys: scaling of keys against queries. "none"; "fireq" scales pairs before and the largest channels after RoPE;
-        "search" scales every channel after RoPE by score error (both need a calibration).
+      weights: "int4", or "none" to leave linear weights and activations as they are and have an int4 cache alone.
+      smoothing: channel-wise scaling of linear inputs. "none"; "mean" is FireQ's, from weights alone, and "absmax" the
+        same with the largest magnitude instead of the mean one; "search" picks powers of input and weight magnitudes
+        by output error (needs a calibration).
+      keys: how keys are prepared for int4, against queries. "none"; "fireq" scales pairs before and the largest
+        channels after RoPE; "search" scales every channel after RoPE by score error; "hadamard" scales every channel
+        after RoPE, subtracts a constant that softmax does not see, and mixes channels (from weights alone if there is
+        no calibration, which the other two need).
       key_top_k: channels per head that "fireq" scales after RoPE, besides their partners.
-      rounding: "nearest", or "gptq": group scales searched by output error, error-compensated codes (needs a
-        calibration).
+      values: "none", or "hadamard" to mix each head's value channels, folded into weights.
+      rounding: "nearest"; "search" for group scales searched by output error (by weight error if there is no
+        calibration); or "gptq" for such scales with error-compensated codes (needs a calibration).
+      sequential: "gptq" sees the inputs that the already quantised layers produce, instead of the float model's, and
+        makes up for part of their error. Takes another two passes over the calibration text.
+      refine: tune norm gains and rotation scales by distillation from the float model behind everything else, three
+        passes of training over the calibration text (needs a calibration).
       lm_head: quantise the output projection as well. A tied embedding keeps its float copy for the input side.
     """
 
@@ -264,10 +275,14 @@ class Recipe:
     numerics: Literal["exact", "folded"] = "exact"
     activations: Literal["fp8", "none"] = "fp8"
     kv_cache: Literal["int4", "float"] = "int4"
-    smoothing: Literal["none", "mean", "search"] = "none"
-    keys: Literal["none", "fireq", "search"] = "none"
+    weights: Literal["int4", "none"] = "int4"
+    smoothing: Literal["none", "mean", "absmax", "search"] = "none"
+    keys: Literal["none", "fireq", "search", "hadamard"] = "none"
     key_top_k: int = 3
-    rounding: Literal["nearest", "gptq"] = "nearest"
+    values: Literal["none", "hadamard"] = "none"
+    rounding: Literal["nearest", "search", "gptq"] = "nearest"
+    sequential: bool = False
+    refine: bool = False
     lm_head: bool = False
 
     def __post_init__(self) -> None:
@@ -277,13 +292,19 @@ class Recipe:
             "numerics": ("exact", "folded"),
             "activations": ("fp8", "none"),
             "kv_cache": ("int4", "float"),
-            "smoothing": ("none", "mean", "search"),
-            "keys": ("none", "fireq", "search"),
-            "rounding": ("nearest", "gptq"),
+            "weights": ("int4", "none"),
+            "smoothing": ("none", "mean", "absmax", "search"),
+            "keys": ("none", "fireq", "search", "hadamard"),
+            "values": ("none", "hadamard"),
+            "rounding": ("nearest", "search", "gptq"),
         }
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(allowed)}")
+        if self.weights == "none" and (self.rounding, self.lm_head) != ("nearest", False):
+            raise ValueError("weights='none' rounds no weight; it goes with rounding='nearest' and lm_head=False")
+        if self.sequential and self.rounding != "gptq":
+            raise ValueError(f"sequential=True needs rounding='gptq', not {self.rounding!r}")
         if self.key_top_k < 0:
             raise ValueError(f"key_top_k={self.key_top_k} must not be negative")
         sizes = (self.group_size,) if isinstance(self.group_size, int) else self.group_size
@@ -293,18 +314,22 @@ class Recipe:
     @property
     def needs_calibration(self) -> bool:
         """Whether the recipe reads statistics of activations."""
-        return self.smoothing == "search" or self.keys != "none" or self.rounding == "gptq"
+        return self.smoothing == "search" or self.keys in ("fireq", "search") or self.rounding == "gptq" or self.refine
 
 
+_BEST = Recipe("best", smoothing="search", keys="hadamard", values="hadamard", rounding="gptq", sequential=True)
 PRESETS: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe("rtn"),
         Recipe("rtn_bf16", scales="sigma_bf16"),
         Recipe("rtn_folded", numerics="folded"),
+        Recipe("data_free", smoothing="mean", keys="hadamard", values="hadamard", rounding="search"),
         Recipe("fireq", tensor_scale="fireq", smoothing="mean", keys="fireq"),
         Recipe("fireq_bf16", scales="sigma_bf16", smoothing="mean", keys="fireq"),
-        Recipe("best", smoothing="search", keys="search", rounding="gptq"),
+        _BEST,
+        replace(_BEST, name="learned", refine=True),
+        Recipe("kv4", weights="none", keys="hadamard", values="hadamard"),
     )
 }
 

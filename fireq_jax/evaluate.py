@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fireq_jax.kv_cache import KVCache
+from fireq_jax.kv_cache import CacheKind, empty_layer_cache
+from fireq_jax.layers import AttentionMode, DecoderBlock, rope_tables
 from fireq_jax.llama import Llama
-from fireq_jax.quantize import recipe_of
+from fireq_jax.quantize import layer_names, recipe_of
 
 Through = Literal["cache", "prefill"]
 
@@ -112,8 +113,11 @@ def evaluate(
         padded[0, : end - start] = ids[start:end]
         targets = start + 1 + np.arange(window - 1)
         weights = (targets < end) & (targets >= scored_to)
-        length = np.int32(end - start)
-        totals += _score_window(model, params, reference, padded, length, weights.astype(np.float32), through)
+        length = np.full(1, end - start, np.int32)
+        x = _hidden(model, params, padded, length, through)
+        reference_x = None if reference is None else _hidden(model, reference, padded, length, through)
+        ends, reference_ends = _ends(params), None if reference is None else _ends(reference)
+        totals += _score(model, ends, reference_ends, x, reference_x, padded, weights.astype(np.float32))
         scored_to = end
         if progress is not None:
             progress(index + 1, len(starts))
@@ -131,38 +135,76 @@ def evaluate(
     )
 
 
-@partial(jax.jit, static_argnums=(0, 6))
-def _score_window(
+def _hidden(
+    model: Llama, params: Mapping[str, Any], tokens: np.ndarray, length: np.ndarray, through: Through
+) -> jax.Array:
+    """Hidden states behind the last block, one block at a time.
+
+    One compiled block serves all layers, and every recipe whose weights have the same layout.
+    """
+    recipe = recipe_of(params)
+    kind = None if recipe is None else recipe.kv_cache
+    x = _embed(model, params["embed"]["embedding"], tokens)
+    for name in layer_names(params):
+        x = _apply_block(model, params[name], x, length, kind, through)
+    return x
+
+
+def _ends(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters outside the blocks."""
+    return {name: params[name] for name in ("embed", "final_norm", "lm_head") if name in params}
+
+
+@partial(jax.jit, static_argnums=0)
+def _embed(model: Llama, embedding: jax.Array, tokens: jax.Array) -> jax.Array:
+    return embedding[tokens].astype(model.dtype)
+
+
+@partial(jax.jit, static_argnums=(0, 4, 5))
+def _apply_block(
     model: Llama,
-    params: Mapping[str, Any],
-    reference: Mapping[str, Any] | None,
-    tokens: jax.Array,
+    layer: Mapping[str, Any],
+    x: jax.Array,
     length: jax.Array,
-    weights: jax.Array,
+    kind: CacheKind | None,
     through: Through,
+) -> jax.Array:
+    """One block over sequences that start at position 0; ``kind`` is that of the cache, None for none."""
+    block = DecoderBlock(model.config, model.dtype, model.implementation)
+    cache = None if kind is None else empty_layer_cache(model.config, x.shape[0], x.shape[1], kind, model.dtype)
+    mode: AttentionMode = "cached" if cache is not None and through == "cache" else "prefill"
+    rope = rope_tables(model.config, jnp.arange(x.shape[1])[None])
+    starts = jnp.zeros(x.shape[0], jnp.int32)
+    result: Any = block.apply({"params": layer}, x, rope, cache, starts, length, mode)
+    return result[0]
+
+
+@partial(jax.jit, static_argnums=0)
+def _score(
+    model: Llama,
+    ends: Mapping[str, Any],
+    reference_ends: Mapping[str, Any] | None,
+    x: jax.Array,
+    reference_x: jax.Array | None,
+    tokens: jax.Array,
+    weights: jax.Array,
 ) -> jax.Array:
     """Sums over one window: negative log-likelihood of model and reference, KL, agreement, count.
 
-    ``weights`` picks the targets.
+    ``weights`` picks the targets; ``ends`` are the parameters outside the blocks.
     """
-    log_p = jax.nn.log_softmax(_window_logits(model, params, tokens, length, through)[0, :-1])
+
+    def log_probabilities(ends: Mapping[str, Any], x: jax.Array) -> jax.Array:
+        logits: Any = model.apply({"params": ends}, x, method="logits")
+        return jax.nn.log_softmax(logits[0, :-1])
+
+    log_p = log_probabilities(ends, x)
     targets = tokens[0, 1:, None]
     nll = -jnp.take_along_axis(log_p, targets, axis=-1)[:, 0]
     reference_nll = kl = agreement = jnp.zeros_like(nll)
-    if reference is not None:
-        log_ref = jax.nn.log_softmax(_window_logits(model, reference, tokens, length, through)[0, :-1])
+    if reference_ends is not None and reference_x is not None:
+        log_ref = log_probabilities(reference_ends, reference_x)
         reference_nll = -jnp.take_along_axis(log_ref, targets, axis=-1)[:, 0]
         kl = jnp.sum(jnp.exp(log_ref) * (log_ref - log_p), axis=-1)
         agreement = (jnp.argmax(log_ref, axis=-1) == jnp.argmax(log_p, axis=-1)).astype(jnp.float32)
     return jnp.stack([jnp.sum(weights * x) for x in (nll, reference_nll, kl, agreement, jnp.ones_like(nll))])
-
-
-def _window_logits(
-    model: Llama, params: Mapping[str, Any], tokens: jax.Array, length: jax.Array, through: Through
-) -> jax.Array:
-    recipe = recipe_of(params)
-    cache = None
-    if recipe is not None:
-        cache = KVCache.zeros(model.config, 1, tokens.shape[1], recipe.kv_cache, model.dtype)
-    logits: Any = model.apply({"params": params}, tokens, length[None], cache, through)
-    return logits

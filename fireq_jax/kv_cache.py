@@ -88,6 +88,14 @@ class FloatLayerCache:
 
 
 LayerCache = Int4LayerCache | FloatLayerCache
+CacheKind = Literal["int4", "float"]
+
+
+def empty_layer_cache(config: LlamaConfig, batch: int, capacity: int, kind: CacheKind, dtype: Any) -> LayerCache:
+    """One layer's part of :meth:`KVCache.zeros`."""
+    if kind == "int4":
+        return Int4LayerCache.zeros(config, batch, capacity)
+    return FloatLayerCache.zeros(config, batch, capacity, dtype)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["layers", "lengths"], meta_fields=[])
@@ -109,7 +117,7 @@ class KVCache:
         config: LlamaConfig,
         batch: int,
         capacity: int,
-        kind: Literal["int4", "float"] = "int4",
+        kind: CacheKind = "int4",
         dtype: Any = jnp.bfloat16,
     ) -> "KVCache":
         """An empty cache.
@@ -129,12 +137,8 @@ class KVCache:
         if kind not in ("int4", "float"):
             raise ValueError(f"cache {kind=} must be 'int4' or 'float'")
 
-        def layer() -> LayerCache:
-            if kind == "int4":
-                return Int4LayerCache.zeros(config, batch, capacity)
-            return FloatLayerCache.zeros(config, batch, capacity, dtype)
-
-        return cls(tuple(layer() for _ in range(config.num_layers)), jnp.zeros(batch, jnp.int32))
+        layers = tuple(empty_layer_cache(config, batch, capacity, kind, dtype) for _ in range(config.num_layers))
+        return cls(layers, jnp.zeros(batch, jnp.int32))
 
     @property
     def capacity(self) -> int:
@@ -146,7 +150,7 @@ class KVCache:
         return replace(self, layers=layers, lengths=self.lengths + lengths)
 
 
-def cache_bytes_per_token(config: LlamaConfig, kind: Literal["int4", "float"], dtype: Any = jnp.bfloat16) -> int:
+def cache_bytes_per_token(config: LlamaConfig, kind: CacheKind, dtype: Any = jnp.bfloat16) -> int:
     """Bytes that one token of one sequence takes in all layers of a cache."""
     shapes = jax.eval_shape(lambda: KVCache.zeros(config, 1, 1, kind, dtype).layers)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))

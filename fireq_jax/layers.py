@@ -205,6 +205,7 @@ class Attention(nn.Module):
         query_scale, key_scale = self._post_rope_scales()
         q = apply_rope(linear("q", (config.hidden_size,), query_shape)(x), *rope, query_scale)
         k = apply_rope(linear("k", (config.hidden_size,), kv_shape)(x), *rope, key_scale)
+        q, k = self._mix_channels(q, k)
         v = linear("v", (config.hidden_size,), kv_shape)(x)
 
         self.sow("statistics", "queries", q)
@@ -225,6 +226,15 @@ class Attention(nn.Module):
             return None, None
         scale: jax.Array = self.get_variable("params", "post_rope_scale")
         return jnp.repeat(scale, self.config.num_heads // self.config.num_kv_heads, axis=0), 1 / scale
+
+    def _mix_channels(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Applies :func:`rotate_keys_after_rope`'s leaves, if the pytree has them."""
+        if not self.has_variable("params", "key_rotation"):
+            return q, k
+        rotation: jax.Array = self.get_variable("params", "key_rotation")
+        offset: jax.Array = self.get_variable("params", "key_offset")
+        highest = jax.lax.Precision.HIGHEST
+        return jnp.matmul(q, rotation, precision=highest), jnp.matmul(k - offset, rotation, precision=highest)
 
     def _int4_attention(
         self,

@@ -70,6 +70,17 @@ class Llama(nn.Module):
         hidden, _ = self._hidden(tokens, lengths, cache, "cached" if cached else "prefill")
         return self._logits(hidden)
 
+    def logits(self, x: jax.Array) -> jax.Array:
+        """The model's end alone, for callers who walk through its blocks one at a time.
+
+        Args:
+          x: ``[batch, t, hidden]``, what the last block put out.
+
+        Returns:
+          ``[batch, t, vocab]`` float32.
+        """
+        return self._logits(self.final_norm(x))
+
     def prefill(
         self, tokens: jax.Array, lengths: jax.Array, cache: KVCache, continued: bool = False
     ) -> tuple[jax.Array, KVCache]:

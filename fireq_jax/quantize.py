@@ -6,16 +6,20 @@ the rounding and see the whole pytree of float weights; the rounding sees one we
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fireq_jax import smoothing
-from fireq_jax.config import Recipe, resolve_recipe
+from fireq_jax.config import LlamaConfig, Recipe, resolve_recipe
 from fireq_jax.numerics import round_weight
 from fireq_jax.qtensor import Int4Weight, is_int4
-from fireq_jax.rounding import round_weight_calibrated
+from fireq_jax.refine import refine_gains, refinement_steps
+from fireq_jax.rounding import corrected_weight, round_weights_calibrated
+from fireq_jax.streams import Streams
 
 Params = dict[str, Any]
 
@@ -29,15 +33,12 @@ _INPUT_AXES = {
     ("mlp", "up"): 1,
     ("mlp", "down"): 1,
 }
-# The statistic that describes the input of each.
-_INPUT_STATISTIC = {
-    ("attention", "q"): "attention_input",
-    ("attention", "k"): "attention_input",
-    ("attention", "v"): "attention_input",
-    ("attention", "o"): "attention_output",
-    ("mlp", "gate"): "mlp_input",
-    ("mlp", "up"): "mlp_input",
-    ("mlp", "down"): "mlp_hidden",
+# Per input, as the statistics name it: the half of a block and the weights that read it.
+_READERS = {
+    "attention_input": ("attention", ("q", "k", "v")),
+    "attention_output": ("attention", ("o",)),
+    "mlp_input": ("mlp", ("gate", "up")),
+    "mlp_hidden": ("mlp", ("down",)),
 }
 
 
@@ -68,16 +69,16 @@ def quantize(
 
     Embedding, norms and (unless the recipe says otherwise) the output projection keep their dtype; norms take up
     scales. The result is what the model, :func:`fireq_jax.generate` and :func:`fireq_jax.evaluate` take in place of
-    float parameters. Without a calibration weights are rounded to nearest; a calibration adds scales chosen by output
-    error and error-compensated rounding, which is the larger part of the accuracy (``docs/accuracy.md``).
+    float parameters. Without a calibration scales are chosen from the weights alone; a calibration adds scales chosen
+    by output error and error-compensated rounding, which take away most of the loss (``docs/accuracy.md``).
 
     Args:
       params: float parameters as ``convert.load`` returns them or ``model.init`` makes them; not modified. The
         sizes of everything are read from the pytree.
       recipe: a :class:`Recipe` or the name of a preset (``fireq_jax.PRESETS``); None takes "best" with a calibration
-        and "rtn" without.
+        and "data_free" without.
       calibration: statistics of these parameters by :func:`fireq_jax.calibrate`.
-      progress: called with (blocks done, blocks in all).
+      progress: called with (blocks and refinement steps done, those in all).
 
     Returns:
       A pytree of the same structure, with an :class:`Int4Weight` for every quantised weight, scales that the rotation
@@ -90,55 +91,124 @@ def quantize(
         group size does not divide a weight's input size. Under ``jax.jit`` values are not known and only shapes are
         checked.
     """
-    recipe = resolve_recipe(recipe if recipe is not None else "rtn" if calibration is None else "best")
+    recipe = resolve_recipe(recipe if recipe is not None else "data_free" if calibration is None else "best")
     _check_float_llama(params)
     layers = layer_names(params)
-    if recipe.needs_calibration:
-        if calibration is None:
-            raise ValueError(
-                f"recipe {recipe.name!r} needs calibration=fireq_jax.calibrate(model, params, tokens); 'rtn' needs none"
-            )
+    if recipe.needs_calibration and calibration is None:
+        raise ValueError(
+            f"recipe {recipe.name!r} needs calibration=fireq_jax.calibrate(model, params, tokens); "
+            "'data_free' needs none"
+        )
+    if calibration is not None:
         _check_calibration(params, calibration)
     for name in layers:
         for part, axes in _INPUT_AXES.items():
             _pick_group_size(params[name][part[0]][part[1]]["kernel"], axes, recipe, f"{name}/{'/'.join(part)}")
     result = dict(params)
+    streams = None
+    if recipe.sequential and calibration is not None:
+        streams = Streams(calibration["config"], params["embed"]["embedding"], calibration["tokens"], recipe)
+    steps = len(layers)
+    if recipe.refine and calibration is not None:
+        steps += refinement_steps(calibration["tokens"])
     for done, name in enumerate(layers, 1):
+        for half, projection in _INPUT_AXES:  # before transforms spread a NaN
+            _check_finite(params[name][half][projection]["kernel"], f"{name}/{half}/{projection}")
         statistics = None if calibration is None else jax.tree.map(jnp.asarray, calibration[name])
-        result[name] = _quantize_layer(params[name], statistics, recipe, name)
+        slow = None if calibration is None else smoothing.slow_pairs(calibration["config"])
+        layer, statistics = _transform(params[name], statistics, slow, recipe, name)
+        if streams is not None:
+            result[name] = streams.round_block(layer, partial(_round_readers, recipe=recipe, name=name))
+        else:
+            for place, (half, projections) in _READERS.items():
+                hessian = None if statistics is None else statistics[place]
+                layer = _round_readers(layer, half, projections, hessian, None, recipe=recipe, name=name)
+            result[name] = layer
         if progress is not None:
-            progress(done, len(layers))
+            progress(done, steps)
     if recipe.lm_head:
         head = params["lm_head"]["kernel"] if "lm_head" in params else params["embed"]["embedding"]
-        result["lm_head"] = {"kernel": _round(head, 1, None, recipe, "lm_head")}
+        group_size = _pick_group_size(head, 1, recipe, "lm_head")
+        result["lm_head"] = {"kernel": _wrap(_round_nearest(head, group_size, recipe), head.shape, 1, recipe)}
+    if recipe.refine and calibration is not None:
+        config, tokens = calibration["config"], calibration["tokens"]
+        report = None if progress is None else lambda done: progress(len(layers) + done, steps)
+        result = refine_gains(config, params, result, tokens, recipe, report)
     return result | {"recipe": recipe}
 
 
-def _quantize_layer(layer: Params, statistics: dict[str, jax.Array] | None, recipe: Recipe, name: str) -> Params:
-    """Transforms one block, then rounds its weights."""
-    for part in _INPUT_AXES:  # before transforms spread a NaN
-        _check_finite(layer[part[0]][part[1]]["kernel"], f"{name}/{'/'.join(part)}")
-    if recipe.smoothing == "mean":
-        layer = smoothing.smooth_by_weights(layer)
+def _transform(
+    layer: Params, statistics: dict[str, jax.Array] | None, slow: np.ndarray | None, recipe: Recipe, name: str
+) -> tuple[Params, dict[str, jax.Array] | None]:
+    """Rescales one float block as the recipe says; returns its statistics as they are after that, too."""
+    if recipe.smoothing in ("mean", "absmax"):
+        layer, statistics = smoothing.smooth_by_weights(layer, statistics, recipe.smoothing)
     elif recipe.smoothing == "search" and statistics is not None:
-        sizes = [
-            _pick_group_size(layer[block][reader]["kernel"], _INPUT_AXES[block, reader], recipe, name)
-            for block, reader in (("attention", "q"), ("attention", "o"), ("mlp", "gate"), ("mlp", "down"))
-        ]
-        layer, statistics = smoothing.smooth_by_search(layer, statistics, (sizes[0], sizes[1], sizes[2], sizes[3]))
-    # Behind the smoothing: these scale whole rows of q and k, whose mean magnitudes "mean" reads.
+        sizes = {
+            place: _pick_group_size(layer[half][names[0]]["kernel"], _INPUT_AXES[half, names[0]], recipe, name)
+            for place, (half, names) in _READERS.items()
+        }
+        layer, statistics = smoothing.smooth_by_search(layer, statistics, tuple(sizes.values()))
+    # Behind the smoothing: these scale whole rows of q and k, whose magnitudes "mean" and "absmax" read.
     if recipe.keys == "fireq" and statistics is not None:
-        layer = smoothing.scale_keys_as_fireq(layer, statistics["keys"], recipe.key_top_k)
+        layer = smoothing.scale_keys_as_fireq(
+            layer, statistics["key_absmax"], statistics["key_pair_norm"], recipe.key_top_k
+        )
     elif recipe.keys == "search" and statistics is not None:
         layer = smoothing.scale_keys_by_search(layer, statistics["keys"], statistics["query_energy"])
-    quantized = {key: dict(value) if isinstance(value, Mapping) else value for key, value in layer.items()}
-    for (block, projection), axes in _INPUT_AXES.items():
-        hessian = None
-        if recipe.rounding == "gptq" and statistics is not None:
-            hessian = statistics[_INPUT_STATISTIC[block, projection]]
-        weight = _round(layer[block][projection]["kernel"], axes, hessian, recipe, f"{name}/{block}/{projection}")
-        quantized[block][projection] = {**layer[block][projection], "kernel": weight}
-    return quantized
+    elif recipe.keys == "hadamard" and statistics is not None and slow is not None:
+        layer = smoothing.mix_keys(layer, statistics["keys"], statistics["query_energy"], slow)
+    elif recipe.keys == "hadamard":
+        layer = smoothing.mix_keys_by_weights(layer)
+    if recipe.values == "hadamard":
+        layer, statistics = smoothing.mix_values(layer, statistics)
+    return layer, statistics
+
+
+def _round_readers(
+    layer: Params,
+    half: str,
+    projections: tuple[str, ...],
+    hessian: jax.Array | None,
+    cross: jax.Array | None,
+    *,
+    recipe: Recipe,
+    name: str,
+) -> Params:
+    """The block with the named weights of one half, which read the same input, as int4.
+
+    Args:
+      layer: a block.
+      half: "attention" or "mlp".
+      projections: names of the weights.
+      hessian: ``[k, k]``, second moments of their input; None if unknown.
+      cross: ``[k, k]``, those of the float model's input with theirs; None if that is the same input.
+      recipe: how to round.
+      name: of the block.
+    """
+    if recipe.weights == "none":
+        return layer
+    kernels = [layer[half][projection]["kernel"] for projection in projections]
+    axes = _INPUT_AXES[half, projections[0]]
+    group_size = _pick_group_size(kernels[0], axes, recipe, f"{name}/{half}/{projections[0]}")
+    k = math.prod(kernels[0].shape[-axes:])
+    matrices = tuple(kernel.reshape(-1, k) for kernel in kernels)
+    # What else the recipe says must not make the functions compile again.
+    rules = Recipe(
+        scales=recipe.scales, tensor_scale=recipe.tensor_scale, numerics=recipe.numerics, rounding=recipe.rounding
+    )
+    if recipe.rounding == "nearest":
+        parts = [_round_nearest(matrix, group_size, rules) for matrix in matrices]
+    else:
+        hessian = jnp.eye(k) if hessian is None else hessian
+        if cross is not None:
+            matrices = tuple(corrected_weight(matrix.astype(jnp.float32), hessian, cross) for matrix in matrices)
+        parts = round_weights_calibrated(matrices, hessian, group_size, rules)
+    weights = {
+        projection: {**layer[half][projection], "kernel": _wrap(part, kernel.shape, axes, recipe)}
+        for projection, kernel, part in zip(projections, kernels, parts, strict=True)
+    }
+    return {**layer, half: {**layer[half], **weights}}
 
 
 def _check_float_llama(params: Mapping[str, Any]) -> None:
@@ -158,16 +228,16 @@ def _check_float_llama(params: Mapping[str, Any]) -> None:
 
 
 def _check_calibration(params: Mapping[str, Any], calibration: Mapping[str, Any]) -> None:
+    if not isinstance(calibration.get("config"), LlamaConfig) or "tokens" not in calibration:
+        raise ValueError("the calibration lacks 'config' or 'tokens'; it must be what fireq_jax.calibrate returned")
     for name in layer_names(params):
-        for (block, projection), axes in _INPUT_AXES.items():
-            k = math.prod(params[name][block][projection]["kernel"].shape[-axes:])
-            statistic = _INPUT_STATISTIC[block, projection]
-            found = calibration.get(name, {}).get(statistic)
+        for place, (half, projections) in _READERS.items():
+            axes = _INPUT_AXES[half, projections[0]]
+            k = math.prod(params[name][half][projections[0]]["kernel"].shape[-axes:])
+            found = calibration.get(name, {}).get(place)
             if found is None or found.shape != (k, k):
                 shape = None if found is None else found.shape
-                raise ValueError(
-                    f"the calibration is not of this model: {name}/{statistic} must be {(k, k)}, is {shape}"
-                )
+                raise ValueError(f"the calibration is not of this model: {name}/{place} must be {(k, k)}, is {shape}")
 
 
 def _check_finite(w: jax.Array, name: str) -> None:
@@ -191,16 +261,10 @@ def _pick_group_size(w: jax.Array, input_axes: int, recipe: Recipe, name: str) -
     raise ValueError(f"{name}: {k=} is not divisible by group_size={recipe.group_size}; it is by {divisors}")
 
 
-def _round(w: jax.Array, input_axes: int, hessian: jax.Array | None, recipe: Recipe, name: str) -> Int4Weight:
-    group_size = _pick_group_size(w, input_axes, recipe, name)
-    out_shape, in_shape = w.shape[:-input_axes], w.shape[-input_axes:]
-    matrix = w.reshape(math.prod(out_shape), math.prod(in_shape))
-    if hessian is None:
-        parts = _round_nearest(matrix, group_size, recipe)
-    else:
-        parts = round_weight_calibrated(matrix, hessian, group_size, recipe)
-    codes, scales, tensor_scale = parts
-    return Int4Weight(codes, scales, tensor_scale, out_shape, in_shape, recipe.numerics, recipe.activations)
+def _wrap(
+    parts: tuple[jax.Array, jax.Array, jax.Array], shape: tuple[int, ...], input_axes: int, recipe: Recipe
+) -> Int4Weight:
+    return Int4Weight(*parts, shape[:-input_axes], shape[-input_axes:], recipe.numerics, recipe.activations)
 
 
 _round_nearest = jax.jit(round_weight, static_argnums=(1, 2))

@@ -17,8 +17,13 @@ from pallas_kernels import INT4_MAX, INT4_MIN, pack_int4, round_to_e4m3
 
 # Candidates for a group scale, as fractions of the one that clips nothing.
 SCALE_FRACTIONS = tuple(0.5 + 0.04 * i for i in range(14))
-# Added to the diagonal of H, as a fraction of its mean, so that it can be inverted.
-DAMPING = 0.01
+# Added to the diagonal of H, as a fraction of its mean: H can be inverted, and what a short text says about rare
+# directions is not believed too much.
+DAMPING = 0.1
+# How far a weight is moved to make up for the error of its inputs (1 would be least squares on the calibration text,
+# which does not carry over to other texts), and the damping of that step.
+CORRECTION = 0.25
+CORRECTION_DAMPING = 0.01
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -71,12 +76,39 @@ def search_scales(w: jax.Array, hessian: jax.Array, group_size: int, recipe: Rec
     return scales, tensor_scale
 
 
+def damped(hessian: jax.Array) -> jax.Array:
+    """A second moment with ``DAMPING`` on its diagonal, positive definite even for inputs that are always zero."""
+    mean = jnp.mean(jnp.diagonal(hessian))
+    return hessian + jnp.where(mean > 0, DAMPING * mean, 1.0) * jnp.eye(hessian.shape[0])
+
+
+@jax.jit
+def corrected_weight(w: jax.Array, hessian: jax.Array, cross: jax.Array) -> jax.Array:
+    """Moves a weight so that it gives more nearly the float outputs on inputs that carry the error of earlier layers.
+
+    With float inputs X and quantised ones X̂, ``‖X wᵀ - X̂ w'ᵀ‖²`` is least at ``w' = w + w (XᵀX̂ - X̂ᵀX̂)(X̂ᵀX̂)⁻¹``, the
+    idea of GPTAQ (arXiv 2504.02692). Of that step a share of ``CORRECTION`` is taken.
+
+    Args:
+      w: ``[n, k]`` float32.
+      hessian: ``[k, k]`` float32, ``E[x̂ x̂ᵀ]``.
+      cross: ``[k, k]`` float32, ``E[x x̂ᵀ]``.
+
+    Returns:
+      ``[n, k]`` float32.
+    """
+    mean = jnp.mean(jnp.diagonal(hessian))
+    inner = hessian + jnp.where(mean > 0, CORRECTION_DAMPING * mean, 1.0) * jnp.eye(hessian.shape[0])
+    missing = jnp.matmul(w, cross - hessian, precision=HIGHEST)
+    return w + CORRECTION * jax.scipy.linalg.solve(inner, missing.T, assume_a="pos").T
+
+
 def gptq(w: jax.Array, hessian: jax.Array, step: jax.Array) -> jax.Array:
     """Error-compensated rounding, columns of the largest second moment first.
 
     Args:
       w: ``[n, k]`` float32.
-      hessian: ``[k, k]`` float32, positive semi-definite.
+      hessian: ``[k, k]`` float32, positive definite.
       step: ``[n, k]`` float32, every entry's grid step; non-zero.
 
     Returns:
@@ -85,7 +117,6 @@ def gptq(w: jax.Array, hessian: jax.Array, step: jax.Array) -> jax.Array:
     n, k = w.shape
     size = next(b for b in (128, 96, 64, 32, 16, 8, 4, 2, 1) if k % b == 0)
     diagonal = jnp.diagonal(hessian)
-    hessian = hessian + jnp.diag(jnp.where(diagonal > 0, 0.0, 1.0) + DAMPING * jnp.mean(diagonal))
     order = jnp.argsort(-diagonal)
     w, step = w[:, order], step[:, order]
     inverse = jnp.linalg.inv(hessian[order][:, order])
@@ -120,21 +151,30 @@ def gptq(w: jax.Array, hessian: jax.Array, step: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def round_weight_calibrated(
-    w: jax.Array, hessian: jax.Array, group_size: int, recipe: Recipe
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Searched scales and error-compensated codes of one weight.
+def round_weights_calibrated(
+    weights: tuple[jax.Array, ...], hessian: jax.Array, group_size: int, recipe: Recipe
+) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    """Searched scales, and nearest or error-compensated codes, of weights that read the same input.
 
     Args:
-      w: ``[n, k]`` float.
-      hessian: ``[k, k]`` float32, second moments of its input.
+      weights: each ``[n, k]`` float.
+      hessian: ``[k, k]`` float32, second moments of the input.
       group_size: divides k.
-      recipe: how scales are stored.
+      recipe: how scales are stored, and whether codes are error-compensated.
 
     Returns:
-      As :func:`fireq_jax.numerics.round_weight`; scales may be negative.
+      For each as :func:`fireq_jax.numerics.round_weight`; scales may be negative.
     """
-    w = w.astype(jnp.float32)
-    scales, tensor_scale = search_scales(w, hessian, group_size, recipe)
-    step = jnp.repeat(scales.astype(jnp.float32) * tensor_scale, group_size, axis=1)
-    return pack_int4(gptq(w, hessian, step)), scales, tensor_scale
+    hessian = damped(hessian)
+    matrices = [w.astype(jnp.float32) for w in weights]
+    scales = [search_scales(w, hessian, group_size, recipe) for w in matrices]
+    steps = [jnp.repeat(s.astype(jnp.float32) * tensor_scale, group_size, axis=1) for s, tensor_scale in scales]
+    # Rows are rounded independently of each other, so all weights can share one walk over the columns.
+    rows, steps_of_rows = jnp.concatenate(matrices), jnp.concatenate(steps)
+    if recipe.rounding == "gptq":
+        codes = gptq(rows, hessian, steps_of_rows)
+    else:
+        codes = to_grid(rows, steps_of_rows).astype(jnp.int8)
+    ends = [sum(w.shape[0] for w in weights[:i]) for i in range(1, len(weights))]
+    parts = zip(jnp.split(codes, ends), scales, strict=True)
+    return [(pack_int4(rows), *stored) for rows, stored in parts]

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Layer = dict[str, Any]
 Factors = dict[tuple[str, ...], jax.Array]
@@ -74,6 +75,37 @@ def scale_mlp_hidden(layer: Mapping[str, Any], s: jax.Array) -> Layer:
     )
 
 
+def hadamard(d: int) -> np.ndarray:
+    """An orthonormal ``[d, d]`` float32 matrix whose entries have equal magnitude in blocks as large as d allows.
+
+    Sylvester's construction for the largest power of two that divides d, repeated along the diagonal.
+    """
+    matrix = np.ones((1, 1))
+    while d % (2 * len(matrix)) == 0:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    blocks = d // len(matrix)
+    return (np.kron(np.eye(blocks), matrix) / np.sqrt(len(matrix))).astype(np.float32)
+
+
+def rotate_values(layer: Mapping[str, Any]) -> Layer:
+    """Mixes each head's value channels by a Hadamard matrix, folded into v, and undoes it in o.
+
+    One channel of large magnitude no longer sets the int4 step of the others.
+    """
+    attention = layer["attention"]
+    rotation = jnp.asarray(hadamard(attention["v"]["kernel"].shape[1]))
+
+    def mixed(x: jax.Array, equation: str) -> jax.Array:
+        out = jnp.einsum(equation, x.astype(jnp.float32), rotation, precision=jax.lax.Precision.HIGHEST)
+        return out.astype(x.dtype)
+
+    v = {**attention["v"], "kernel": mixed(attention["v"]["kernel"], "hdi,de->hei")}
+    if "bias" in v:
+        v["bias"] = mixed(v["bias"], "hd,de->he")
+    o = {**attention["o"], "kernel": mixed(attention["o"]["kernel"], "ohd,de->ohe")}
+    return {**layer, "attention": {**attention, "v": v, "o": o}}
+
+
 def scale_keys_before_rope(layer: Mapping[str, Any], n: jax.Array) -> Layer:
     """Divides keys by n before the rotation and multiplies queries by it.
 
@@ -107,4 +139,20 @@ def scale_keys_after_rope(layer: Mapping[str, Any], s: jax.Array) -> Layer:
     """
     before = layer["attention"].get("post_rope_scale", 1.0)
     attention = {**layer["attention"], "post_rope_scale": (s * before).astype(jnp.float32)}
+    return {**layer, "attention": attention}
+
+
+def rotate_keys_after_rope(layer: Mapping[str, Any], offset: jax.Array) -> Layer:
+    """Subtracts a constant from the rotated, scaled keys and mixes their channels by a Hadamard matrix, on line.
+
+    Queries are mixed, too, so that scores keep their value up to the query's product with the offset. That is the same
+    for all keys, and softmax does not see it. The block gets the leaves ``attention/key_offset`` and
+    ``attention/key_rotation``, ``[head_dim, head_dim]`` orthonormal.
+
+    Args:
+      layer: one decoder block.
+      offset: ``[kv heads, head_dim]``, of keys behind :func:`scale_keys_after_rope`.
+    """
+    rotation = jnp.asarray(hadamard(offset.shape[-1]))
+    attention = {**layer["attention"], "key_offset": offset.astype(jnp.float32), "key_rotation": rotation}
     return {**layer, "attention": attention}

@@ -88,7 +88,7 @@ def test_zero_weights_stay_zero_with_scales_that_can_be_divided_by():
 def test_quantize_replaces_linear_weights_and_nothing_else(tiny):
     _, params = tiny
     before = jax.tree.map(np.asarray, params)
-    quantized = fireq_jax.quantize(params)
+    quantized = fireq_jax.quantize(params, "rtn")
     jax.tree.map(np.testing.assert_array_equal, params, before)
     assert fireq_jax.recipe_of(quantized) == fireq_jax.PRESETS["rtn"]
     assert fireq_jax.recipe_of(params) is None
@@ -107,7 +107,7 @@ def test_quantize_replaces_linear_weights_and_nothing_else(tiny):
 
 
 def test_group_sizes_fall_back_where_128_does_not_divide(tiny):
-    layer = fireq_jax.quantize(tiny[1])["layers_0"]
+    layer = fireq_jax.quantize(tiny[1], "rtn")["layers_0"]
     assert layer["attention"]["q"]["kernel"].group_size == 64  # hidden size 64
     assert layer["mlp"]["down"]["kernel"].group_size == 32  # intermediate size 96
 
@@ -149,7 +149,7 @@ def test_quantize_under_jit(tiny):
 
 def test_quantising_twice_is_refused(tiny):
     quantized = fireq_jax.quantize(tiny[1])
-    with pytest.raises(ValueError, match=r"quantised already \(recipe 'rtn'\)"):
+    with pytest.raises(ValueError, match=r"quantised already \(recipe 'data_free'\)"):
         fireq_jax.quantize(quantized)
     quantized.pop("recipe")
     with pytest.raises(ValueError, match="quantised already"):

@@ -1,0 +1,129 @@
+"""Turns docs/results/accuracy.json and shapes.json into the tables and the plot of docs/accuracy.md.
+
+uv run --group plots python examples/accuracy_report.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+PAGE = ROOT / "docs" / "accuracy.md"
+PLOT = ROOT / "docs" / "accuracy.svg"
+COMPONENTS = ("W4", "A8", "KV4", "W4A8")
+
+
+def scores(results: dict[str, Any], recipe: str, key: str) -> np.ndarray:
+    """A recipe's average over all scored tokens, one value per calibration draw."""
+    values = []
+    for row in results["rows"]:
+        if row["recipe"] == recipe:
+            texts = row["texts"].values()
+            values.append(np.average([t[key] for t in texts], weights=[t["scored_tokens"] for t in texts]))
+    return np.asarray(values)
+
+
+def per_text(results: dict[str, Any], recipe: str, text: str) -> float:
+    return float(np.mean([row["texts"][text]["kl"] for row in results["rows"] if row["recipe"] == recipe]))
+
+
+def spread(values: np.ndarray, digits: int = 3) -> str:
+    if len(values) == 1 or values.max() == values.min():
+        return f"{values[0]:.{digits}f}"
+    return f"{values.mean():.{digits}f} ({values.min():.{digits}f} to {values.max():.{digits}f}, {len(values)} draws)"
+
+
+def perplexity(results: dict[str, Any], recipe: str, key: str = "perplexity") -> float:
+    """Exp of the mean loss over all texts and draws."""
+    losses = [
+        (np.log(text[key]), text["scored_tokens"])
+        for row in results["rows"]
+        if row["recipe"] == recipe
+        for text in row["texts"].values()
+    ]
+    return float(np.exp(np.average([loss for loss, _ in losses], weights=[tokens for _, tokens in losses])))
+
+
+def recipes_table(results: dict[str, Any]) -> str:
+    first = results["rows"][0]["texts"]
+    tokens = sum(text["scored_tokens"] for text in first.values())
+    names = list(dict.fromkeys(row["recipe"] for row in results["rows"]))
+    calibration = ", ".join(f"{count} of {name}" for name, count in results["calibration_tokens"].items())
+    lines = [
+        f"{results['model']}; perplexity of the float model "
+        f"{perplexity(results, names[0], 'reference_perplexity'):.2f}. "
+        f"{tokens} scored tokens in windows of {results['window']}, keys and values through the cache; calibration on "
+        f"{sum(results['calibration_tokens'].values())} tokens ({calibration}). KL(float || quantised) in nats per "
+        f"token. Seconds are those of `quantize` on {results['device']}, compilation included where it happened.",
+        "",
+        "| recipe | KL | perplexity | top-1 agreement | " + " | ".join(first) + " | seconds |",
+        "|---|---|---|---|" + "---|" * len(first) + "---|",
+    ]
+    for name in names:
+        each = " | ".join(f"{per_text(results, name, text):.3f}" for text in first)
+        seconds = np.mean([row["seconds"] for row in results["rows"] if row["recipe"] == name])
+        agreement = scores(results, name, "top1_agreement").mean()
+        lines.append(
+            f"| {name} | {spread(scores(results, name, 'kl'))} | {perplexity(results, name):.2f} | {agreement:.1%} | "
+            f"{each} | {seconds:.0f} |"
+        )
+    lines += ["", f"Measured at commit {results['commit'][:12]}, JAX {results['versions']['jax']}."]
+    return "\n".join(lines)
+
+
+def shapes_table(results: dict[str, Any]) -> str:
+    blocks = results["llama_3_8b_blocks"]
+    divergences = ", ".join(f"{name} {value:.4f}" for name, value in results["outliers"].items())
+    return (
+        f"Blocks of Llama-3-8B's sizes with random weights, {blocks['tokens']} calibration tokens, on "
+        f"{results['device']}: calibration {blocks['calibrate_per_block']:.1f} s and `best` "
+        f"{blocks['quantize_per_block']:.1f} s per block behind the first ({blocks['calibrate_first_block']:.0f} s and "
+        f"{blocks['quantize_first_block']:.0f} s with compilation), so that 32 blocks would take "
+        f"{blocks['extrapolated_32_blocks'] / 60:.1f} minutes.\n\n"
+        f"KL on a random model of Llama-3.2-1B's block sizes with planted outlier channels: {divergences}. Commit "
+        f"{results['commit'][:12]}."
+    )
+
+
+def draw_plot(results: dict[str, Any]) -> None:
+    mpl.rcParams["svg.hashsalt"] = "fireq-jax"  # the same numbers give the same file
+    figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    groups = ["rtn", "fireq", "best"]
+    parts = [*COMPONENTS, "all"]
+    for i, name in enumerate(groups):
+        found = []
+        for part in parts:
+            recipe = {"all": name, "A8": "A8"}.get(part, f"{name}: {part}")
+            found.append(scores(results, recipe, "kl").mean())
+        axis.bar(np.arange(len(parts)) + (i - 1) * 0.27, found, 0.25, label=name)
+    axis.set_xticks(range(len(parts)), parts)
+    axis.set_ylabel("KL to the float model\n(nats per token)")
+    axis.set_title("What each part of W4A8KV4 costs")
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+def replace_between(page: str, marker: str, text: str) -> str:
+    begin, end = f"<!-- {marker} -->", f"<!-- end of {marker} -->"
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+
+
+def main() -> None:
+    accuracy = json.loads((RESULTS / "accuracy.json").read_text("utf-8"))
+    shapes = json.loads((RESULTS / "shapes.json").read_text("utf-8"))
+    page = PAGE.read_text("utf-8")
+    page = replace_between(page, "recipes", recipes_table(accuracy))
+    page = replace_between(page, "shapes", shapes_table(shapes))
+    PAGE.write_text(page, encoding="utf-8")
+    draw_plot(accuracy)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""A calibration text on its way through a float model and through its quantised copy, one block after another."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fireq_jax.config import LlamaConfig, Recipe
+from fireq_jax.kv_cache import CacheKind, empty_layer_cache
+from fireq_jax.layers import MLP, Attention, DecoderBlock, Linear, RMSNorm, rope_tables
+
+Layer = dict[str, Any]
+# Quantises the weights of the named projections of one half of a block ("attention" or "mlp"), which read the same
+# input; gets the block, the half, the names, E[x̂ x̂ᵀ] and E[x x̂ᵀ], returns the block with those weights replaced.
+RoundReaders = Callable[[Layer, str, tuple[str, ...], jax.Array, jax.Array], Layer]
+
+
+class Streams:
+    """Hidden states of a text in a float model and in the quantised model that is being made of it.
+
+    Memory: both hidden states of the whole text, and the four inputs of one block's weights (tokens · (3 · hidden +
+    intermediate) · 4 bytes), on the device.
+
+    Args:
+      config: the model.
+      embedding: ``[vocab, hidden]``.
+      tokens: ``[windows, window]`` int32.
+      recipe: its kind of cache counts: keys and values pass through it.
+    """
+
+    def __init__(self, config: LlamaConfig, embedding: jax.Array, tokens: np.ndarray, recipe: Recipe) -> None:
+        self._config = config
+        self._cache_kind = recipe.kv_cache
+        self._float = [embedding[row].astype(jnp.float32)[None] for row in tokens]
+        self._quantized = list(self._float)
+        self._tokens = tokens.size
+
+    def round_block(self, layer: Layer, round_readers: RoundReaders) -> Layer:
+        """Quantises one block's weights in the order in which the text meets them, and takes the text through it.
+
+        Args:
+          layer: float parameters of the next block, transformed.
+          round_readers: quantises the weights that read one input.
+
+        Returns:
+          The quantised block.
+        """
+        config = self._config
+        passes = [_float_block(config, layer, x) for x in self._float]
+        self._float = [out for out, _ in passes]
+        seen = [inputs for _, inputs in passes]
+
+        def rounded(layer: Layer, half: str, names: tuple[str, ...], place: str, rows: list[jax.Array]) -> Layer:
+            sums = [_moments(inputs[place], x) for inputs, x in zip(seen, rows, strict=True)]
+            hessian, cross = (sum(parts) / self._tokens for parts in zip(*sums, strict=True))
+            return round_readers(layer, half, names, hessian, cross)
+
+        x = self._quantized
+        normed = [_norm(config, layer["input_norm"], row) for row in x]
+        layer = rounded(layer, "attention", ("q", "k", "v"), "attention_input", normed)
+        attended = [_attend(config, layer["attention"], row, self._cache_kind) for row in normed]
+        layer = rounded(layer, "attention", ("o",), "attention_output", attended)
+        middle = [_add_attention(config, layer["attention"], *rows) for rows in zip(x, attended, strict=True)]
+        normed = [_norm(config, layer["post_attention_norm"], row) for row in middle]
+        layer = rounded(layer, "mlp", ("gate", "up"), "mlp_input", normed)
+        gated = [_gate(config, layer["mlp"], row) for row in normed]
+        layer = rounded(layer, "mlp", ("down",), "mlp_hidden", gated)
+        self._quantized = [_add_mlp(config, layer["mlp"], *rows) for rows in zip(middle, gated, strict=True)]
+        return layer
+
+
+def block_inputs(state: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The inputs of a block's weights, from the ``statistics`` collection of an applied block of one sequence.
+
+    Returns:
+      ``attention_input`` (of q, k and v), ``attention_output`` (of o), ``mlp_input`` (of gate and up) and
+      ``mlp_hidden`` (of down), each ``[t, k]`` float32.
+    """
+    places = {
+        "attention_input": ("attention", "q"),
+        "attention_output": ("attention", "o"),
+        "mlp_input": ("mlp", "gate"),
+        "mlp_hidden": ("mlp", "down"),
+    }
+    return {name: _rows(state[half][projection]["input"][0]) for name, (half, projection) in places.items()}
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """``[1, t, ...] -> [t, k]`` float32."""
+    return x.astype(jnp.float32).reshape(x.shape[1], -1)
+
+
+def _attention_arguments(config: LlamaConfig, t: int, kind: CacheKind | None) -> tuple[Any, ...]:
+    """What attention takes besides its input, for one sequence of t tokens from position 0 on."""
+    rope = rope_tables(config, jnp.arange(t)[None])
+    starts, lengths = jnp.zeros(1, jnp.int32), jnp.full(1, t, jnp.int32)
+    if kind is None:
+        return rope, None, starts, lengths, "prefill"
+    return rope, empty_layer_cache(config, 1, t, kind, jnp.float32), starts, lengths, "cached"
+
+
+def observe_block(config: LlamaConfig, layer: Layer, x: jax.Array) -> tuple[jax.Array, Mapping[str, Any]]:
+    """A float block's output for one sequence, ``[1, t, hidden]``, and what its parts sowed as ``statistics``."""
+    arguments = _attention_arguments(config, x.shape[1], None)
+    block = DecoderBlock(config, jnp.float32)
+    result: Any = block.apply({"params": layer}, x, *arguments, mutable=["statistics"])
+    (out, _), state = result
+    return out, state["statistics"]
+
+
+@partial(jax.jit, static_argnums=0)
+def _float_block(config: LlamaConfig, layer: Layer, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    out, state = observe_block(config, layer, x)
+    return out, block_inputs(state)
+
+
+@jax.jit
+def _moments(x: jax.Array, quantized_x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``[t, k]`` twice -> sums of x̂ x̂ᵀ and x x̂ᵀ."""
+    rows = _rows(quantized_x)
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.matmul(rows.T, rows, precision=highest), jnp.matmul(x.T, rows, precision=highest)
+
+
+@partial(jax.jit, static_argnums=0)
+def _norm(config: LlamaConfig, params: Layer, x: jax.Array) -> jax.Array:
+    out: Any = RMSNorm(config.rms_norm_eps, jnp.float32).apply({"params": params}, x)
+    return out
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _attend(config: LlamaConfig, params: Layer, x: jax.Array, kind: CacheKind) -> jax.Array:
+    """The input of o, ``[1, t, heads, head_dim]``."""
+    arguments = _attention_arguments(config, x.shape[1], kind)
+    result: Any = Attention(config, jnp.float32).apply({"params": params}, x, *arguments, mutable=["statistics"])
+    return result[1]["statistics"]["o"]["input"][0]
+
+
+@partial(jax.jit, static_argnums=0)
+def _add_attention(config: LlamaConfig, params: Layer, x: jax.Array, attended: jax.Array) -> jax.Array:
+    heads = (config.num_heads, config.head_dim)
+    out: Any = Linear(heads, (config.hidden_size,), config.attention_bias, jnp.float32).apply(
+        {"params": params["o"]}, attended
+    )
+    return x + out
+
+
+@partial(jax.jit, static_argnums=0)
+def _gate(config: LlamaConfig, params: Layer, x: jax.Array) -> jax.Array:
+    """The input of down, ``[1, t, intermediate]``."""
+    result: Any = MLP(config, jnp.float32).apply({"params": params}, x, mutable=["statistics"])
+    return result[1]["statistics"]["down"]["input"][0]
+
+
+@partial(jax.jit, static_argnums=0)
+def _add_mlp(config: LlamaConfig, params: Layer, x: jax.Array, gated: jax.Array) -> jax.Array:
+    shapes = (config.intermediate_size,), (config.hidden_size,)
+    out: Any = Linear(*shapes, config.mlp_bias, jnp.float32).apply({"params": params["down"]}, gated)
+    return x + out
