@@ -114,9 +114,9 @@ def evaluate(
         targets = start + 1 + np.arange(window - 1)
         weights = (targets < end) & (targets >= scored_to)
         length = np.full(1, end - start, np.int32)
-        x = _hidden(model, params, padded, length, through)
-        reference_x = None if reference is None else _hidden(model, reference, padded, length, through)
-        ends, reference_ends = _ends(params), None if reference is None else _ends(reference)
+        x = final_hidden(model, params, padded, length, through)
+        reference_x = None if reference is None else final_hidden(model, reference, padded, length, through)
+        ends, reference_ends = end_parameters(params), None if reference is None else end_parameters(reference)
         totals += _score(model, ends, reference_ends, x, reference_x, padded, weights.astype(np.float32))
         scored_to = end
         if progress is not None:
@@ -135,22 +135,32 @@ def evaluate(
     )
 
 
-def _hidden(
-    model: Llama, params: Mapping[str, Any], tokens: np.ndarray, length: np.ndarray, through: Through
+def final_hidden(
+    model: Llama, params: Mapping[str, Any], tokens: np.ndarray, lengths: np.ndarray, through: Through = "cache"
 ) -> jax.Array:
-    """Hidden states behind the last block, one block at a time.
+    """What the last block puts out for sequences from their start, computed one block at a time.
 
     One compiled block serves all layers, and every recipe whose weights have the same layout.
+
+    Args:
+      model: the Llama.
+      params: float or quantised parameters.
+      tokens: ``[batch, t]`` int32, padded on the right.
+      lengths: ``[batch]`` int32, real tokens per row.
+      through: as for :func:`evaluate`.
+
+    Returns:
+      ``[batch, t, hidden]``, for ``model.apply(..., method="logits")`` with :func:`end_parameters`.
     """
     recipe = recipe_of(params)
     kind = None if recipe is None else recipe.kv_cache
     x = _embed(model, params["embed"]["embedding"], tokens)
     for name in layer_names(params):
-        x = _apply_block(model, params[name], x, length, kind, through)
+        x = _apply_block(model, params[name], x, lengths, kind, through)
     return x
 
 
-def _ends(params: Mapping[str, Any]) -> dict[str, Any]:
+def end_parameters(params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters outside the blocks."""
     return {name: params[name] for name in ("embed", "final_norm", "lm_head") if name in params}
 
@@ -165,7 +175,7 @@ def _apply_block(
     model: Llama,
     layer: Mapping[str, Any],
     x: jax.Array,
-    length: jax.Array,
+    lengths: jax.Array,
     kind: CacheKind | None,
     through: Through,
 ) -> jax.Array:
@@ -175,7 +185,7 @@ def _apply_block(
     mode: AttentionMode = "cached" if cache is not None and through == "cache" else "prefill"
     rope = rope_tables(model.config, jnp.arange(x.shape[1])[None])
     starts = jnp.zeros(x.shape[0], jnp.int32)
-    result: Any = block.apply({"params": layer}, x, rope, cache, starts, length, mode)
+    result: Any = block.apply({"params": layer}, x, rope, cache, starts, lengths, mode)
     return result[0]
 
 

@@ -314,15 +314,10 @@ def test_sequential_rounding_sees_the_quantised_models_inputs(tiny, text, statis
         streams.round_block(params[f"layers_{index}"], round_readers)
 
     def sowed(weights, tree):
-        inputs = []
-        for row in tokens:
-            bare = {key: value for key, value in weights.items() if key != "recipe"}
-            _, state = model.apply({"params": bare}, row[None], mutable=["statistics"])
-            part = state["statistics"]["layers_1"]
-            for key in tree:
-                part = part[key]
-            inputs.append(np.asarray(part["input"][0], np.float64).reshape(len(row), -1))
-        return np.concatenate(inputs)
+        bare = {key: value for key, value in weights.items() if key != "recipe"}
+        _, state = jax.jit(lambda p: model.apply({"params": p}, tokens, mutable=["statistics"]))(bare)
+        rows = state["statistics"]["layers_1"][tree[0]][tree[1]]["input"][0]
+        return np.asarray(rows, np.float64).reshape(tokens.size, -1)
 
     for name, tree in {"q": ("attention", "q"), "gate": ("mlp", "gate"), "down": ("mlp", "down")}.items():
         ours, reference = sowed(nearest, tree), sowed(params, tree)

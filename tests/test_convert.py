@@ -325,7 +325,7 @@ def test_saving_over_something_needs_to_be_asked_for(tmp_path, tiny):
     with pytest.raises(FileExistsError, match="pass overwrite=True"):
         convert.save(tmp_path / "out", model, params)
     convert.save(tmp_path / "out", model, fireq_jax.quantize(params), overwrite=True)
-    assert fireq_jax.recipe_of(convert.load(tmp_path / "out")[1]).name == "rtn"
+    assert fireq_jax.recipe_of(convert.load(tmp_path / "out")[1]).name == "data_free"
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, tiny, monkeypatch):
