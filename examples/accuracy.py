@@ -11,7 +11,6 @@ import argparse
 import json
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -151,7 +150,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with fp8_inputs():
         record("A8", 0, with_rounded_inputs(params), 0.0)
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": "python examples/accuracy.py texts.json",
         "commit": args.commit or git_commit(),
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),

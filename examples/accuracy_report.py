@@ -1,4 +1,4 @@
-"""Turns docs/results/accuracy.json and shapes.json into the tables and the plot of docs/accuracy.md.
+"""Turns docs/results/accuracy.json and shapes.json into the tables of docs/accuracy.md and README.md and the plot.
 
 uv run --group plots python examples/accuracy_report.py
 """
@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "accuracy.md"
 PLOT = ROOT / "docs" / "accuracy.svg"
-COMPONENTS = ("W4", "A8", "KV4", "W4A8")
+README = ROOT / "README.md"
+RECIPES = ("rtn", "data_free", "fireq", "best", "learned")
+COMPONENTS = ("W4", "A8", "KV4", "W4A8", "all")
+COMPARED = ("rtn", "fireq", "best")  # recipes whose parts are plotted
 
 
 def scores(results: dict[str, Any], recipe: str, key: str) -> np.ndarray:
@@ -78,35 +81,58 @@ def recipes_table(results: dict[str, Any]) -> str:
 
 def shapes_table(results: dict[str, Any]) -> str:
     blocks = results["llama_3_8b_blocks"]
-    divergences = ", ".join(f"{name} {value:.4f}" for name, value in results["outliers"].items())
-    return (
+    text = (
         f"Blocks of Llama-3-8B's sizes with random weights, {blocks['tokens']} calibration tokens, on "
         f"{results['device']}: calibration {blocks['calibrate_per_block']:.1f} s and `best` "
         f"{blocks['quantize_per_block']:.1f} s per block behind the first ({blocks['calibrate_first_block']:.0f} s and "
         f"{blocks['quantize_first_block']:.0f} s with compilation), so that 32 blocks would take "
-        f"{blocks['extrapolated_32_blocks'] / 60:.1f} minutes.\n\n"
-        f"KL on a random model of Llama-3.2-1B's block sizes with planted outlier channels: {divergences}. Commit "
-        f"{results['commit'][:12]}."
+        f"{blocks['extrapolated_32_blocks'] / 60:.1f} minutes."
     )
+    if "outliers" in results:
+        found = ", ".join(f"{name} {value:.4f}" for name, value in results["outliers"].items())
+        text += f"\n\nKL on a random model of Llama-3.2-1B's block sizes with planted outlier channels: {found}."
+    return f"{text} Commit {results['commit'][:12]}."
+
+
+def readme_table(results: dict[str, Any]) -> str:
+    lines = ["| recipe | needs data | KL to the float model | top-1 agreement |", "|---|---|---|---|"]
+    for name, data in (("rtn", "no"), ("data_free", "no"), ("fireq", "yes"), ("best", "yes")):
+        kl, agreement = (scores(results, name, key).mean() for key in ("kl", "top1_agreement"))
+        lines.append(f"| `{name}` | {data} | {kl:.3f} | {agreement:.1%} |")
+    return "\n".join(lines)
 
 
 def draw_plot(results: dict[str, Any]) -> None:
     mpl.rcParams["svg.hashsalt"] = "fireq-jax"  # the same numbers give the same file
-    figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    groups = ["rtn", "fireq", "best"]
-    parts = [*COMPONENTS, "all"]
-    for i, name in enumerate(groups):
-        found = []
-        for part in parts:
-            recipe = {"all": name, "A8": "A8"}.get(part, f"{name}: {part}")
-            found.append(scores(results, recipe, "kl").mean())
-        axis.bar(np.arange(len(parts)) + (i - 1) * 0.27, found, 0.25, label=name)
-    axis.set_xticks(range(len(parts)), parts)
+    names = [name for name in RECIPES if len(scores(results, name, "kl"))]
+    texts = list(results["rows"][0]["texts"])
+    parts = [part for part in COMPONENTS if all(len(scores(results, part_row(name, part), "kl")) for name in COMPARED)]
+    figure, axes = plt.subplots(1, 2 if parts else 1, figsize=(10 if parts else 7, 3.5), layout="constrained")
+    bars(
+        np.atleast_1d(axes)[0],
+        {name: [per_text(results, name, text) for text in texts] for name in names},
+        texts,
+        "W4A8KV4 by text",
+    )
+    if parts:
+        by_part = {name: [scores(results, part_row(name, part), "kl").mean() for part in parts] for name in COMPARED}
+        bars(axes[1], by_part, parts, "by part")
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+def part_row(recipe: str, part: str) -> str:
+    return {"all": recipe, "A8": "A8"}.get(part, f"{recipe}: {part}")
+
+
+def bars(axis: Any, values: dict[str, list[float]], labels: list[str], title: str) -> None:
+    width = 0.8 / len(values)
+    for i, (name, heights) in enumerate(values.items()):
+        axis.bar(np.arange(len(labels)) + (i - (len(values) - 1) / 2) * width, heights, 0.9 * width, label=name)
+    axis.set_xticks(range(len(labels)), labels)
     axis.set_ylabel("KL to the float model\n(nats per token)")
-    axis.set_title("What each part of W4A8KV4 costs")
+    axis.set_title(title)
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(PLOT, metadata={"Date": None})
 
 
 def replace_between(page: str, marker: str, text: str) -> str:
@@ -122,6 +148,8 @@ def main() -> None:
     page = replace_between(page, "recipes", recipes_table(accuracy))
     page = replace_between(page, "shapes", shapes_table(shapes))
     PAGE.write_text(page, encoding="utf-8")
+    readme = replace_between(README.read_text("utf-8"), "accuracy", readme_table(accuracy))
+    README.write_text(readme, encoding="utf-8")
     draw_plot(accuracy)
 
 

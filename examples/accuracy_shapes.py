@@ -8,7 +8,6 @@ sizes, and the divergence of recipes on a model of Llama-3.2-1B's block sizes wi
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -97,7 +96,7 @@ def main() -> None:
     parser.add_argument("--commit", required=True, help="to record")
     args = parser.parse_args()
     results: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": "python examples/accuracy_shapes.py",
         "commit": args.commit,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
