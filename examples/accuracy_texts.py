@@ -18,7 +18,7 @@ import tempfile
 import zlib
 from pathlib import Path
 
-from fireq_jax.demo import default_calibration_text
+from fireq_jax.calibration_text import default_calibration_text
 
 # Debian package, file inside it. Austen's novels are in the public domain, and so is the Jargon File; the FAQ and
 # Dasher's training text are under the GPL.

@@ -9,7 +9,7 @@ import jax
 
 import convert
 import fireq_jax
-from fireq_jax.demo import calibration_tokens, default_calibration_text
+from fireq_jax.calibration_text import calibration_tokens, default_calibration_text
 
 
 def main() -> None:

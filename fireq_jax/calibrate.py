@@ -67,8 +67,7 @@ def calibrate(
         raise ValueError(f"{window=} must be between 1 and the model's {config.max_positions} positions")
     if ids.ndim != 1 or ids.size < window:
         raise ValueError(f"the text has {ids.size} tokens; calibration needs at least one window of {window}")
-    if ids.min() < 0 or ids.max() >= config.vocab_size:
-        raise ValueError(f"token ids {ids.min()} to {ids.max()} leave the vocabulary of {config.vocab_size}")
+    config.check_tokens(ids)
     ids = ids[: ids.size - ids.size % window].reshape(-1, window).astype(np.int32)
     hidden = [np.asarray(_embed(params["embed"]["embedding"], row)) for row in ids]
     samples = -(-KEY_SAMPLES // len(hidden))

@@ -103,6 +103,11 @@ class LlamaConfig:
         if self.rope.kind == "factors" and len(self.rope.factors) != self.head_dim // 2:
             raise ValueError(f"rope needs {self.head_dim // 2} factors, got {len(self.rope.factors)}")
 
+    def check_tokens(self, ids: np.ndarray) -> None:
+        """Raises ValueError if a token id is outside the vocabulary."""
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise ValueError(f"token ids {ids.min()} to {ids.max()} leave the vocabulary of {self.vocab_size}")
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
         """Reads a Hugging Face ``config.json``, in the spelling of transformers 5 or of earlier versions.

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fireq_jax.calibrate import calibrate
+from fireq_jax.calibration_text import calibration_tokens, default_calibration_text
 from fireq_jax.config import resolve_recipe
 from fireq_jax.evaluate import evaluate
 from fireq_jax.generate import generate
@@ -23,22 +24,6 @@ QUESTION = "What is gravity? Answer in two or three sentences."
 def compute_dtype() -> Any:
     """bfloat16 where it is fast; float32 on a CPU, which would only convert back and forth."""
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-
-
-def default_calibration_text() -> str:
-    """English prose with code: the help topics that every CPython brings along (``pydoc_data.topics``)."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-def calibration_tokens(tokenizer: Any, text: str, count: int) -> list[int]:
-    """About ``count`` tokens in eight passages spread evenly over a text; all of a shorter text."""
-    passages, characters = 8, 8  # a token of English or code has 3 to 5 characters
-    size = count // passages
-    starts = [i * max(0, len(text) - characters * size) // (passages - 1) for i in range(passages)]
-    tokens = [tokenizer(text[start : start + characters * size])["input_ids"][:size] for start in starts]
-    return [token for passage in tokens for token in passage]
 
 
 def calibrated(

@@ -89,8 +89,7 @@ def evaluate(
     config = model.config
     if ids.ndim != 1 or ids.size < 2:
         raise ValueError(f"the text has {ids.size} tokens; at least 2 are needed to predict one from another")
-    if ids.min() < 0 or ids.max() >= config.vocab_size:
-        raise ValueError(f"token ids {ids.min()} to {ids.max()} leave the vocabulary of {config.vocab_size}")
+    config.check_tokens(ids)
     if not 2 <= window <= config.max_positions:
         raise ValueError(f"{window=} must be between 2 and the model's {config.max_positions} positions")
     window = min(window, ids.size)

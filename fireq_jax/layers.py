@@ -221,10 +221,17 @@ class Attention(nn.Module):
         return linear("o", query_shape, (config.hidden_size,))(out), updated
 
     def _post_rope_scales(self) -> tuple[jax.Array | None, jax.Array | None]:
-        """Per-head factors of rotated queries and keys, if the pytree has :func:`scale_keys_after_rope`'s leaf."""
+        """Per-head factors of rotated queries and keys, if the pytree has :func:`scale_keys_after_rope`'s leaf.
+
+        Raises:
+          ValueError: the leaf is that of a model of another size.
+        """
         if not self.has_variable("params", "post_rope_scale"):
             return None, None
         scale: jax.Array = self.get_variable("params", "post_rope_scale")
+        needed = (self.config.num_kv_heads, self.config.head_dim)
+        if scale.shape != needed:
+            raise ValueError(f"{self.name}: post_rope_scale is {scale.shape}, the model needs {needed}")
         return jnp.repeat(scale, self.config.num_heads // self.config.num_kv_heads, axis=0), 1 / scale
 
     def _mix_channels(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fireq_jax.config import Recipe
-from pallas_kernels import E4M3_MAX, INT4_MAX, INT4_MIN, pack_int4, round_to_e4m3
+from pallas_kernels import E4M3_MAX, INT4_MAX, INT4_MIN, pack_int4, round_to_bf16, round_to_e4m3
 
 # Smallest positive (subnormal) e4m3 value: no stored scale is smaller, since a kernel may divide by it.
 E4M3_TINY = 2.0**-9
@@ -64,7 +64,7 @@ def store_scales(group_scales: jax.Array, recipe: Recipe) -> tuple[jax.Array, ja
     group_scales = jnp.where(group_scales > 0, group_scales, jnp.where(largest > 0, largest, 1.0))
     if recipe.scales == "sigma_bf16":
         tiny = float(jnp.finfo(jnp.bfloat16).tiny)
-        return jnp.maximum(group_scales, tiny).astype(jnp.bfloat16), jnp.float32(1.0)
+        return round_to_bf16(jnp.maximum(group_scales, tiny)).astype(jnp.bfloat16), jnp.float32(1.0)
     # The folded product stores e4m3(code · scale), so there the code needs room, too.
     largest_stored = E4M3_MAX / -INT4_MIN if recipe.numerics == "folded" else E4M3_MAX
     exponent = tensor_scale_exponent(group_scales, recipe.tensor_scale, largest_stored)

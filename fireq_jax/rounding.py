@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from fireq_jax.config import Recipe
 from fireq_jax.numerics import E4M3_TINY, group_absmax, store_scales, to_grid
-from pallas_kernels import INT4_MAX, INT4_MIN, pack_int4, round_to_e4m3
+from pallas_kernels import INT4_MAX, INT4_MIN, pack_int4, round_to_bf16, round_to_e4m3
 
 # Candidates for a group scale, as fractions of the one that clips nothing.
 SCALE_FRACTIONS = tuple(0.5 + 0.04 * i for i in range(14))
@@ -54,7 +54,7 @@ def search_scales(w: jax.Array, hessian: jax.Array, group_size: int, recipe: Rec
 
     def store(scale: jax.Array) -> jax.Array:
         if recipe.scales == "sigma_bf16":
-            return scale.astype(jnp.bfloat16)
+            return round_to_bf16(scale).astype(jnp.bfloat16)
         magnitude = jnp.maximum(jnp.abs(scale) / tensor_scale, E4M3_TINY)
         return round_to_e4m3(jnp.sign(scale) * magnitude)
 

@@ -8,6 +8,7 @@ from pallas_kernels.reference import (
     dequantize_int4,
     quantize_fp8,
     quantize_kv,
+    round_to_bf16,
     round_to_e4m3,
     write_rows,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "prefill_attention",
     "quantize_fp8",
     "quantize_kv",
+    "round_to_bf16",
     "round_to_e4m3",
     "unpack_int4",
     "write_rows",

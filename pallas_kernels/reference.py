@@ -35,6 +35,14 @@ def round_to_e4m3(x: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(jnp.clip(x.astype(jnp.float32), -E4M3_MAX, E4M3_MAX).astype(E4M3))
 
 
+def round_to_bf16(x: jax.Array) -> jax.Array:
+    """Rounds float32 to the nearest bf16 value and keeps it in float32.
+
+    A pair of casts says the same, but XLA may drop it as it may drop that of :func:`round_to_e4m3`.
+    """
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
 def _absmax_scale(absmax: jax.Array, largest: float) -> jax.Array:
     """``absmax / largest``, or 1 where that is zero or too small to divide by."""
     scale = absmax / largest
@@ -150,9 +158,9 @@ def quantize_kv(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     x = x.astype(jnp.float32)
     highest, lowest = jnp.max(x, axis=-1), jnp.min(x, axis=-1)
     magnitude = _absmax_scale(jnp.maximum(highest, -lowest), -INT4_MIN)
-    scale = jnp.where(highest > -lowest, -magnitude, magnitude).astype(jnp.bfloat16)
-    codes = jnp.clip(jnp.round(x / scale.astype(jnp.float32)[..., None]), INT4_MIN, INT4_MAX)
-    return pack_int4(codes.astype(jnp.int8)), scale
+    scale = round_to_bf16(jnp.where(highest > -lowest, -magnitude, magnitude))
+    codes = jnp.clip(jnp.round(x / scale[..., None]), INT4_MIN, INT4_MAX)
+    return pack_int4(codes.astype(jnp.int8)), scale.astype(jnp.bfloat16)
 
 
 def write_rows(cache: jax.Array, rows: jax.Array, starts: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -353,7 +361,7 @@ def decode_attention(
     slots = jnp.arange(k.shape[1])
 
     def weigh(p: jax.Array, v_scale: jax.Array) -> jax.Array:
-        return (p * v_scale).astype(jnp.bfloat16).astype(jnp.float32)
+        return round_to_bf16(p * v_scale)
 
     def attend(q_block: jax.Array, scale_block: jax.Array, positions: jax.Array) -> jax.Array:
         q = q_block.astype(jnp.float32) * scale_block[..., None]

@@ -58,7 +58,7 @@ def smollm2() -> tuple[fireq_jax.Llama, dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def smollm2_quantized(smollm2: tuple[fireq_jax.Llama, dict[str, Any]]) -> dict[str, Any]:
-    return fireq_jax.quantize(smollm2[1])
+    return fireq_jax.quantize(smollm2[1], "rtn")
 
 
 @pytest.fixture(scope="session")

@@ -299,7 +299,8 @@ def test_sequential_rounding_sees_the_quantised_models_inputs(tiny, text, statis
     from fireq_jax.streams import Streams
 
     model, params = tiny
-    recipe = fireq_jax.Recipe(kv_cache="float")
+    # Without rounding of activations: one that falls to the other side would move everything behind it.
+    recipe = fireq_jax.Recipe(kv_cache="float", activations="none")
     tokens = statistics["tokens"]
     nearest = fireq_jax.quantize(params, recipe)
     streams = Streams(model.config, params["embed"]["embedding"], tokens, recipe)
@@ -322,9 +323,8 @@ def test_sequential_rounding_sees_the_quantised_models_inputs(tiny, text, statis
     for name, tree in {"q": ("attention", "q"), "gate": ("mlp", "gate"), "down": ("mlp", "down")}.items():
         ours, reference = sowed(nearest, tree), sowed(params, tree)
         hessian, cross = seen[1, name]
-        # a single activation that rounds to another e4m3 value moves what follows
-        np.testing.assert_allclose(hessian, ours.T @ ours / tokens.size, atol=2e-3 * np.abs(hessian).max())
-        np.testing.assert_allclose(cross, reference.T @ ours / tokens.size, atol=2e-3 * np.abs(hessian).max())
+        np.testing.assert_allclose(hessian, ours.T @ ours / tokens.size, atol=1e-4 * np.abs(hessian).max())
+        np.testing.assert_allclose(cross, reference.T @ ours / tokens.size, atol=1e-4 * np.abs(hessian).max())
 
 
 def test_the_default_recipe_follows_the_calibration(tiny, statistics):

@@ -374,4 +374,6 @@ def test_models_of_another_size_do_not_take_quantised_weights(tiny):
     _, params = tiny
     other = fireq_jax.Llama(LlamaConfig.from_hf(VARIANTS["llama3"] | {"num_key_value_heads": 4}), dtype=jnp.float32)
     with pytest.raises(ValueError, match=r"k: the weight maps \(64,\) to \(2, 16\), the model needs"):
+        other.apply({"params": fireq_jax.quantize(params, "rtn")}, TOKENS)
+    with pytest.raises(ValueError, match=r"post_rope_scale is \(2, 16\), the model needs \(4, 16\)"):
         other.apply({"params": fireq_jax.quantize(params)}, TOKENS)
