@@ -242,7 +242,9 @@ def _load_quantized(
 ) -> tuple[Llama, dict[str, Any]]:
     recipe = _read_recipe(block, source)
     table = _own_table(config, recipe.lm_head, lambda spec: spec.name in tensors)
-    quantized = {n for n, spec in table.items() if spec.input_axes and (n != "lm_head.weight" or recipe.lm_head)}
+    quantized = set()
+    if recipe.weights == "int4":
+        quantized = {n for n, spec in table.items() if spec.input_axes and (n != "lm_head.weight" or recipe.lm_head)}
     floats = {name: spec for name, spec in table.items() if name not in quantized}
     # Int4Weight.validate knows what shapes belong together; here only names and float shapes are compared.
     expected = {name: spec.stored_shape for name, spec in floats.items()}

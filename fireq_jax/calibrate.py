@@ -52,7 +52,9 @@ def calibrate(
 
       - ``attention_input``, ``attention_output``, ``mlp_input``, ``mlp_hidden``: second moments ``E[x xᵀ]``,
         ``[k, k]``, of the inputs of q/k/v, of o, of gate/up and of down.
-      - ``keys``: rotated keys of up to 512 tokens, ``[samples, kv heads, head_dim]``.
+      - ``keys``: rotated keys of about 2048 tokens or all, ``[samples, kv heads, head_dim]``.
+      - ``key_absmax``: the largest magnitude of every rotated key channel over all tokens, ``[kv heads, head_dim]``.
+      - ``key_pair_norm``: the largest norm of every rotated channel pair, ``[kv heads, head_dim / 2]``.
       - ``query_energy``: ``E[q²]`` of rotated queries, averaged over a kv head's query heads, ``[kv heads, head_dim]``.
 
     Raises:

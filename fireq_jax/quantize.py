@@ -108,6 +108,7 @@ def quantize(
     streams = None
     if recipe.sequential and calibration is not None:
         streams = Streams(calibration["config"], params["embed"]["embedding"], calibration["tokens"], recipe)
+    slow = None if calibration is None else smoothing.slow_pairs(calibration["config"])
     steps = len(layers)
     if recipe.refine and calibration is not None:
         steps += refinement_steps(calibration["tokens"])
@@ -115,7 +116,6 @@ def quantize(
         for half, projection in _INPUT_AXES:  # before transforms spread a NaN
             _check_finite(params[name][half][projection]["kernel"], f"{name}/{half}/{projection}")
         statistics = None if calibration is None else jax.tree.map(jnp.asarray, calibration[name])
-        slow = None if calibration is None else smoothing.slow_pairs(calibration["config"])
         layer, statistics = _transform(params[name], statistics, slow, recipe, name)
         if streams is not None:
             result[name] = streams.round_block(layer, partial(_round_readers, recipe=recipe, name=name))

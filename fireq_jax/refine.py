@@ -56,7 +56,8 @@ def refine_gains(
     Returns:
       ``quantized`` with refined gains.
     """
-    names = [name for name in quantized if name.startswith("layers_")]
+    # By number: a pytree that went through jax.tree.map has "layers_10" before "layers_2".
+    names = [f"layers_{i}" for i in range(config.num_layers)]
     float_model, rounded_model = _stacked(params, names), _stacked(quantized, names)
     deltas = jax.tree.map(jnp.zeros_like, _gains(rounded_model))
     steps = refinement_steps(tokens)

@@ -332,8 +332,9 @@ def test_the_default_recipe_follows_the_calibration(tiny, statistics):
     assert fireq_jax.recipe_of(fireq_jax.quantize(tiny[1], calibration=statistics)).name == "best"
 
 
-def test_calibrated_checkpoints_round_trip(tmp_path, tiny, statistics):
-    quantized = fireq_jax.quantize(tiny[1], calibration=statistics)
+@pytest.mark.parametrize("recipe", ["best", "kv4"])
+def test_calibrated_checkpoints_round_trip(tmp_path, tiny, statistics, recipe):
+    quantized = fireq_jax.quantize(tiny[1], recipe, calibration=statistics)
     convert.save(tmp_path / "out", tiny[0], quantized)
     restored = convert.load(tmp_path / "out")[1]
     assert jax.tree.structure(restored) == jax.tree.structure(quantized)
@@ -392,3 +393,12 @@ def test_refinement_lowers_the_divergence_it_trains_on(tiny, text, statistics):
         quantized = fireq_jax.quantize(params, recipe, calibration=statistics)
         kl[refined] = fireq_jax.evaluate(model, quantized, used, reference=params, window=32).kl
     assert kl[True] < kl[False]
+
+
+def test_refinement_takes_blocks_by_number(tiny, statistics):
+    """A pytree may list its blocks in any order."""
+    params = tiny[1]
+    recipe = fireq_jax.Recipe(smoothing="mean", refine=True)
+    expected = fireq_jax.quantize(params, recipe, calibration=statistics)
+    found = fireq_jax.quantize(dict(reversed(params.items())), recipe, calibration=statistics)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
