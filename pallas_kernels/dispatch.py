@@ -10,12 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import reference
+from pallas_kernels import mosaic_matmul, reference, weight_layout
 from pallas_kernels.reference import Numerics
 
 # Per operation, the implementations from the most to the least specialised; None takes the first that fits.
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., jax.Array]]] = {
     "int4_fp8_matmul": {"reference": reference.int4_fp8_matmul},
+    "int4_fp8_matmul_tiled": {
+        "mosaic_gpu": mosaic_matmul.matmul,
+        "reference": reference.int4_fp8_matmul_tiled,
+    },
     "prefill_attention": {"reference": reference.prefill_attention},
     "decode_attention": {"reference": reference.decode_attention},
 }
@@ -93,6 +97,74 @@ def int4_fp8_matmul(
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"{op}: bias must have shape {(n,)}, got {bias.shape}")
     return compute(x8, x_scale, codes, scales, tensor_scale, bias, numerics=numerics, out_dtype=out_dtype)
+
+
+def has_hopper_gpu() -> bool:
+    """Whether the default device is an NVIDIA GPU of compute capability 9.0 (H100, H200)."""
+    device = jax.devices()[0]
+    return device.platform in ("gpu", "cuda") and getattr(device, "compute_capability", None) == "9.0"
+
+
+def int4_fp8_matmul_tiled(
+    x8: jax.Array,
+    x_scale: jax.Array,
+    tiles: jax.Array,
+    tensor_scale: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    n: int,
+    group_size: int,
+    scale_dtype: Any,
+    out_dtype: Any = jnp.bfloat16,
+    implementation: str | None = None,
+) -> jax.Array:
+    """:func:`int4_fp8_matmul` with exact numerics, for a weight in the layout that the Hopper kernel streams.
+
+    Args:
+      x8: ``[m, k]`` e4m3.
+      x_scale: ``[m]`` float32.
+      tiles: int32, from :func:`pallas_kernels.to_tiles`.
+      tensor_scale: scalar float32.
+      bias: ``[n]`` float, or None.
+      n: outputs.
+      group_size: inputs that share a weight scale: 32, 64 or 128, a divisor of k.
+      scale_dtype: of the scales in ``tiles``, e4m3 or bf16.
+      out_dtype: dtype of y.
+      implementation: "mosaic_gpu" (Hopper GPUs, n a multiple of 64, bf16 results), "reference", or None.
+
+    Returns:
+      ``[m, n]``.
+
+    Raises:
+      ValueError: shapes or dtypes do not belong together.
+      NotImplementedError: ``implementation`` does not exist, or takes no such shape or device.
+    """
+    op = "int4_fp8_matmul_tiled"
+    if x8.ndim != 2:
+        raise ValueError(f"{op}: x8 is a matrix, got {x8.shape}")
+    m, k = x8.shape
+    if group_size not in weight_layout.GROUP_SIZES or k % group_size:
+        raise ValueError(f"{op}: {group_size=} must be one of {weight_layout.GROUP_SIZES} and divide {k=}")
+    if jnp.dtype(scale_dtype) not in (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.bfloat16)):
+        raise ValueError(f"{op}: scale_dtype must be float8_e4m3fn or bfloat16, got {jnp.dtype(scale_dtype).name}")
+    _require(op, "x8", x8, (m, k), (jnp.float8_e4m3fn,))
+    _require(op, "x_scale", x_scale, (m,), (jnp.float32,))
+    _require(op, "tiles", tiles, weight_layout.tiles_shape(n, k, group_size, scale_dtype), (jnp.int32,))
+    _require(op, "tensor_scale", tensor_scale, (), (jnp.float32,))
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"{op}: bias must have shape {(n,)}, got {bias.shape}")
+    reason = mosaic_matmul.unsupported(m, n, out_dtype)
+    if reason is None and not has_hopper_gpu():
+        reason = f"the default device, {jax.devices()[0]}, is no Hopper GPU"
+    if implementation is None and reason is not None:
+        implementation = "reference"
+    compute = select(op, implementation)
+    if compute is mosaic_matmul.matmul and reason is not None:
+        raise NotImplementedError(f"{op}: mosaic_gpu cannot run: {reason}. Pass implementation=None to fall back.")
+    return compute(
+        x8, x_scale, tiles, tensor_scale, bias,
+        n=n, group_size=group_size, scale_dtype=jnp.dtype(scale_dtype), out_dtype=out_dtype,
+    )  # fmt: skip
 
 
 def _check_queries(op: str, q8: jax.Array, q_scale: jax.Array, kv_heads: int, head_dim: int) -> None:

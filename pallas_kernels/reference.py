@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.packing import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
+from pallas_kernels.weight_layout import from_tiles
 
 E4M3 = jnp.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -134,6 +135,23 @@ def int4_fp8_matmul(
     if bias is not None:
         y = y + bias.astype(jnp.float32)
     return y.astype(out_dtype)
+
+
+def int4_fp8_matmul_tiled(
+    x8: jax.Array,
+    x_scale: jax.Array,
+    tiles: jax.Array,
+    tensor_scale: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    n: int,
+    group_size: int,
+    scale_dtype: jnp.dtype,
+    out_dtype: jnp.dtype = jnp.bfloat16,
+) -> jax.Array:
+    """:func:`int4_fp8_matmul` of a weight in the layout of :mod:`pallas_kernels.weight_layout`."""
+    codes, scales = from_tiles(tiles, n, x8.shape[1], group_size, scale_dtype)
+    return int4_fp8_matmul(x8, x_scale, codes, scales, tensor_scale, bias, out_dtype=out_dtype)
 
 
 def _dot(x: jax.Array, w: jax.Array) -> jax.Array:

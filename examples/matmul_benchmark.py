@@ -1,0 +1,181 @@
+"""Times the INT4 x FP8 matmul on a Hopper GPU beside cuBLASLt; raw numbers go to docs/results/matmul.json.
+
+    python examples/matmul_benchmark.py --commit HASH
+    uv run python examples/matmul_report.py
+
+Every shape is checked against the float32 product first. Times are the sums of the kernels' own times (CUPTI), the
+median over rounds in which the candidates take turns; weights are rotated past the L2 cache where they are what is read.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+
+# The one way to time kernels of both frameworks alike; jax.experimental.mosaic.gpu.profiler uses it for JAX functions.
+from jax._src.lib import mosaic_gpu as mosaic_gpu_library
+
+from pallas_kernels import int4_fp8_matmul_tiled, mosaic_matmul, pack_int4, to_tiles, unpack_int4
+from pallas_kernels.weight_layout import tile_shape, tiled_bytes, tiles_shape
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results" / "matmul.json"
+# n x k of Llama-3-8B's qkv, o, gate and up, down, and of Llama-2-7B's feed-forward layers.
+SHAPES = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]
+TOKENS = [1, 4, 16, 64, 256, 1024, 4096, 8192]
+GROUP_SIZE, SCALE_TYPE, E4M3 = 128, jnp.float8_e4m3fn, jnp.float8_e4m3fn
+L2_BYTES = 50 << 20
+TOLERANCE = 4e-3
+ROUNDS, ITERATIONS = 3, 8
+
+Candidate = Callable[[int], Any]
+
+
+def copies(bytes_of_one: int) -> int:
+    return max(1, min(12, 2 * L2_BYTES // bytes_of_one + 1))
+
+
+def kernel_times(candidates: dict[str, Candidate]) -> dict[str, float]:
+    """Microseconds per call."""
+    timer = mosaic_gpu_library._mosaic_gpu_ext
+    found: dict[str, list[float]] = {name: [] for name in candidates}
+    for call in candidates.values():
+        call(0)
+    for _ in range(ROUNDS):
+        for name, call in candidates.items():
+            torch.cuda.synchronize()
+            timer._cupti_init()
+            jax.block_until_ready([call(i) for i in range(ITERATIONS)])
+            torch.cuda.synchronize()
+            found[name].append(sum(ms for _, ms in timer._cupti_get_timings(True)) / ITERATIONS * 1e3)
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def weight(key: jax.Array, n: int, k: int) -> tuple[jax.Array, jax.Array]:
+    a, b, c = jax.random.split(key, 3)
+    scales = jnp.exp(0.4 * jax.random.normal(a, (n, k // GROUP_SIZE)))
+    scales = jnp.where(jax.random.bernoulli(b, 0.3, scales.shape), -scales, scales).astype(SCALE_TYPE)
+    return pack_int4(jax.random.randint(c, (n, k), -8, 8, jnp.int8)), scales
+
+
+@jax.jit
+def error(y: jax.Array, x: jax.Array, x_scale: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
+    """Relative Frobenius error to the float32 product of the same inputs."""
+    w = unpack_int4(codes).astype(jnp.float32)
+    w = (w.reshape(*scales.shape, -1) * scales.astype(jnp.float32)[..., None]).reshape(w.shape)
+    expected = jnp.matmul(x.astype(jnp.float32), w.T, precision="highest") * x_scale[:, None]
+    return jnp.linalg.norm(y.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
+
+
+def compiled(n: int, k: int, m: int) -> Any:
+    product = functools.partial(
+        int4_fp8_matmul_tiled, n=n, group_size=GROUP_SIZE, scale_dtype=SCALE_TYPE, implementation="mosaic_gpu"
+    )
+    shape = jax.ShapeDtypeStruct
+    tiles = shape(tiles_shape(n, k, GROUP_SIZE, SCALE_TYPE), jnp.int32)
+    return (
+        jax.jit(product).lower(shape((m, k), E4M3), shape((m,), jnp.float32), tiles, shape((), jnp.float32)).compile()
+    )
+
+
+def torch_candidates(m: int, n: int, k: int) -> dict[str, Candidate]:
+    """cuBLASLt through torch: bf16, and fp8 with a scale per tensor and per row, with both ways of accumulating."""
+    count = copies(n * k)
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies(2 * n * k))]
+    result: dict[str, Candidate] = {"bf16": lambda i: torch.matmul(x, weights[i % len(weights)].t())}
+    if m % 16:
+        return result
+    x8 = x.to(torch.float8_e4m3fn)
+    weights8 = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16).to(torch.float8_e4m3fn) for _ in range(count)]
+    one = torch.ones((), device="cuda")
+    rows, columns = torch.ones(m, 1, device="cuda"), torch.ones(1, n, device="cuda")
+    for name, a, b in (("fp8 per tensor", one, one), ("fp8 per row", rows, columns)):
+        for fast in (False, True):
+
+            def call(i: int, a: Any = a, b: Any = b, fast: bool = fast) -> Any:
+                w = weights8[i % count].t()
+                return torch._scaled_mm(x8, w, scale_a=a, scale_b=b, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+            result[name + (", fast" if fast else "")] = call
+    return result
+
+
+def measure(seconds: float) -> list[dict[str, Any]]:
+    began = time.perf_counter()
+    cases = [(n, k, m) for n, k in SHAPES for m in TOKENS]
+    with ThreadPoolExecutor(16) as pool:
+        kernels = dict(zip(cases, pool.map(lambda case: compiled(*case), cases), strict=True))
+    print(f"compiled after {time.perf_counter() - began:.0f} s", flush=True)
+    one, rows = jnp.float32(1), []
+    for n, k in SHAPES:
+        if time.perf_counter() - began > seconds:
+            break
+        bytes_read = tiled_bytes(n, k, GROUP_SIZE, SCALE_TYPE)
+        pairs = [weight(jax.random.key(i), n, k) for i in range(copies(bytes_read))]
+        tiles = [jax.jit(to_tiles)(*pair) for pair in pairs]
+        for m in TOKENS:
+            kernel = kernels[n, k, m]
+            x = jnp.clip(60 * jax.random.normal(jax.random.key(m), (m, k)), -448, 448).astype(E4M3)
+            x_scale = jax.random.uniform(jax.random.key(m + 1), (m,), minval=0.5, maxval=2)
+            y = kernel(x, x_scale, tiles[0], one)
+            found = float(error(y, x, x_scale, *pairs[0]))
+            same = all(bool(jnp.array_equal(y, kernel(x, x_scale, tiles[0], one))) for _ in range(20))
+            if not (found <= TOLERANCE and same):
+                raise SystemExit(f"{n}x{k}, {m} tokens: error {found}, repeatable: {same}")
+
+            def ours(i: int, kernel: Any = kernel, x: Any = x, x_scale: Any = x_scale, tiles: Any = tiles) -> Any:
+                return kernel(x, x_scale, tiles[i % len(tiles)], one)
+
+            times = kernel_times({"int4": ours, **torch_candidates(m, n, k)})
+            print(n, k, m, f"error {found:.2e}", {name: round(us, 1) for name, us in times.items()}, flush=True)
+            row_shape = tile_shape(GROUP_SIZE, SCALE_TYPE)
+            tiling = mosaic_matmul.choose_tiling(m, n, k, 4 * row_shape[0] * row_shape[1])
+            rows.append(
+                {"n": n, "k": k, "m": m, "error": found, "weight_bytes": bytes_read, "microseconds": times,
+                 "tiling": vars(tiling)}
+            )  # fmt: skip
+            torch.cuda.empty_cache()
+    return rows
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of an elementwise pass over a gigabyte."""
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * 4 * 2**28 / kernel_times({"copy": lambda _: torch.neg(source, out=target)})["copy"] * 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--commit", required=True, help="to record")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no weight shape after this time")
+    args = parser.parse_args()
+    results = {
+        "command": "python examples/matmul_benchmark.py",
+        "commit": args.commit,
+        "device": torch.cuda.get_device_name(),
+        "versions": {"jax": jax.__version__, "torch": torch.__version__, "cuda": torch.version.cuda},
+        "group_size": GROUP_SIZE,
+        "scales": jnp.dtype(SCALE_TYPE).name,
+        "copy_bytes_per_second": copy_bandwidth(),
+        "rows": measure(args.seconds),
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    staged = args.out.with_suffix(".partial")
+    staged.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    staged.rename(args.out)
+
+
+if __name__ == "__main__":
+    main()

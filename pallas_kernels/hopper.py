@@ -1,0 +1,207 @@
+"""Hopper instructions that Pallas:Mosaic GPU does not offer, as functions on raw registers.
+
+All of them are meant to be called inside :func:`jax.experimental.pallas.mosaic_gpu.inline_mgpu` by a whole warpgroup.
+A "container" is a one-dimensional Pallas array of ``128 · r`` elements that holds r registers of each thread; it has no
+meaning beyond that, and lets registers live in Pallas loops.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import jax.experimental.mosaic.gpu as mgpu
+import numpy as np
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+WARPGROUP = 128
+
+
+def container_layout(registers: int) -> Any:
+    """The layout of a container of ``registers`` registers per thread."""
+    return plgpu.Layout.WG_STRIDED((WARPGROUP * registers,), vec_size=1)
+
+
+def container_type(registers: int, dtype: Any) -> plgpu.ShapeDtypeStruct:
+    """The type of a container, for ``return_type``."""
+    return plgpu.ShapeDtypeStruct((WARPGROUP * registers,), dtype, container_layout(registers))
+
+
+def unpack(array: mgpu.FragmentedArray) -> list[ir.Value]:
+    """The registers of a container."""
+    return [llvm.extractelement(register, i32(0)) for register in array.registers.flat]
+
+
+def pack(registers: Sequence[ir.Value]) -> mgpu.FragmentedArray:
+    """A container of float32 or int32 registers."""
+    element = registers[0].type
+    vector = ir.VectorType.get((1,), element)
+    packed = np.empty((len(registers),), dtype=object)
+    for i, register in enumerate(registers):
+        packed[i] = llvm.insertelement(llvm.mlir_undef(vector), register, i32(0))
+    return mgpu.FragmentedArray(
+        _registers=packed,
+        _layout=mgpu.WGStridedFragLayout((WARPGROUP * len(registers),), 1),
+        _is_signed=True if isinstance(element, ir.IntegerType) else None,
+    )
+
+
+def constant(value: int, bits: int) -> ir.Value:
+    """An integer constant, given as a signed or an unsigned number."""
+    if bits > 1 and value >= 1 << (bits - 1):
+        value -= 1 << bits
+    integer = ir.IntegerType.get_signless(bits)
+    return cast(Any, arith.ConstantOp)(integer, ir.IntegerAttr.get(integer, value)).result
+
+
+def i32(value: int) -> ir.Value:
+    """A 32-bit constant."""
+    return constant(value, bits=32)
+
+
+def f32(value: float) -> ir.Value:
+    """A float32 constant."""
+    single = ir.F32Type.get()
+    return cast(Any, arith.ConstantOp)(single, ir.FloatAttr.get(single, value)).result
+
+
+def asm(ptx: str, constraints: str, operands: Sequence[ir.Value], results: Sequence[ir.Type]) -> list[ir.Value]:
+    """Inline PTX that the compiler neither drops nor moves across another such one."""
+    if not results:
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), list(operands), ptx, constraints, has_side_effects=True)
+        return []
+    if len(results) == 1:
+        return [llvm.inline_asm(results[0], list(operands), ptx, constraints, has_side_effects=True)]
+    struct = llvm.StructType.get_literal(list(results))
+    out = llvm.inline_asm(struct, list(operands), ptx, constraints, has_side_effects=True)
+    return [llvm.extractvalue(type_, out, [i]) for i, type_ in enumerate(results)]
+
+
+def pure_asm(ptx: str, constraints: str, operands: Sequence[ir.Value], result: ir.Type) -> ir.Value:
+    """Inline PTX that computes one value and may be moved or dropped."""
+    return llvm.inline_asm(result, list(operands), ptx, constraints, has_side_effects=False)
+
+
+def thread_in_warpgroup() -> ir.Value:
+    """0 to 127, int32."""
+    return arith.remui(utils.thread_idx(), i32(WARPGROUP))
+
+
+def shared_address(ref: ir.Value) -> ir.Value:
+    """The 32-bit address of a shared-memory reference."""
+    return llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(ref))
+
+
+def load_shared_x4(address: ir.Value, offset: int = 0) -> list[ir.Value]:
+    """Four 32-bit words at a 16-byte aligned shared address."""
+    word = ir.IntegerType.get_signless(32)
+    ptx = f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];"
+    return asm(ptx, "=r,=r,=r,=r,r", [address], [word] * 4)
+
+
+def wait_for_wgmma(in_flight: int, registers: Sequence[ir.Value], keep: Sequence[ir.Value] = ()) -> list[ir.Value]:
+    """Waits until at most ``in_flight`` groups of wgmma run.
+
+    Nothing that reads ``registers`` moves before the wait, and the registers ``keep`` are not reused before it.
+    """
+    n = len(registers)
+    constraints = ",".join(["=f"] * n + [str(i) for i in range(n)] + ["r"] * len(keep))
+    operands = [*registers, *keep]
+    return asm(f"wgmma.wait_group.sync.aligned {in_flight};", constraints, operands, [ir.F32Type.get()] * n)
+
+
+def wgmma_e4m3(
+    accumulator: Sequence[ir.Value],
+    a: Sequence[ir.Value],
+    b_descriptor: ir.Value,
+    accumulate: ir.Value,
+    step_bytes: int = 32,
+) -> list[ir.Value]:
+    """Issues ``acc += A · Bᵀ`` as one group: fence, a wgmma m64nNk32 per four registers of A, commit.
+
+    Args:
+      accumulator: N / 2 float32 registers.
+      a: 4 registers of e4m3 for each step of 32 along k.
+      b_descriptor: of the first ``[N, 32]`` part of B, K-major.
+      accumulate: int32; 0 to overwrite the accumulator instead of adding to it.
+      step_bytes: from one part of B to the next.
+
+    Returns:
+      The registers that the accumulator will be in; they must not be read before :func:`wait_for_wgmma`.
+    """
+    r, n = len(accumulator), 2 * len(accumulator)
+    steps = len(a) // 4
+    registers = "{" + ",".join(f"${i}" for i in range(r)) + "}"
+    a_base = 2 * r
+    b, p = a_base + len(a), a_base + len(a) + 1
+    lines = [
+        "{ .reg .pred p, q; .reg .b64 d;",
+        f"setp.ne.b32 p, ${p}, 0;",
+        "setp.eq.u32 q, 0, 0;",
+        "wgmma.fence.sync.aligned;",
+    ]
+    for step in range(steps):
+        part = "{" + ",".join(f"${a_base + 4 * step + i}" for i in range(4)) + "}"
+        lines.append(f"add.s64 d, ${b}, {step * step_bytes // 16};")
+        flag = "p" if step == 0 else "q"
+        lines.append(f"wgmma.mma_async.sync.aligned.m64n{n}k32.f32.e4m3.e4m3 {registers}, {part}, d, {flag}, 1, 1;")
+    lines.append("wgmma.commit_group.sync.aligned; }")
+    constraints = ",".join(["=f"] * r + [str(i) for i in range(r)] + ["r"] * len(a) + ["l", "r"])
+    return asm("\n".join(lines), constraints, [*accumulator, *a, b_descriptor, accumulate], [ir.F32Type.get()] * r)
+
+
+def k_major_descriptor(address: ir.Value) -> ir.Value:
+    """The wgmma descriptor of an 8-bit K-major operand in rows of 128 bytes with the 128-byte swizzle."""
+    i64 = ir.IntegerType.get_signless(64)
+    field = llvm.lshr(llvm.and_(address, i32(0x3FFFF)), i32(4))
+    fixed = ((1024 >> 4) << 32) | (1 << 62)
+    return llvm.or_(arith.extui(i64, field), constant(fixed, bits=64))
+
+
+def store_transposed(address: ir.Value, registers: Sequence[ir.Value]) -> None:
+    """stmatrix.trans of two or four 8x8 matrices of 16-bit elements; ``address`` is each lane's row."""
+    operands = ", ".join(f"${i + 1}" for i in range(len(registers)))
+    asm(
+        f"stmatrix.sync.aligned.m8n8.x{len(registers)}.trans.shared.b16 [$0], {{{operands}}};",
+        ",".join(["r"] * (len(registers) + 1)),
+        [address, *registers],
+        [],
+    )
+
+
+def to_bf16x2(low: ir.Value, high: ir.Value) -> ir.Value:
+    """Rounds two float32 to a register of two bf16."""
+    word = ir.IntegerType.get_signless(32)
+    return pure_asm("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], word)
+
+
+def shuffle(register: ir.Value, lane: ir.Value) -> ir.Value:
+    """The float32 that another lane of the warp holds."""
+    return asm("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=f,f,r", [register, lane], [register.type])[0]
+
+
+def in_block(address: ir.Value, block: int) -> ir.Value:
+    """A shared address of this block as that of the same place in another block of the cluster."""
+    return asm(f"mapa.shared::cluster.u32 $0, $1, {block};", "=r,r", [address], [address.type])[0]
+
+
+@plgpu.inline_mgpu(arg_types=(), return_type=())
+def cluster_arrive(ctx: object) -> tuple[()]:
+    """Tells the cluster that this thread got here; all that it wrote before is seen behind :func:`cluster_wait`."""
+    asm("barrier.cluster.arrive.release;", "", [], [])
+    return ()
+
+
+@plgpu.inline_mgpu(arg_types=(), return_type=())
+def cluster_wait(ctx: object) -> tuple[()]:
+    """Waits until every thread of the cluster has arrived."""
+    asm("barrier.cluster.wait.acquire;", "", [], [])
+    return ()
+
+
+@plgpu.inline_mgpu(arg_types=(), return_type=())
+def warpgroup_barrier(ctx: object) -> tuple[()]:
+    """Waits for all threads of the warpgroup."""
+    utils.warpgroup_barrier()
+    return ()

@@ -1,0 +1,261 @@
+"""The tiled weight layout everywhere, the Hopper kernel's lowering on the CPU, and its numbers on a GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pallas_kernels as pk
+from pallas_kernels import mosaic_matmul, weight_layout
+from pallas_kernels.mosaic_matmul import Tiling
+
+E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
+SCALE_TYPES = [E4M3, BF16]
+
+
+def random_weight(seed, n, k, group_size, scale_dtype):
+    """Codes over the whole range, a group of zeros, and signed scales down to e4m3's smallest subnormal."""
+    rng = np.random.default_rng(seed)
+    values = rng.integers(-8, 8, (n, k)).astype(np.int8)
+    values[rng.integers(n), :group_size] = 0
+    values[rng.integers(n), -group_size:] = -8
+    scales = np.exp(rng.normal(size=(n, k // group_size)) * 0.5) * rng.choice([-1, 1], (n, k // group_size))
+    scales[rng.integers(n), rng.integers(k // group_size)] = 2.0**-9
+    return values, jnp.asarray(scales, scale_dtype)
+
+
+def random_tokens(seed, m, k):
+    """e4m3 activations that reach their largest value, one token of zeros among them, and token scales."""
+    rng = np.random.default_rng(seed)
+    x = jnp.clip(jnp.asarray(rng.normal(size=(m, k)) * 100), -448, 448).astype(E4M3)
+    if m > 1:
+        x = x.at[m // 2].set(0)
+    return x, jnp.asarray(rng.uniform(0.5, 2, m), jnp.float32)
+
+
+def product(x, x_scale, values, scales, tensor_scale, bias=None):
+    """The float64 oracle."""
+    w = values.reshape(*scales.shape, -1) * np.asarray(scales, np.float64)[..., None]
+    y = np.asarray(x, np.float64) @ w.reshape(values.shape).T * np.asarray(x_scale, np.float64)[:, None] * tensor_scale
+    return y if bias is None else y + np.asarray(bias, np.float64)
+
+
+def frobenius(actual, expected):
+    return np.linalg.norm(np.asarray(actual, np.float64) - expected) / np.linalg.norm(expected)
+
+
+SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 9), st.sampled_from([32, 64, 128]), st.sampled_from(SCALE_TYPES))
+
+
+@settings(max_examples=15, deadline=None)  # every new shape compiles
+@given(SHAPES, st.integers(0, 99))
+def test_tiles_give_back_codes_and_scales(shape, seed):
+    tiles_n, groups, group_size, scale_dtype = shape
+    n, k = 64 * tiles_n, groups * group_size
+    values, scales = random_weight(seed, n, k, group_size, scale_dtype)
+    codes = pk.pack_int4(jnp.asarray(values))
+    tiles = pk.to_tiles(codes, scales)
+    assert tiles.shape == weight_layout.tiles_shape(n, k, group_size, scale_dtype)
+    back, scales_back = pk.from_tiles(tiles, n, k, group_size, scale_dtype)
+    np.testing.assert_array_equal(back, codes)
+    np.testing.assert_array_equal(np.asarray(scales_back).view(np.uint8), np.asarray(scales).view(np.uint8))
+
+
+def test_tiles_are_laid_out_as_documented():
+    n, k, group_size = 192, 384, 64
+    values, scales = random_weight(0, n, k, group_size, E4M3)
+    tiles = np.asarray(pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)).reshape(3, 3, -1).view(np.uint32)
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        row, column = rng.integers(n), rng.integers(k)
+        in_row, in_column = row % 64, column % 128
+        w, o, r = in_row // 16, in_row // 8 % 2, in_row % 8
+        b, h, q, byte = in_column // 32, in_column // 16 % 2, in_column // 4 % 4, in_column % 4
+        thread, register = 32 * w + 4 * r + q, 4 * b + 2 * h + o
+        u = register // 2
+        word = int(tiles[row // 64, column // 128, u // 4 * 512 + thread * 4 + u % 4])
+        if register % 2:
+            sign = word >> (8 * ((byte + 1) % 4) + 3) & 1
+            magnitude = word >> (8 * byte + 4) & 7
+        else:
+            sign, magnitude = word >> (8 * byte + 7) & 1, word >> 8 * byte & 7
+        assert (-1 - magnitude if sign else magnitude) == values[row, column]
+        tile_scales = tiles[row // 64, column // 128, weight_layout.CODE_WORDS :].view(E4M3)
+        at = in_column // group_size * 64 + w * 16 + r * 2 + o
+        assert float(tile_scales[at]) == float(scales[row, column // group_size])
+
+
+@pytest.mark.parametrize("scale_dtype", SCALE_TYPES)
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_reference_of_tiles(group_size, scale_dtype):
+    m, n, k = 5, 128, 384
+    values, scales = random_weight(2, n, k, group_size, scale_dtype)
+    x, x_scale = random_tokens(3, m, k)
+    bias = jnp.asarray(np.random.default_rng(4).normal(size=n) * 1000, jnp.float32)
+    y = pk.int4_fp8_matmul_tiled(
+        x, x_scale, pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales), jnp.float32(0.25), bias,
+        n=n, group_size=group_size, scale_dtype=scale_dtype, out_dtype=jnp.float32, implementation="reference",
+    )  # fmt: skip
+    # Float32 sums of 384 terms.
+    assert frobenius(y, product(x, x_scale, values, scales, 0.25, bias)) < 1e-6
+
+
+def call(m=4, n=128, k=256, **changes):
+    values, scales = random_weight(0, n, k, 128, E4M3)
+    arguments = {
+        "x8": jnp.zeros((m, k), E4M3), "x_scale": jnp.ones(m), "tensor_scale": jnp.float32(1),
+        "tiles": pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales), "n": n, "group_size": 128, "scale_dtype": E4M3,
+    }  # fmt: skip
+    return pk.int4_fp8_matmul_tiled(**(arguments | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group_size": 48}, "group_size=48"),
+        ({"group_size": 32}, "tiles must have shape"),
+        ({"scale_dtype": BF16}, "tiles must have shape"),
+        ({"scale_dtype": jnp.float32}, "scale_dtype must be"),
+        ({"x_scale": jnp.ones(3)}, "x_scale must have shape"),
+        ({"x8": jnp.zeros((4, 256), BF16)}, "x8 must be float8_e4m3fn"),
+        ({"bias": jnp.ones(3)}, "bias must have shape"),
+    ],
+)
+def test_refuses_what_does_not_belong_together(changes, message):
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+def test_named_kernel_is_refused_where_it_cannot_run():
+    with pytest.raises(NotImplementedError, match="no multiple of 64"):
+        call(n=96, implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="out_dtype=float32"):
+        call(out_dtype=jnp.float32, implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="no 'triton' implementation"):
+        call(implementation="triton")
+    assert call(n=96).shape == (4, 96)
+    if not pk.has_hopper_gpu():
+        with pytest.raises(NotImplementedError, match="no Hopper GPU"):
+            call(implementation="mosaic_gpu")
+
+
+@given(st.integers(1, 20000), st.integers(1, 500), st.integers(1, 900), st.sampled_from([4160, 4224, 4352, 4608]))
+def test_chosen_tilings_fit_the_device(m, n_tiles, k_groups, tile_bytes):
+    tiling = mosaic_matmul.choose_tiling(m, 64 * n_tiles, 32 * k_groups, tile_bytes)
+    assert tiling.shared_memory(tile_bytes) <= mosaic_matmul.SHARED_MEMORY
+    assert tiling.stages >= 2
+    assert tiling.split * tiling.share in (1, 2, 4)
+
+
+LOWERED = [
+    (1, 192, 576, 64, BF16),
+    (16, 4096, 14336, 128, E4M3),
+    (64, 28672, 4096, 128, E4M3),
+    (100, 1536, 576, 32, BF16),
+    (256, 4096, 4096, 128, E4M3),
+    (4097, 6144, 4096, 128, BF16),
+    (1000, 64, 128, 128, E4M3),
+]
+
+
+@pytest.mark.parametrize(("m", "n", "k", "group_size", "scale_dtype"), LOWERED)
+def test_lowers_for_cuda_without_a_gpu(m, n, k, group_size, scale_dtype):
+    shape = jax.ShapeDtypeStruct
+    tiles = shape(weight_layout.tiles_shape(n, k, group_size, scale_dtype), jnp.int32)
+    kernel = functools.partial(mosaic_matmul.matmul, n=n, group_size=group_size, scale_dtype=scale_dtype)
+    arguments = (shape((m, k), E4M3), shape((m,), jnp.float32), tiles, shape((), jnp.float32), shape((n,), BF16))
+    lowered = jax.jit(kernel).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+GPU_SHAPES = [
+    *LOWERED,
+    (1, 64, 32, 32, E4M3),
+    (7, 320, 1152, 64, E4M3),
+    (33, 576, 1536, 128, E4M3),
+    (129, 640, 2816, 128, BF16),
+    (300, 640, 1152, 64, BF16),
+    (513, 1088, 4224, 128, E4M3),
+    (2048, 4096, 11008, 128, E4M3),
+    (1024, 4096, 14336, 128, E4M3),
+]
+
+
+def on_gpu(m, n, k, group_size, scale_dtype, tiling=None, bias=True, repeats=1):
+    """Kernel results of equal calls, and the float32 product of the same inputs."""
+    values, scales = random_weight(m, n, k, group_size, scale_dtype)
+    x, x_scale = random_tokens(m + 1, m, k)
+    tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
+    offsets = jnp.asarray(np.random.default_rng(5).normal(size=n) * 100, jnp.float32) if bias else None
+    kernel = jax.jit(
+        functools.partial(mosaic_matmul.matmul, n=n, group_size=group_size, scale_dtype=scale_dtype, tiling=tiling)
+    )
+    results = [kernel(x, x_scale, tiles, jnp.float32(0.5), offsets) for _ in range(repeats)]
+    w = (values.reshape(*scales.shape, -1) * np.asarray(scales, np.float32)[..., None]).reshape(n, k)
+    expected = jnp.matmul(x.astype(jnp.float32), jnp.asarray(w).T, precision="highest") * x_scale[:, None] * 0.5
+    return results, np.asarray(expected if offsets is None else expected + offsets, np.float64)
+
+
+# The result is rounded to bf16 (1.7e-3 of the Frobenius norm); the tensor core's accumulators keep about 14 bits, which
+# adds an error that grows with k.
+TOLERANCE = 4e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("m", "n", "k", "group_size", "scale_dtype"), GPU_SHAPES)
+def test_kernel_against_float32(m, n, k, group_size, scale_dtype):
+    if not pk.has_hopper_gpu():
+        pytest.skip("needs a Hopper GPU")
+    results, expected = on_gpu(m, n, k, group_size, scale_dtype, repeats=20)
+    assert results[0].shape == (m, n)
+    assert results[0].dtype == BF16
+    assert frobenius(results[0], expected) < TOLERANCE
+    for other in results[1:]:
+        np.testing.assert_array_equal(np.asarray(other).view(np.uint16), np.asarray(results[0]).view(np.uint16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "tiling",
+    [
+        Tiling(8, 3, halves=1, unroll=2, split=4, persistent=False),
+        Tiling(32, 4, halves=2, unroll=3),
+        Tiling(64, 4, halves=2, split=2, persistent=False),
+        Tiling(128, 4, halves=1, unroll=2),
+        Tiling(256, 2, share=2, snake=1),
+        Tiling(256, 4, unroll=5),
+    ],
+    ids=str,
+)
+def test_tilings_agree_with_float32(tiling):
+    if not pk.has_hopper_gpu():
+        pytest.skip("needs a Hopper GPU")
+    results, expected = on_gpu(300, 1088, 1664, 128, E4M3, tiling, bias=False, repeats=3)
+    assert frobenius(results[0], expected) < TOLERANCE
+    np.testing.assert_array_equal(np.asarray(results[0]).view(np.uint16), np.asarray(results[2]).view(np.uint16))
+
+
+@pytest.mark.gpu
+def test_thousand_launches_give_the_same():
+    if not pk.has_hopper_gpu():
+        pytest.skip("needs a Hopper GPU")
+    m, n, k = 200, 1024, 2048
+    values, scales = random_weight(0, n, k, 128, E4M3)
+    x, x_scale = random_tokens(1, m, k)
+    tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
+
+    @jax.jit
+    def differences(tiles):
+        def once():
+            return mosaic_matmul.matmul(
+                jax.lax.optimization_barrier(x), x_scale, tiles, jnp.float32(1), n=n, group_size=128, scale_dtype=E4M3
+            )
+
+        first = once()
+        return jax.lax.fori_loop(0, 1000, lambda _, count: count + jnp.sum(once() != first), 0)
+
+    assert int(differences(tiles)) == 0
