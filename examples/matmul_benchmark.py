@@ -4,7 +4,7 @@
     uv run python examples/matmul_report.py
 
 Every shape is checked against the float32 product first. Times are the sums of the kernels' own times (CUPTI), the
-median over rounds in which the candidates take turns; weights are rotated past the L2 cache where they are what is read.
+median over rounds in which the candidates take turns; weights are rotated past the L2 cache.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def compiled(n: int, k: int, m: int) -> Any:
 
 
 def torch_candidates(m: int, n: int, k: int) -> dict[str, Candidate]:
-    """cuBLASLt through torch: bf16, and fp8 with a scale per tensor and per row, with both ways of accumulating."""
+    """Torch's products through cuBLASLt: bf16, and fp8 with a scale per tensor and per row, with both ways of accumulating."""
     count = copies(n * k)
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies(2 * n * k))]
