@@ -58,10 +58,15 @@ class Tiling:
     persistent: bool = True
 
     def shared_memory(self, tile_bytes: int) -> int:
-        """An upper bound of the bytes of shared memory for a weight of such tiles."""
-        stage = self.tokens * TILE_K + WARPGROUPS * tile_bytes
-        received = (self.split - 1) * self.tokens * BLOCK_N * 4
-        return self.stages * stage + self.tokens * BLOCK_N * 2 + received + 4096
+        """Bytes of shared memory for a weight of such tiles, rounded up array by array as the compiler does."""
+        arrays = [
+            self.stages * self.tokens * TILE_K,
+            self.stages * WARPGROUPS * tile_bytes,
+            self.tokens * BLOCK_N * 2,
+            (self.split - 1) * self.tokens * BLOCK_N * 4,
+            2 * self.stages * 8,
+        ]
+        return sum(-(-size // 1024) * 1024 for size in arrays)
 
 
 def choose_tiling(m: int, n: int, k: int, tile_bytes: int) -> Tiling:
