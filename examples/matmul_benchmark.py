@@ -88,7 +88,7 @@ def compiled(n: int, k: int, m: int) -> Any:
 
 
 def torch_candidates(m: int, n: int, k: int) -> dict[str, Candidate]:
-    """Torch's products through cuBLASLt: bf16, and fp8 with a scale per tensor and per row, with both ways of accumulating."""
+    """Torch, that is cuBLASLt: bf16, and fp8 with a scale per tensor or row, both ways of accumulating."""
     count = copies(n * k)
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies(2 * n * k))]
