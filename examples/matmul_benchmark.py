@@ -12,7 +12,7 @@ import functools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -110,16 +110,16 @@ def torch_candidates(m: int, n: int, k: int) -> dict[str, Candidate]:
     return result
 
 
-def measure(seconds: float) -> list[dict[str, Any]]:
+def measure(seconds: float) -> Iterator[dict[str, Any]]:
     began = time.perf_counter()
     cases = [(n, k, m) for n, k in SHAPES for m in TOKENS]
     with ThreadPoolExecutor(16) as pool:
         kernels = dict(zip(cases, pool.map(lambda case: compiled(*case), cases), strict=True))
     print(f"compiled after {time.perf_counter() - began:.0f} s", flush=True)
-    one, rows = jnp.float32(1), []
+    one = jnp.float32(1)
     for n, k in SHAPES:
         if time.perf_counter() - began > seconds:
-            break
+            return
         bytes_read = tiled_bytes(n, k, GROUP_SIZE, SCALE_TYPE)
         pairs = [weight(jax.random.key(i), n, k) for i in range(copies(bytes_read))]
         tiles = [jax.jit(to_tiles)(*pair) for pair in pairs]
@@ -140,12 +140,11 @@ def measure(seconds: float) -> list[dict[str, Any]]:
             print(n, k, m, f"error {found:.2e}", {name: round(us, 1) for name, us in times.items()}, flush=True)
             row_shape = tile_shape(GROUP_SIZE, SCALE_TYPE)
             tiling = mosaic_matmul.choose_tiling(m, n, k, 4 * row_shape[0] * row_shape[1])
-            rows.append(
-                {"n": n, "k": k, "m": m, "error": found, "weight_bytes": bytes_read, "microseconds": times,
-                 "tiling": vars(tiling)}
-            )  # fmt: skip
+            yield {
+                "n": n, "k": k, "m": m, "error": found, "weight_bytes": bytes_read, "microseconds": times,
+                "tiling": vars(tiling),
+            }  # fmt: skip
             torch.cuda.empty_cache()
-    return rows
 
 
 def copy_bandwidth() -> float:
@@ -161,7 +160,7 @@ def main() -> None:
     parser.add_argument("--commit", required=True, help="to record")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no weight shape after this time")
     args = parser.parse_args()
-    results = {
+    results: dict[str, Any] = {
         "command": "python examples/matmul_benchmark.py",
         "commit": args.commit,
         "device": torch.cuda.get_device_name(),
@@ -169,12 +168,14 @@ def main() -> None:
         "group_size": GROUP_SIZE,
         "scales": jnp.dtype(SCALE_TYPE).name,
         "copy_bytes_per_second": copy_bandwidth(),
-        "rows": measure(args.seconds),
+        "rows": [],
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     staged = args.out.with_suffix(".partial")
-    staged.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    staged.rename(args.out)
+    for row in measure(args.seconds):  # a run that is cut off leaves what it has
+        results["rows"].append(row)
+        staged.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        staged.rename(args.out)
 
 
 if __name__ == "__main__":
