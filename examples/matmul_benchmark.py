@@ -24,7 +24,8 @@ import torch
 # The one way to time kernels of both frameworks alike; jax.experimental.mosaic.gpu.profiler uses it for JAX functions.
 from jax._src.lib import mosaic_gpu as mosaic_gpu_library
 
-from pallas_kernels import int4_fp8_matmul_tiled, mosaic_matmul, pack_int4, to_tiles, unpack_int4
+from pallas_kernels import int4_fp8_matmul_tiled, pack_int4, to_tiles, unpack_int4
+from pallas_kernels.tiling import choose_tiling
 from pallas_kernels.weight_layout import tile_shape, tiled_bytes, tiles_shape
 
 ROOT = Path(__file__).parents[1]
@@ -139,7 +140,7 @@ def measure(seconds: float) -> Iterator[dict[str, Any]]:
             times = kernel_times({"int4": ours, **torch_candidates(m, n, k)})
             print(n, k, m, f"error {found:.2e}", {name: round(us, 1) for name, us in times.items()}, flush=True)
             row_shape = tile_shape(GROUP_SIZE, SCALE_TYPE)
-            tiling = mosaic_matmul.choose_tiling(m, n, k, 4 * row_shape[0] * row_shape[1])
+            tiling = choose_tiling(m, n, k, 4 * row_shape[0] * row_shape[1])
             yield {
                 "n": n, "k": k, "m": m, "error": found, "weight_bytes": bytes_read, "microseconds": times,
                 "tiling": vars(tiling),

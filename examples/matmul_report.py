@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from accuracy_report import replace_between
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "matmul.json"
 PAGE = ROOT / "docs" / "kernels.md"
-BEGIN, END = "<!-- matmul -->", "<!-- end of matmul -->"
 
 
 def line(row: dict[str, Any]) -> str:
@@ -47,9 +48,8 @@ def main() -> None:
         f"products. The error is the relative Frobenius norm to the float32 product.\n\n{table(results)}"
     )
     page = PAGE.read_text("utf-8")
-    start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
     staged = PAGE.with_suffix(".partial")
-    staged.write_text(f"{page[:start]}\n{text}\n{page[end:]}", encoding="utf-8")
+    staged.write_text(replace_between(page, "matmul", text), encoding="utf-8")
     staged.rename(PAGE)
 
 

@@ -4,20 +4,29 @@
 be honoured is refused before anything is traced.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mosaic_matmul, reference, weight_layout
+from pallas_kernels import reference, weight_layout
 from pallas_kernels.reference import Numerics
+
+
+def _mosaic_matmul(*arrays: jax.Array | None, out_dtype: Any, **options: Any) -> jax.Array:
+    # Mosaic takes a second to import, which only who runs the kernel should pay.
+    from pallas_kernels import mosaic_matmul
+
+    del out_dtype  # bf16, or the kernel is not selected
+    return mosaic_matmul.matmul(*arrays, **options)  # type: ignore[arg-type]
+
 
 # Per operation, the implementations from the most to the least specialised; None takes the first that fits.
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., jax.Array]]] = {
     "int4_fp8_matmul": {"reference": reference.int4_fp8_matmul},
     "int4_fp8_matmul_tiled": {
-        "mosaic_gpu": mosaic_matmul.matmul,
+        "mosaic_gpu": _mosaic_matmul,
         "reference": reference.int4_fp8_matmul_tiled,
     },
     "prefill_attention": {"reference": reference.prefill_attention},
@@ -36,20 +45,29 @@ def implementations(op: str) -> tuple[str, ...]:
     return tuple(_IMPLEMENTATIONS[op])
 
 
-def select(op: str, implementation: str | None) -> Callable[..., jax.Array]:
+def select(op: str, implementation: str | None, refusals: Mapping[str, str] | None = None) -> Callable[..., jax.Array]:
     """The function that computes ``op``.
+
+    Args:
+      op: an operation.
+      implementation: a name, or None for the first that is not in ``refusals``.
+      refusals: implementations that cannot take this shape or device, and why.
 
     Raises:
       ValueError: there is no such operation.
-      NotImplementedError: ``op`` has no implementation of that name.
+      NotImplementedError: ``op`` has no implementation of that name, or it is in ``refusals``.
     """
-    names = implementations(op)
+    names, refusals = implementations(op), refusals or {}
     if implementation is None:
-        return _IMPLEMENTATIONS[op][names[0]]
+        return _IMPLEMENTATIONS[op][next(name for name in names if name not in refusals)]
     if implementation not in names:
         raise NotImplementedError(
             f"{op} has no {implementation!r} implementation; it has {', '.join(names)}. "
             "Pass implementation=None to take the best of them."
+        )
+    if implementation in refusals:
+        raise NotImplementedError(
+            f"{op}: {implementation} cannot run: {refusals[implementation]}. Pass implementation=None to fall back."
         )
     return _IMPLEMENTATIONS[op][implementation]
 
@@ -60,6 +78,17 @@ def _require(op: str, name: str, array: jax.Array, shape: tuple[int, ...], dtype
     if array.dtype not in [jnp.dtype(d) for d in dtypes]:
         expected = " or ".join(jnp.dtype(d).name for d in dtypes)
         raise ValueError(f"{op}: {name} must be {expected}, got {array.dtype}")
+
+
+def _check_factors(
+    op: str, x8: jax.Array, x_scale: jax.Array, tensor_scale: jax.Array, bias: jax.Array | None, n: int
+) -> None:
+    """What both products have beside the weight."""
+    _require(op, "x8", x8, x8.shape, (jnp.float8_e4m3fn,))
+    _require(op, "x_scale", x_scale, x8.shape[:1], (jnp.float32,))
+    _require(op, "tensor_scale", tensor_scale, (), (jnp.float32,))
+    if bias is not None and bias.shape != (n,):
+        raise ValueError(f"{op}: bias must have shape {(n,)}, got {bias.shape}")
 
 
 def int4_fp8_matmul(
@@ -84,18 +113,14 @@ def int4_fp8_matmul(
     compute = select(op, implementation)
     if x8.ndim != 2 or codes.ndim != 2 or scales.ndim != 2:
         raise ValueError(f"{op}: x8, codes and scales are matrices, got {x8.shape}, {codes.shape}, {scales.shape}")
-    (m, k), (n, groups) = x8.shape, scales.shape
+    k, (n, groups) = x8.shape[1], scales.shape
     if groups == 0 or k % groups or (k // groups) % 2:
         raise ValueError(f"{op}: {k=} cannot be split into {groups} groups of an even size")
     if numerics not in ("exact", "folded"):
         raise ValueError(f"{op}: {numerics=} must be 'exact' or 'folded'")
-    _require(op, "x8", x8, (m, k), (jnp.float8_e4m3fn,))
-    _require(op, "x_scale", x_scale, (m,), (jnp.float32,))
+    _check_factors(op, x8, x_scale, tensor_scale, bias, n)
     _require(op, "codes", codes, (n, k // 2), (jnp.uint8,))
     _require(op, "scales", scales, (n, groups), (jnp.float8_e4m3fn, jnp.bfloat16))
-    _require(op, "tensor_scale", tensor_scale, (), (jnp.float32,))
-    if bias is not None and bias.shape != (n,):
-        raise ValueError(f"{op}: bias must have shape {(n,)}, got {bias.shape}")
     return compute(x8, x_scale, codes, scales, tensor_scale, bias, numerics=numerics, out_dtype=out_dtype)
 
 
@@ -103,6 +128,19 @@ def has_hopper_gpu() -> bool:
     """Whether the default device is an NVIDIA GPU of compute capability 9.0 (H100, H200)."""
     device = jax.devices()[0]
     return device.platform in ("gpu", "cuda") and getattr(device, "compute_capability", None) == "9.0"
+
+
+def _tiled_refusals(m: int, n: int, out_dtype: Any) -> dict[str, str]:
+    """Why the Hopper kernel cannot make a result ``[m, n]``, if it cannot."""
+    if n % weight_layout.TILE_N:
+        return {"mosaic_gpu": f"{n=} is no multiple of {weight_layout.TILE_N}"}
+    if m == 0:
+        return {"mosaic_gpu": "there are no tokens"}
+    if jnp.dtype(out_dtype) != jnp.bfloat16:
+        return {"mosaic_gpu": f"out_dtype={jnp.dtype(out_dtype).name} is not bfloat16"}
+    if not has_hopper_gpu():
+        return {"mosaic_gpu": f"the default device, {jax.devices()[0]}, is no Hopper GPU"}
+    return {}
 
 
 def int4_fp8_matmul_tiled(
@@ -147,20 +185,9 @@ def int4_fp8_matmul_tiled(
         raise ValueError(f"{op}: {group_size=} must be one of {weight_layout.GROUP_SIZES} and divide {k=}")
     if jnp.dtype(scale_dtype) not in (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.bfloat16)):
         raise ValueError(f"{op}: scale_dtype must be float8_e4m3fn or bfloat16, got {jnp.dtype(scale_dtype).name}")
-    _require(op, "x8", x8, (m, k), (jnp.float8_e4m3fn,))
-    _require(op, "x_scale", x_scale, (m,), (jnp.float32,))
+    _check_factors(op, x8, x_scale, tensor_scale, bias, n)
     _require(op, "tiles", tiles, weight_layout.tiles_shape(n, k, group_size, scale_dtype), (jnp.int32,))
-    _require(op, "tensor_scale", tensor_scale, (), (jnp.float32,))
-    if bias is not None and bias.shape != (n,):
-        raise ValueError(f"{op}: bias must have shape {(n,)}, got {bias.shape}")
-    reason = mosaic_matmul.unsupported(m, n, out_dtype)
-    if reason is None and not has_hopper_gpu():
-        reason = f"the default device, {jax.devices()[0]}, is no Hopper GPU"
-    if implementation is None and reason is not None:
-        implementation = "reference"
-    compute = select(op, implementation)
-    if compute is mosaic_matmul.matmul and reason is not None:
-        raise NotImplementedError(f"{op}: mosaic_gpu cannot run: {reason}. Pass implementation=None to fall back.")
+    compute = select(op, implementation, _tiled_refusals(m, n, out_dtype))
     return compute(
         x8, x_scale, tiles, tensor_scale, bias,
         n=n, group_size=group_size, scale_dtype=jnp.dtype(scale_dtype), out_dtype=out_dtype,

@@ -116,16 +116,14 @@ def wgmma_e4m3(
     a: Sequence[ir.Value],
     b_descriptor: ir.Value,
     accumulate: ir.Value,
-    step_bytes: int = 32,
 ) -> list[ir.Value]:
     """Issues ``acc += A · Bᵀ`` as one group: fence, a wgmma m64nNk32 per four registers of A, commit.
 
     Args:
       accumulator: N / 2 float32 registers.
       a: 4 registers of e4m3 for each step of 32 along k.
-      b_descriptor: of the first ``[N, 32]`` part of B, K-major.
+      b_descriptor: of the first ``[N, 32]`` part of B, K-major; the others follow in the same rows.
       accumulate: int32; 0 to overwrite the accumulator instead of adding to it.
-      step_bytes: from one part of B to the next.
 
     Returns:
       The registers that the accumulator will be in; they must not be read before :func:`wait_for_wgmma`.
@@ -143,7 +141,7 @@ def wgmma_e4m3(
     ]
     for step in range(steps):
         part = "{" + ",".join(f"${a_base + 4 * step + i}" for i in range(4)) + "}"
-        lines.append(f"add.s64 d, ${b}, {step * step_bytes // 16};")
+        lines.append(f"add.s64 d, ${b}, {2 * step};")
         flag = "p" if step == 0 else "q"
         lines.append(f"wgmma.mma_async.sync.aligned.m64n{n}k32.f32.e4m3.e4m3 {registers}, {part}, d, {flag}, 1, 1;")
     lines.append("wgmma.commit_group.sync.aligned; }")

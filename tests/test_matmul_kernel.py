@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels as pk
-from pallas_kernels import mosaic_matmul, weight_layout
-from pallas_kernels.mosaic_matmul import Tiling
+from pallas_kernels import mosaic_matmul, tiling, weight_layout
+from pallas_kernels.tiling import Tiling
 
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
 SCALE_TYPES = [E4M3, BF16]
+# There is no kernel for other GPUs.
+on_hopper = pytest.mark.skipif(not pk.has_hopper_gpu(), reason="no Hopper GPU")
 
 
 def random_weight(seed, n, k, group_size, scale_dtype):
@@ -145,10 +147,10 @@ def test_named_kernel_is_refused_where_it_cannot_run():
 
 @given(st.integers(1, 20000), st.integers(1, 500), st.integers(1, 900), st.sampled_from([4160, 4224, 4352, 4608]))
 def test_chosen_tilings_fit_the_device(m, n_tiles, k_groups, tile_bytes):
-    tiling = mosaic_matmul.choose_tiling(m, 64 * n_tiles, 32 * k_groups, tile_bytes)
-    assert tiling.shared_memory(tile_bytes) <= mosaic_matmul.SHARED_MEMORY
-    assert tiling.stages >= 2
-    assert tiling.split * tiling.share in (1, 2, 4)
+    chosen = tiling.choose_tiling(m, 64 * n_tiles, 32 * k_groups, tile_bytes)
+    assert chosen.shared_memory(tile_bytes) <= tiling.SHARED_MEMORY
+    assert chosen.stages >= 2
+    assert chosen.split * chosen.share in (1, 2, 4)
 
 
 LOWERED = [
@@ -206,10 +208,9 @@ TOLERANCE = 4e-3
 
 
 @pytest.mark.gpu
+@on_hopper
 @pytest.mark.parametrize(("m", "n", "k", "group_size", "scale_dtype"), GPU_SHAPES)
 def test_kernel_against_float32(m, n, k, group_size, scale_dtype):
-    if not pk.has_hopper_gpu():
-        pytest.skip("needs a Hopper GPU")
     results, expected = on_gpu(m, n, k, group_size, scale_dtype, repeats=20)
     assert results[0].shape == (m, n)
     assert results[0].dtype == BF16
@@ -219,6 +220,7 @@ def test_kernel_against_float32(m, n, k, group_size, scale_dtype):
 
 
 @pytest.mark.gpu
+@on_hopper
 @pytest.mark.parametrize(
     "tiling",
     [
@@ -232,17 +234,14 @@ def test_kernel_against_float32(m, n, k, group_size, scale_dtype):
     ids=str,
 )
 def test_tilings_agree_with_float32(tiling):
-    if not pk.has_hopper_gpu():
-        pytest.skip("needs a Hopper GPU")
     results, expected = on_gpu(300, 1088, 1664, 128, E4M3, tiling, bias=False, repeats=3)
     assert frobenius(results[0], expected) < TOLERANCE
     np.testing.assert_array_equal(np.asarray(results[0]).view(np.uint16), np.asarray(results[2]).view(np.uint16))
 
 
 @pytest.mark.gpu
+@on_hopper
 def test_thousand_launches_give_the_same():
-    if not pk.has_hopper_gpu():
-        pytest.skip("needs a Hopper GPU")
     m, n, k = 200, 1024, 2048
     values, scales = random_weight(0, n, k, 128, E4M3)
     x, x_scale = random_tokens(1, m, k)

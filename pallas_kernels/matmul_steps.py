@@ -1,0 +1,283 @@
+"""The register-level steps of the Hopper matmul, which :mod:`pallas_kernels.mosaic_matmul` puts in order."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from pallas_kernels import hopper
+from pallas_kernels.hopper import f32, i32
+from pallas_kernels.tiling import BLOCK_N, Tiling
+from pallas_kernels.weight_layout import CODE_WORDS, TILE_K, TILE_N, tile_shape
+
+Operation = Callable[..., Any]
+
+# What a code of 1 is worth when its bits are read as e4m3: sign and magnitude are a subnormal number.
+CODE_UNIT = 2.0**-9
+
+
+def decode_codes(words: list[ir.Value]) -> list[ir.Value]:
+    """Words of 8 codes as e4m3 operand registers of 4, worth ``CODE_UNIT`` times the codes."""
+    registers = []
+    for word in words:
+        rotated = hopper.pure_asm("shf.r.wrap.b32 $0, $1, $1, 4;", "=r,r", [word], word.type)
+        for source in (word, rotated):
+            fields = arith.andi(source, i32(0x87878787))
+            # A negative code's magnitude is stored less one.
+            negative = arith.andi(arith.shrui(fields, i32(7)), i32(0x01010101))
+            registers.append(arith.addi(fields, negative))
+    return registers
+
+
+def load_scales(address: ir.Value, scale_dtype: Any) -> tuple[ir.Value, ir.Value]:
+    """Two neighbouring group scales as float32. Zeros, which only copies from outside the weight bring, become ones."""
+    i16, word, single = ir.IntegerType.get_signless(16), ir.IntegerType.get_signless(32), ir.F32Type.get()
+    if scale_dtype == jnp.float8_e4m3fn:
+        [raw] = hopper.asm("ld.shared.u16 $0, [$1];", "=h,r", [address], [i16])
+        outside = arith.cmpi(arith.CmpIPredicate.eq, raw, hopper.constant(0, bits=16))
+        raw = arith.select(outside, hopper.constant(0x3838, bits=16), raw)
+        halves = hopper.pure_asm("cvt.rn.f16x2.e4m3x2 $0, $1;", "=r,h", [raw], word)
+        widen = "{{ .reg .b16 l, h; mov.b32 {{l, h}}, $1; cvt.f32.f16 $0, {}; }}"
+        low, high = (hopper.pure_asm(widen.format(part), "=f,r", [halves], single) for part in "lh")
+        return low, high
+    [raw] = hopper.asm("ld.shared.b32 $0, [$1];", "=r,r", [address], [word])
+    outside = arith.cmpi(arith.CmpIPredicate.eq, raw, i32(0))
+    raw = arith.select(outside, i32(0x3F803F80), raw)
+    low, high = arith.shli(raw, i32(16)), arith.andi(raw, i32(0xFFFF0000))
+    return arith.bitcast(single, low), arith.bitcast(single, high)
+
+
+def by_row(registers: list[ir.Value], pair: list[ir.Value]) -> list[ir.Value]:
+    """Accumulator registers times the factors of the two outputs that a thread has."""
+    return [arith.mulf(register, pair[i % 4 // 2]) for i, register in enumerate(registers)]
+
+
+def load_if(address: ir.Value, condition: ir.Value) -> ir.Value:
+    """A float32 of global memory, or 0 where the condition does not hold."""
+    flag = arith.extui(ir.IntegerType.get_signless(32), condition)
+    load = "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.f32 $0, 0f00000000; @p ld.global.nc.f32 $0, [$1]; }"
+    return hopper.asm(load, "=&f,l,r", [address, flag], [ir.F32Type.get()])[0]
+
+
+def float_address(ref: ir.Value, index: ir.Value) -> ir.Value:
+    """The address of an element of a float32 vector in global memory."""
+    i64 = ir.IntegerType.get_signless(64)
+    start = llvm.ptrtoint(i64, utils.memref_ptr(ref))
+    return arith.addi(start, arith.extui(i64, arith.muli(index, i32(4))))
+
+
+class Steps:
+    """The register-level steps of one product, as functions that a Pallas kernel calls."""
+
+    def __init__(self, m: int, n: int, group_size: int, scale_dtype: Any, tiling: Tiling) -> None:
+        self.m, self.n, self.tiling = m, n, tiling
+        self.group_size, self.scale_dtype = group_size, scale_dtype
+        self.groups = TILE_K // group_size
+        self.half = tiling.tokens // tiling.halves
+        self.registers = self.half // 2
+        rows, columns = tile_shape(group_size, scale_dtype)
+        self.tile_bytes = 4 * rows * columns
+        self.swizzle = (cast(Any, plgpu.SwizzleTransform)(128),)
+        self.scalar = plgpu.Layout.WG_SPLAT(())
+        containers = {
+            "accumulator": (self.registers, jnp.float32),
+            "operand": (16, jnp.int32),
+            "ratios": (2 * self.groups, jnp.float32),
+            "pair": (2, jnp.float32),
+            "factors": (-(-tiling.tokens // 32), jnp.float32),
+        }
+        self.layout = {name: hopper.container_layout(count) for name, (count, _) in containers.items()}
+        self.type = {name: hopper.container_type(count, dtype) for name, (count, dtype) in containers.items()}
+
+    def load_weights(self) -> Operation:
+        """``(stage, warpgroup, scales before) -> (operand, ratios, first scales, last scales)``.
+
+        The ratios bring a sum in units of one group's scale to those of the next, for each group of the step.
+        """
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), self.scalar, self.layout["pair"]),
+            return_type=(self.type["operand"], self.type["ratios"], self.type["pair"], self.type["pair"]),
+        )
+        def load(_: Any, stage: Any, warpgroup: Any, before: Any) -> Any:
+            tile = arith.muli(warpgroup.registers.item(), i32(self.tile_bytes))
+            tile = arith.addi(hopper.shared_address(stage), tile)
+            thread = hopper.thread_in_warpgroup()
+            address = arith.addi(tile, arith.muli(thread, i32(16)))
+            words = hopper.load_shared_x4(address) + hopper.load_shared_x4(address, 2048)
+            size = jnp.dtype(self.scale_dtype).itemsize
+            address = arith.addi(tile, arith.muli(arith.shrui(thread, i32(2)), i32(2 * size)))
+            scales = [
+                load_scales(arith.addi(address, i32(4 * CODE_WORDS + g * TILE_N * size)), self.scale_dtype)
+                for g in range(self.groups)
+            ]
+            ratio = "{ .reg .f32 r; rcp.approx.ftz.f32 r, $2; mul.f32 $0, $1, r; }"
+            ratios = [
+                hopper.pure_asm(ratio, "=f,f,f", [old, new], old.type)
+                for last, here in zip([hopper.unpack(before), *scales], scales, strict=False)
+                for old, new in zip(last, here, strict=True)
+            ]
+            return tuple(map(hopper.pack, (decode_codes(words), ratios, scales[0], scales[-1])))
+
+        return cast(Operation, load)
+
+    def settle(self, in_flight: int, group: int, kept: int) -> Operation:
+        """``(accumulator, ratios, operands...) -> accumulator``: its wgmma is done, and it is in the group's units.
+
+        wgmma reads its operand registers late, so those still in use are kept until the wait.
+        """
+
+        @plgpu.inline_mgpu(
+            arg_types=(self.layout["accumulator"], self.layout["ratios"], *[self.layout["operand"]] * kept),
+            return_type=self.type["accumulator"],
+        )
+        def wait(_: Any, accumulator: Any, ratios: Any, *operands: Any) -> Any:
+            keep = [register for operand in operands for register in hopper.unpack(operand)]
+            registers = hopper.wait_for_wgmma(in_flight, hopper.unpack(accumulator), keep)
+            return hopper.pack(by_row(registers, hopper.unpack(ratios)[2 * group : 2 * group + 2]))
+
+        return cast(Operation, wait)
+
+    def multiply(self, half: int, group: int) -> Operation:
+        """``(accumulator, operand, tokens, is first) -> accumulator``: adds a group's product, which is left to run."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(
+                self.layout["accumulator"], self.layout["operand"], plgpu.RefType(self.swizzle), self.scalar,
+            ),
+            return_type=self.type["accumulator"],
+        )  # fmt: skip
+        def issue(_: Any, accumulator: Any, operand: Any, tokens: Any, first: Any) -> Any:
+            per_group = 16 // self.groups
+            registers = hopper.unpack(operand)[group * per_group : (group + 1) * per_group]
+            start = half * self.half * TILE_K + group * self.group_size
+            address = arith.addi(hopper.shared_address(tokens), i32(start))
+            accumulate = i32(1)
+            if group == 0:
+                later = arith.cmpi(arith.CmpIPredicate.eq, first.registers.item(), i32(0))
+                accumulate = arith.extui(ir.IntegerType.get_signless(32), later)
+            descriptor = hopper.k_major_descriptor(address)
+            return hopper.pack(hopper.wgmma_e4m3(hopper.unpack(accumulator), registers, descriptor, accumulate))
+
+        return cast(Operation, issue)
+
+    def load_factors(self) -> Operation:
+        """``(token scales, tensor scale, first token) -> factors``: lane l holds those of tokens l, l + 32, ..."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), self.scalar), return_type=self.type["factors"])
+        def load(_: Any, token_scales: Any, tensor_scale: Any, start: Any) -> Any:
+            lane = arith.andi(hopper.thread_in_warpgroup(), i32(31))
+            always = hopper.constant(1, bits=1)
+            scale = load_if(float_address(tensor_scale, i32(0)), always)
+            scale = arith.mulf(scale, f32(1 / CODE_UNIT))
+            factors = []
+            for i in range(-(-self.tiling.tokens // 32)):
+                token = arith.addi(arith.addi(lane, i32(32 * i)), start.registers.item())
+                exists = arith.cmpi(arith.CmpIPredicate.slt, token, i32(self.m))
+                factors.append(arith.mulf(load_if(float_address(token_scales, token), exists), scale))
+            return hopper.pack(factors)
+
+        return cast(Operation, load)
+
+    def load_bias(self) -> Operation:
+        """``(bias, first output) -> pair``: the bias of a thread's two outputs."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), self.scalar), return_type=self.type["pair"])
+        def load(_: Any, bias: Any, start: Any) -> Any:
+            thread = hopper.thread_in_warpgroup()
+            row = arith.addi(
+                arith.muli(arith.shrui(thread, i32(5)), i32(16)), arith.andi(arith.shrui(thread, i32(2)), i32(7))
+            )
+            row = arith.addi(row, start.registers.item())
+            pair = []
+            for offset in (0, 8):
+                output = arith.addi(row, i32(offset))
+                exists = arith.cmpi(arith.CmpIPredicate.slt, output, i32(self.n))
+                pair.append(load_if(float_address(bias, output), exists))
+            return hopper.pack(pair)
+
+        return cast(Operation, load)
+
+    def store(self, half: int, has_bias: bool) -> Operation:
+        """``(accumulator, scales, factors, y in shared memory[, bias]) -> ()``: a half's results, in bf16."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(
+                self.layout["accumulator"], self.layout["pair"], self.layout["factors"], plgpu.RefType(self.swizzle),
+                *[self.layout["pair"]] * has_bias,
+            ),
+            return_type=(),
+        )  # fmt: skip
+        def write(_: Any, accumulator: Any, scales: Any, factors: Any, y: Any, *bias: Any) -> Any:
+            registers = by_row(hopper.unpack(accumulator), hopper.unpack(scales))
+            factors = hopper.unpack(factors)
+            thread = hopper.thread_in_warpgroup()
+            lane, warp = arith.andi(thread, i32(31)), arith.shrui(thread, i32(5))
+            column = arith.muli(arith.andi(lane, i32(3)), i32(2))
+            # Where the lane's row of eight outputs goes, in a matrix of 128-byte rows with the 128-byte swizzle.
+            token = arith.addi(arith.andi(lane, i32(7)), arith.muli(arith.shrui(lane, i32(4)), i32(8)))
+            chunk = arith.addi(arith.muli(warp, i32(2)), arith.andi(arith.shrui(lane, i32(3)), i32(1)))
+            chunk = arith.xori(chunk, arith.andi(lane, i32(7)))
+            address = arith.addi(arith.muli(token, i32(128)), arith.muli(chunk, i32(16)))
+            address = arith.addi(hopper.shared_address(y), address)
+            packed = []
+            for j in range(self.half // 8):
+                first = half * self.half + 8 * j
+                pair = [hopper.shuffle(factors[first // 32], arith.addi(column, i32(first % 32 + c))) for c in range(2)]
+                for o in range(2):
+                    part = registers[4 * j + 2 * o : 4 * j + 2 * o + 2]
+                    part = [arith.mulf(r, s) for r, s in zip(part, pair, strict=True)]
+                    if has_bias:
+                        part = [arith.addf(r, hopper.unpack(bias[0])[o]) for r in part]
+                    packed.append(hopper.to_bf16x2(*part))
+            for j in range(0, self.half // 8, 2):
+                offset = (half * self.half + 8 * j) * 128
+                hopper.store_transposed(arith.addi(address, i32(offset)), packed[2 * j : 2 * j + 4])
+            return ()
+
+        return cast(Operation, write)
+
+    def send(self, half: int) -> Operation:
+        """``(accumulator, scales, received) -> ()``: a partial sum, to the first block of the cluster."""
+
+        @plgpu.inline_mgpu(arg_types=(self.layout["accumulator"], self.layout["pair"], plgpu.RefType()), return_type=())
+        def write(_: Any, accumulator: Any, scales: Any, received: Any) -> Any:
+            registers = by_row(hopper.unpack(accumulator), hopper.unpack(scales))
+            address = arith.muli(hopper.thread_in_warpgroup(), i32(16))
+            address = hopper.in_block(arith.addi(hopper.shared_address(received), address), 0)
+            for i in range(0, self.registers, 4):
+                offset = (half * self.registers + i) * 512
+                hopper.asm(
+                    f"st.shared::cluster.v4.f32 [$0+{offset}], {{$1, $2, $3, $4}};", "r,f,f,f,f",
+                    [address, *registers[i : i + 4]], [],
+                )  # fmt: skip
+            return ()
+
+        return cast(Operation, write)
+
+    def gather(self, half: int) -> Operation:
+        """``(accumulator, scales, received) -> accumulator``: adds what the other blocks sent, in their order."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(self.layout["accumulator"], self.layout["pair"], plgpu.RefType()),
+            return_type=self.type["accumulator"],
+        )
+        def read(_: Any, accumulator: Any, scales: Any, received: Any) -> Any:
+            registers = by_row(hopper.unpack(accumulator), hopper.unpack(scales))
+            address = arith.muli(hopper.thread_in_warpgroup(), i32(16))
+            address = arith.addi(hopper.shared_address(received), address)
+            for block in range(self.tiling.split - 1):
+                for i in range(0, self.registers, 4):
+                    offset = block * self.tiling.tokens * BLOCK_N * 4 + (half * self.registers + i) * 512
+                    part = hopper.asm(
+                        f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4+{offset}];", "=f,=f,=f,=f,r",
+                        [address], [ir.F32Type.get()] * 4,
+                    )  # fmt: skip
+                    registers[i : i + 4] = [arith.addf(a, b) for a, b in zip(registers[i : i + 4], part, strict=True)]
+            return hopper.pack(registers)
+
+        return cast(Operation, read)

@@ -1,0 +1,66 @@
+"""How the Hopper matmul is cut into pieces."""
+
+import dataclasses
+
+from pallas_kernels.weight_layout import TILE_K, TILE_N
+
+WARPGROUPS = 2  # that compute; a third one copies
+BLOCK_N = WARPGROUPS * TILE_N
+SHARED_MEMORY = 232448
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How the product is cut into pieces.
+
+    Attributes:
+      tokens: tokens of a block's tile, beside its 128 outputs; 8 to 256.
+      stages: steps of 128 inputs that shared memory holds.
+      halves: 1 or 2 parts of the tokens with accumulators of their own: with two, the tensor core works on one while
+        the other's accumulator is brought to the next group's scale.
+      unroll: steps whose tensor core instructions overlap; at least 2.
+      snake: token tiles that neighbouring blocks work on, for the L2 cache.
+      split: blocks that share the inputs of a tile and add up in the first one's shared memory.
+      share: blocks, 1 or 2, that take the same tokens and copy them once.
+      persistent: a block per multiprocessor that works through many tiles, instead of a block per tile.
+    """
+
+    tokens: int
+    stages: int
+    halves: int = 2
+    unroll: int = 4
+    snake: int = 8
+    split: int = 1
+    share: int = 1
+    persistent: bool = True
+
+    def shared_memory(self, tile_bytes: int) -> int:
+        """Bytes of shared memory for a weight of such tiles, rounded up array by array as the compiler does."""
+        arrays = [
+            self.stages * self.tokens * TILE_K,
+            self.stages * WARPGROUPS * tile_bytes,
+            self.tokens * BLOCK_N * 2,
+            (self.split - 1) * self.tokens * BLOCK_N * 4,
+            2 * self.stages * 8,
+        ]
+        return sum(-(-size // 1024) * 1024 for size in arrays)
+
+
+def choose_tiling(m: int, n: int, k: int, tile_bytes: int) -> Tiling:
+    """A tiling for ``[m, k] x [n, k]``, by rules that follow from measurements on an H100."""
+    blocks, steps = -(-n // BLOCK_N), -(-k // TILE_K)
+    if m <= 64:
+        tokens = next(t for t in (8, 16, 32, 64) if t >= m)
+        # Larger clusters than four wait for neighbouring multiprocessors to be free together.
+        split = next(s for s in (1, 2, 4) if s == 4 or blocks * s >= 96)
+        while split > 1 and steps < 2 * split:
+            split //= 2
+        tiling = Tiling(tokens, 8, halves=1, unroll=2, split=split, persistent=False)
+    elif m <= 512 and blocks * -(-m // 256) < 96:
+        split = 2 if steps >= 16 and blocks * -(-m // 128) < 96 else 1
+        tiling = Tiling(128, 5 if split == 2 else 6, split=split)
+    else:
+        tiling = Tiling(256, 4, share=2 if blocks > 1 and m > 256 else 1)
+    while tiling.shared_memory(tile_bytes) > SHARED_MEMORY and tiling.stages > 2:
+        tiling = dataclasses.replace(tiling, stages=tiling.stages - 1)
+    return tiling
