@@ -1,7 +1,7 @@
 """Times the INT4 x FP8 matmul on a Hopper GPU beside cuBLASLt; raw numbers go to docs/results/matmul.json.
 
     python examples/matmul_benchmark.py --commit HASH
-    uv run python examples/matmul_report.py
+    uv run --group plots python examples/matmul_report.py
 
 Every shape is checked against the float32 product first. Times are the sums of the kernels' own times (CUPTI), the
 median over rounds in which the candidates take turns; weights are rotated past the L2 cache.

@@ -1,6 +1,6 @@
 """Writes the matmul's table in docs/kernels.md from docs/results/matmul.json.
 
-uv run python examples/matmul_report.py
+uv run --group plots python examples/matmul_report.py
 """
 
 import json
