@@ -62,35 +62,72 @@ def calibrate(
         vocabulary, or the window exceeds the model's positions.
     """
     config = model.config
-    ids = np.asarray(tokens)
     if recipe_of(params) is not None:
         raise ValueError("calibration needs the float parameters, these are quantised")
+    ids = cut_windows(config, tokens, window)
+    names = layer_names(params)
+    observer = Observer(config, params["embed"]["embedding"], ids)
+    statistics: Statistics = {"tokens": ids, "config": config}
+    for done, name in enumerate(names, 1):
+        statistics[name] = observer.observe(params[name])
+        if progress is not None:
+            progress(done, len(names))
+    return statistics
+
+
+def cut_windows(config: LlamaConfig, tokens: np.ndarray | list[int], window: int) -> np.ndarray:
+    """A calibration text as ``[windows, window]`` int32, without the tokens behind the last whole window.
+
+    Raises:
+      ValueError: the text is shorter than a window or holds tokens outside the vocabulary, or the window exceeds the
+        model's positions.
+    """
+    ids = np.asarray(tokens)
     if not 1 <= window <= config.max_positions:
         raise ValueError(f"{window=} must be between 1 and the model's {config.max_positions} positions")
     if ids.ndim != 1 or ids.size < window:
         raise ValueError(f"the text has {ids.size} tokens; calibration needs at least one window of {window}")
     config.check_tokens(ids)
-    ids = ids[: ids.size - ids.size % window].reshape(-1, window).astype(np.int32)
-    hidden = [np.asarray(_embed(params["embed"]["embedding"], row)) for row in ids]
-    samples = -(-KEY_SAMPLES // len(hidden))
-    names = layer_names(params)
-    statistics: Statistics = {"tokens": ids, "config": config}
-    for done, name in enumerate(names, 1):
+    return ids[: ids.size - ids.size % window].reshape(-1, window).astype(np.int32)
+
+
+class Observer:
+    """A calibration text on its way through a float model, whose blocks are handed in one after another.
+
+    Args:
+      config: the model.
+      embedding: ``[vocab, hidden]``.
+      tokens: ``[windows, window]`` int32.
+    """
+
+    def __init__(self, config: LlamaConfig, embedding: jax.Array, tokens: np.ndarray) -> None:
+        self._config = config
+        self._tokens = tokens.size
+        self._samples = min(-(-KEY_SAMPLES // len(tokens)), tokens.shape[1])
+        self._hidden = [np.asarray(_embed(embedding, row)) for row in tokens]
+
+    def observe(self, layer: Mapping[str, Any]) -> Statistics:
+        """Takes the text through the next block; returns what :func:`calibrate` says of it."""
         sums: dict[str, jax.Array] = {}
         maxima: dict[str, jax.Array] = {}
         keys = []
-        for i, x in enumerate(hidden):
-            x, window_sums, window_maxima, sampled = _observe(config, params[name], x, min(samples, window))
-            hidden[i] = np.asarray(x)
+        for i, x in enumerate(self._hidden):
+            x, window_sums, window_maxima, sampled = _observe(self._config, dict(layer), x, self._samples)
+            self._hidden[i] = np.asarray(x)
             sums = {key: sums.get(key, 0) + value for key, value in window_sums.items()}
             maxima = {key: jnp.maximum(maxima.get(key, 0), value) for key, value in window_maxima.items()}
             keys.append(np.asarray(sampled))
-        statistics[name] = {key: np.asarray(value) / ids.size for key, value in sums.items()}
-        statistics[name] |= {key: np.asarray(value) for key, value in maxima.items()}
-        statistics[name]["keys"] = np.concatenate(keys)
-        if progress is not None:
-            progress(done, len(names))
-    return statistics
+        statistics = {key: np.asarray(value) / self._tokens for key, value in sums.items()}
+        statistics |= {key: np.asarray(value) for key, value in maxima.items()}
+        return statistics | {"keys": np.concatenate(keys)}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """The hidden states behind the blocks so far, ``[windows, window, hidden]``, for :meth:`restore`."""
+        return {"observed": np.concatenate(self._hidden)}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes on behind the blocks after which :meth:`state` was called."""
+        self._hidden = [row[None] for row in np.asarray(state["observed"])]
 
 
 @jax.jit

@@ -24,7 +24,7 @@ from fireq_jax.streams import Streams
 Params = dict[str, Any]
 
 # How many trailing axes of each weight are inputs: the output projection of attention reads [heads, head_dim].
-_INPUT_AXES = {
+INPUT_AXES = {
     ("attention", "q"): 1,
     ("attention", "k"): 1,
     ("attention", "v"): 1,
@@ -102,39 +102,85 @@ def quantize(
     if calibration is not None:
         _check_calibration(params, calibration)
     for name in layers:
-        for part, axes in _INPUT_AXES.items():
-            _pick_group_size(params[name][part[0]][part[1]]["kernel"], axes, recipe, f"{name}/{'/'.join(part)}")
+        for half, projection in INPUT_AXES:
+            pick_group_size(_inputs(params[name], half, projection), recipe, f"{name}/{half}/{projection}")
     result = dict(params)
-    streams = None
-    if recipe.sequential and calibration is not None:
-        streams = Streams(calibration["config"], params["embed"]["embedding"], calibration["tokens"], recipe)
-    slow = None if calibration is None else smoothing.slow_pairs(calibration["config"])
+    config: Any = None if calibration is None else calibration["config"]
+    tokens: Any = None if calibration is None else calibration["tokens"]
+    blocks = BlockQuantizer(recipe, config, params["embed"]["embedding"], tokens)
     steps = len(layers)
-    if recipe.refine and calibration is not None:
-        steps += refinement_steps(calibration["tokens"])
+    if recipe.refine:
+        steps += refinement_steps(tokens)
     for done, name in enumerate(layers, 1):
-        for half, projection in _INPUT_AXES:  # before transforms spread a NaN
-            _check_finite(params[name][half][projection]["kernel"], f"{name}/{half}/{projection}")
-        statistics = None if calibration is None else jax.tree.map(jnp.asarray, calibration[name])
-        layer, statistics = _transform(params[name], statistics, slow, recipe, name)
-        if streams is not None:
-            result[name] = streams.round_block(layer, partial(_round_readers, recipe=recipe, name=name))
-        else:
-            for place, (half, projections) in _READERS.items():
-                hessian = None if statistics is None else statistics[place]
-                layer = _round_readers(layer, half, projections, hessian, None, recipe=recipe, name=name)
-            result[name] = layer
+        result[name] = blocks.quantize(name, params[name], None if calibration is None else calibration[name])
         if progress is not None:
             progress(done, steps)
     if recipe.lm_head:
         head = params["lm_head"]["kernel"] if "lm_head" in params else params["embed"]["embedding"]
-        group_size = _pick_group_size(head, 1, recipe, "lm_head")
-        result["lm_head"] = {"kernel": _wrap(_round_nearest(head, group_size, recipe), head.shape, 1, recipe)}
-    if recipe.refine and calibration is not None:
-        config, tokens = calibration["config"], calibration["tokens"]
+        result["lm_head"] = {"kernel": quantize_head(head, recipe)}
+    if recipe.refine:
         report = None if progress is None else lambda done: progress(len(layers) + done, steps)
         result = refine_gains(config, params, result, tokens, recipe, report)
     return result | {"recipe": recipe}
+
+
+class BlockQuantizer:
+    """Quantises the decoder blocks of one model, which are handed in one after another.
+
+    Only one block's weights are held at a time. A sequential recipe holds the calibration text's hidden states, too.
+
+    Args:
+      recipe: how to quantise.
+      config: the model's sizes; only a calibrated recipe needs them.
+      embedding: ``[vocab, hidden]``; only a sequential recipe reads it.
+      tokens: ``[windows, window]``, the calibration text; None without a calibration.
+    """
+
+    def __init__(
+        self, recipe: Recipe, config: LlamaConfig | None, embedding: jax.Array | None, tokens: np.ndarray | None
+    ) -> None:
+        self._recipe = recipe
+        self._slow = None if config is None else smoothing.slow_pairs(config)
+        self._streams = None
+        if recipe.sequential and config is not None and embedding is not None and tokens is not None:
+            self._streams = Streams(config, embedding, tokens, recipe)
+
+    def quantize(self, name: str, layer: Params, statistics: Mapping[str, Any] | None) -> Params:
+        """The next block, quantised.
+
+        Args:
+          name: of the block, for errors.
+          layer: its float parameters.
+          statistics: what :func:`fireq_jax.calibrate` found for it; None without a calibration.
+
+        Raises:
+          ValueError: a weight holds NaN or infinity, or no group size divides its inputs.
+        """
+        for half, projection in INPUT_AXES:  # before transforms spread a NaN
+            _check_finite(layer[half][projection]["kernel"], f"{name}/{half}/{projection}")
+        arrays = None if statistics is None else jax.tree.map(jnp.asarray, dict(statistics))
+        layer, arrays = _transform(layer, arrays, self._slow, self._recipe, name)
+        if self._streams is not None:
+            return self._streams.round_block(layer, partial(_round_readers, recipe=self._recipe, name=name))
+        for place, (half, projections) in _READERS.items():
+            hessian = None if arrays is None else arrays[place]
+            layer = _round_readers(layer, half, projections, hessian, None, recipe=self._recipe, name=name)
+        return layer
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What the next block needs from those before it, for :meth:`restore`."""
+        return {} if self._streams is None else self._streams.state()
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes on behind the blocks after which :meth:`state` was called."""
+        if self._streams is not None:
+            self._streams.restore(state)
+
+
+def quantize_head(head: jax.Array, recipe: Recipe) -> Int4Weight:
+    """The output projection, ``[vocab, hidden]``, as int4."""
+    group_size = pick_group_size(head.shape[1], recipe, "lm_head")
+    return _wrap(_round_nearest(head, group_size, recipe), head.shape, 1, recipe)
 
 
 def _transform(
@@ -145,7 +191,7 @@ def _transform(
         layer, statistics = smoothing.smooth_by_weights(layer, statistics, recipe.smoothing)
     elif recipe.smoothing == "search" and statistics is not None:
         sizes = {
-            place: _pick_group_size(layer[half][names[0]]["kernel"], _INPUT_AXES[half, names[0]], recipe, name)
+            place: pick_group_size(_inputs(layer, half, names[0]), recipe, name)
             for place, (half, names) in _READERS.items()
         }
         layer, statistics = smoothing.smooth_by_search(layer, statistics, tuple(sizes.values()))
@@ -189,9 +235,9 @@ def _round_readers(
     if recipe.weights == "none":
         return layer
     kernels = [layer[half][projection]["kernel"] for projection in projections]
-    axes = _INPUT_AXES[half, projections[0]]
-    group_size = _pick_group_size(kernels[0], axes, recipe, f"{name}/{half}/{projections[0]}")
-    k = math.prod(kernels[0].shape[-axes:])
+    axes = INPUT_AXES[half, projections[0]]
+    k = _inputs(layer, half, projections[0])
+    group_size = pick_group_size(k, recipe, f"{name}/{half}/{projections[0]}")
     matrices = tuple(kernel.reshape(-1, k) for kernel in kernels)
     # What else the recipe says must not make the functions compile again.
     rules = Recipe(
@@ -222,7 +268,7 @@ def _check_float_llama(params: Mapping[str, Any]) -> None:
     if not layers or "embed" not in params:
         raise ValueError(f"params are not those of a Llama: no 'embed' and 'layers_0' among {sorted(params)[:8]}")
     for name in layers:
-        for block, projection in _INPUT_AXES:
+        for block, projection in INPUT_AXES:
             if "kernel" not in params[name].get(block, {}).get(projection, {}):
                 raise ValueError(f"params[{name!r}] lacks {block}/{projection}/kernel")
 
@@ -232,8 +278,7 @@ def _check_calibration(params: Mapping[str, Any], calibration: Mapping[str, Any]
         raise ValueError("the calibration lacks 'config' or 'tokens'; it must be what fireq_jax.calibrate returned")
     for name in layer_names(params):
         for place, (half, projections) in _READERS.items():
-            axes = _INPUT_AXES[half, projections[0]]
-            k = math.prod(params[name][half][projections[0]]["kernel"].shape[-axes:])
+            k = _inputs(params[name], half, projections[0])
             found = calibration.get(name, {}).get(place)
             if found is None or found.shape != (k, k):
                 shape = None if found is None else found.shape
@@ -246,13 +291,22 @@ def _check_finite(w: jax.Array, name: str) -> None:
         raise ValueError(f"{name} holds NaN or infinity; the checkpoint is damaged")
 
 
+def _inputs(layer: Params, half: str, projection: str) -> int:
+    """How many inputs a weight has."""
+    return math.prod(layer[half][projection]["kernel"].shape[-INPUT_AXES[half, projection] :])
+
+
 @jax.jit
 def _all_finite(w: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(w))
 
 
-def _pick_group_size(w: jax.Array, input_axes: int, recipe: Recipe, name: str) -> int:
-    k = math.prod(w.shape[-input_axes:])
+def pick_group_size(k: int, recipe: Recipe, name: str) -> int:
+    """The first of the recipe's group sizes that divides ``k`` inputs.
+
+    Raises:
+      ValueError: none does; the message says for which weight.
+    """
     sizes = (recipe.group_size,) if isinstance(recipe.group_size, int) else recipe.group_size
     for size in sizes:
         if k % size == 0:

@@ -71,6 +71,16 @@ class Streams:
         self._quantized = [_add_mlp(config, layer["mlp"], *rows) for rows in zip(middle, gated, strict=True)]
         return layer
 
+    def state(self) -> dict[str, np.ndarray]:
+        """Both hidden states behind the blocks so far, ``[windows, window, hidden]``, for :meth:`restore`."""
+        streams = {"float": self._float, "quantized": self._quantized}
+        return {name: np.concatenate([np.asarray(x) for x in rows]) for name, rows in streams.items()}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes on behind the blocks after which :meth:`state` was called."""
+        self._float = [jnp.asarray(row)[None] for row in state["float"]]
+        self._quantized = [jnp.asarray(row)[None] for row in state["quantized"]]
+
 
 def block_inputs(state: Mapping[str, Any]) -> dict[str, jax.Array]:
     """The inputs of a block's weights, from the ``statistics`` collection of an applied block of one sequence.
