@@ -1,6 +1,6 @@
 """GGUF files: sizes from the metadata, weights through the ``gguf`` package's dequantiser."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 from gguf import MODEL_ARCH, GGUFReader, GGUFValueType, get_tensor_name_map
 from gguf.quants import dequantize
 
-from convert.tensors import check_tensors, tensor_table
+from convert.tensors import Table, check_tensors, tensor_table
 from fireq_jax.config import LlamaConfig, RopeConfig
 
 
@@ -31,35 +31,34 @@ class GgufModel:
         self.metadata: dict[str, Any] = {key: _plain(field) for key, field in reader.fields.items()}
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.config = self._config()
+        self._mapping = get_tensor_name_map(MODEL_ARCH.LLAMA, self.config.num_layers)
 
-    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Hugging Face name and float32 value of every weight, dequantised one at a time.
+    def table(self) -> Table:
+        """What the file holds, under Hugging Face names.
 
         Raises:
           ValueError: tensors are missing, unexpected or of the wrong shape.
         """
-        names = self._names()
         table = tensor_table(self.config)
-        expected = {names[name]: spec.stored_shape for name, spec in table.items()}
+        expected = {self._name(name): spec.stored_shape for name, spec in table.items()}
         found = {name: _shape(tensor) for name, tensor in self._tensors.items()}
         check_tensors(found, expected, ["rope_freqs.weight"], str(self.path))
-        heads = {"self_attn.q_proj": self.config.num_heads, "self_attn.k_proj": self.config.num_kv_heads}
-        for name in table:
-            tensor = self._tensors[names[name]]
-            value = dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(_shape(tensor))
-            module = ".".join(name.split(".")[3:5])
-            yield name, _unpermute(value, heads[module]) if module in heads else value
+        return table
 
-    def _names(self) -> dict[str, str]:
-        """Hugging Face tensor name -> GGUF tensor name."""
-        mapping = get_tensor_name_map(MODEL_ARCH.LLAMA, self.config.num_layers)
-        names = {}
-        for name in tensor_table(self.config):
-            mapped = mapping.get_name(name, try_suffixes=(".weight", ".bias"))
-            if mapped is None:
-                raise ValueError(f"the gguf package knows no name for {name}")
-            names[name] = mapped
-        return names
+    def read(self, name: str) -> np.ndarray:
+        """The float32 value of the weight with this Hugging Face name."""
+        tensor = self._tensors[self._name(name)]
+        value = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False).reshape(_shape(tensor))
+        heads = {"self_attn.q_proj": self.config.num_heads, "self_attn.k_proj": self.config.num_kv_heads}
+        module = ".".join(name.split(".")[3:5])
+        return _unpermute(value, heads[module]) if module in heads else value
+
+    def _name(self, name: str) -> str:
+        """The GGUF name of the tensor with this Hugging Face name."""
+        mapped = self._mapping.get_name(name, try_suffixes=(".weight", ".bias"))
+        if mapped is None:
+            raise ValueError(f"the gguf package knows no name for {name}")
+        return mapped
 
     def _config(self) -> LlamaConfig:
         arch = self.metadata.get("general.architecture")

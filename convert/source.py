@@ -7,6 +7,7 @@ from pathlib import Path
 _HUB_ID = re.compile(r"[\w][\w.\-]*/[\w][\w.\-]*")
 _HUB_GGUF = re.compile(r"(?P<repo>[\w][\w.\-]*/[\w][\w.\-]*)/(?P<file>[\w./\-]+\.gguf)")
 _HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
+INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -52,12 +53,15 @@ def weight_files(folder: Path) -> list[Path]:
       ValueError: the weights are only there as pickles (never opened: unpickling runs code), or the index points
         outside the folder or is damaged.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index} has no weight_map from tensor names to file names")
+        for name in weight_map.values():
+            if not isinstance(name, str) or Path(name).name != name or "\0" in name:
                 raise ValueError(f"{index} names {name!r}, which is not a plain file name")
+        names = sorted(set(weight_map.values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
             raise FileNotFoundError(f"{index} names shards that are not there: {', '.join(missing) or 'none at all'}")
@@ -93,7 +97,7 @@ def read_json(path: Path) -> dict:
         raise FileNotFoundError(f"{path.parent} has no {path.name}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deep
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")

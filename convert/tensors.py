@@ -7,6 +7,7 @@ from typing import Any
 
 from fireq_jax.config import LlamaConfig
 
+_LAYER = re.compile(r"model\.layers\.\d+\.")
 # Buffers that old checkpoints carry and that follow from the config.
 _DERIVED = re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 
@@ -31,8 +32,16 @@ class TensorSpec:
     input_axes: int = 0
     dtype: Any = None
 
+    @property
+    def module(self) -> str:
+        """What kind of weight it is: its name without the layer and ``.weight``, e.g. ``self_attn.q_proj``."""
+        return _LAYER.sub("", self.name).removesuffix(".weight")
 
-def tensor_table(config: LlamaConfig) -> dict[str, TensorSpec]:
+
+Table = dict[str, TensorSpec]
+
+
+def tensor_table(config: LlamaConfig) -> Table:
     """Every tensor a checkpoint of this model must hold, by Hugging Face name."""
     hidden, wide, d = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = (config.num_heads, d), (config.num_kv_heads, d)

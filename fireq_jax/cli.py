@@ -1,10 +1,8 @@
 """The ``fireq-jax`` command. The top of the stack: it may import everything, nothing imports it."""
 
-import json
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,17 +46,6 @@ def _progress(name: str) -> Iterator[Any]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes under a temporary name first, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-
-
 def _source(model: str | None) -> str:
     import convert
 
@@ -93,6 +80,7 @@ def demo(
     json_file: JsonFile = None,
 ) -> None:
     """Load a model, quantise it, and compare size, perplexity and an answer before and after."""
+    from convert.folder import write_json
     from fireq_jax.demo import run_demo
 
     result = run_demo(Path(_source(model)), recipe, max_new_tokens, _stage, _progress)
@@ -113,7 +101,7 @@ def demo(
     console.print(f"[green]INT4/FP8:[/green] {escape(result['text_quantized'])}")
     console.print(f"{result['seconds']:.0f} s in all")
     if json_file is not None:
-        _write_json(json_file, result)
+        write_json(json_file, result)
 
 
 @app.command()
@@ -245,6 +233,7 @@ def evaluate(
 ) -> None:
     """Perplexity of a text, and how far the quantised model is from the float one."""
     import fireq_jax
+    from convert.folder import write_json
 
     path: Literal["cache", "prefill"] = "prefill" if through == "prefill" else "cache"
     if through != path:
@@ -268,7 +257,7 @@ def evaluate(
     console.print(table)
     if json_file is not None:
         used = fireq_jax.recipe_of(params)
-        _write_json(json_file, score.to_dict() | {"text": str(text), "recipe": used.name if used else None})
+        write_json(json_file, score.to_dict() | {"text": str(text), "recipe": used.name if used else None})
 
 
 def main() -> None:

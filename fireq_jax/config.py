@@ -310,10 +310,15 @@ class Recipe:
             raise ValueError("weights='none' rounds no weight; it goes with rounding='nearest' and lm_head=False")
         if self.sequential and self.rounding != "gptq":
             raise ValueError(f"sequential=True needs rounding='gptq', not {self.rounding!r}")
-        if self.key_top_k < 0:
-            raise ValueError(f"key_top_k={self.key_top_k} must not be negative")
+        for name in ("sequential", "refine", "lm_head"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name}={value!r} must be True or False")
+        if not isinstance(self.name, str):
+            raise ValueError(f"name={self.name!r} must be a string")
+        if not isinstance(self.key_top_k, int) or self.key_top_k < 0:
+            raise ValueError(f"key_top_k={self.key_top_k!r} must be a number of channels, 0 or more")
         sizes = (self.group_size,) if isinstance(self.group_size, int) else self.group_size
-        if not sizes or any(not isinstance(g, int) or g < 2 or g % 2 for g in sizes):
+        if not isinstance(sizes, tuple) or not sizes or any(not isinstance(g, int) or g < 2 or g % 2 for g in sizes):
             raise ValueError(f"group_size={self.group_size!r} must be an even number, or a tuple of such")
 
     @property

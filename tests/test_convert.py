@@ -329,7 +329,7 @@ def test_saving_over_something_needs_to_be_asked_for(tmp_path, tiny):
 
 
 def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, tiny, monkeypatch):
-    import convert.checkpoint as module
+    import convert.safetensors_file as module
 
     model, params = tiny
     convert.save(tmp_path / "out", model, params)
@@ -346,6 +346,10 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, tiny, monkeypatch
     [
         ({"format_version": 99}, "checkpoint format 99 was written by fireq-jax .* reads format"),
         ({"recipe": {"name": "x"}}, "the recipe has the fields"),
+        ({"layout": "columns"}, "layout 'columns' is unknown; this version reads 'rows'"),
+        ({"checkpoint_id": "x"}, "model.safetensors is of checkpoint [0-9a-f]{32}, config.json of x"),
+        ({"scale_dtype": "bfloat16"}, "has float8_e4m3fn scales, config.json says bfloat16"),
+        ({"group_sizes": {}}, "group_sizes has None for self_attn.q_proj, which has 64 inputs"),
     ],
 )
 def test_quantised_checkpoints_of_another_format_are_refused(tmp_path, tiny, change, message):
@@ -359,15 +363,29 @@ def test_quantised_checkpoints_of_another_format_are_refused(tmp_path, tiny, cha
 
 
 def test_quantised_checkpoints_with_other_codes_are_refused(tmp_path, tiny):
-    from convert.safetensors_file import open_tensors
+    from convert.safetensors_file import open_file, write_file
 
     convert.save(tmp_path / "out", tiny[0], fireq_jax.quantize(tiny[1]))
-    file = tmp_path / "out" / "model.safetensors"
-    tensors = {name: np.array(x) for name, x in open_tensors(file).items()}
-    tensors["model.layers.0.mlp.up_proj.codes"] = tensors["model.layers.0.mlp.up_proj.codes"][:, :-1].copy()
-    save_file(tensors, file)
-    with pytest.raises(ValueError, match="model.layers.0.mlp.up_proj.weight: codes of"):
+    file = open_file(tmp_path / "out" / "model.safetensors")
+    tensors = {name: np.array(x.read()) for name, x in file.tensors.items()}
+
+    def load_with(name, value):
+        write_file(file.path, {**tensors, name: value}, file.metadata)
         convert.load(tmp_path / "out")
+
+    module = "model.layers.0.mlp.up_proj"
+    with pytest.raises(ValueError, match=rf"{module}.codes \(is \(96, 31\), must be \(96, 32\)\)"):
+        load_with(f"{module}.codes", tensors[f"{module}.codes"][:, :-1])
+    with pytest.raises(ValueError, match=f"{module}.weight: codes of .* must be uint8"):
+        load_with(f"{module}.codes", tensors[f"{module}.codes"].astype(np.int8))
+    scales = tensors[f"{module}.scales"].copy()
+    scales[3, 0] = np.nan
+    with pytest.raises(ValueError, match=f"{module}.weight: a scale is zero, NaN or infinite"):
+        load_with(f"{module}.scales", scales)
+    norm = tensors["model.norm.weight"].copy()
+    norm[0] = np.inf
+    with pytest.raises(ValueError, match=r"\['final_norm'\]\['scale'\] holds NaN or infinity"):
+        load_with("model.norm.weight", norm)
 
 
 def test_models_of_another_size_do_not_take_quantised_weights(tiny):
