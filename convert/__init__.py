@@ -2,6 +2,7 @@
 
 from convert.checkpoint import load, save
 from convert.source import embedded_model
+from convert.streaming import quantize_checkpoint
 from convert.tokenizer import load_tokenizer
 
-__all__ = ["embedded_model", "load", "load_tokenizer", "save"]
+__all__ = ["embedded_model", "load", "load_tokenizer", "quantize_checkpoint", "save"]

@@ -1,12 +1,14 @@
 """Loading checkpoints of every kind, and saving them so that a crash leaves the old one or none."""
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from convert import native
 from convert.folder import staged, write_json
@@ -46,24 +48,63 @@ def load(source: str | Path, *, dtype: Any = None, revision: str | None = None) 
     if dtype is not None and jnp.dtype(dtype).name not in FLOATS:
         raise ValueError(f"dtype={jnp.dtype(dtype).name} must be one of {', '.join(FLOATS)}")
     path = resolve(source, revision)
-    if path.suffix == ".gguf":
-        gguf = open_gguf(path)
-        dtype = jnp.dtype(dtype or jnp.bfloat16)
-        table = gguf.table()
-        values = ((name, gguf.read(name)) for name in table)
-        return Llama(gguf.config, dtype), native.assemble(values, table, dtype)
-    hf_config = read_config(path)
+    if path.suffix == ".gguf" or "fireq" not in (hf_config := read_config(path)):
+        model = open_float(path, dtype)
+        values = ((name, model.read(name)) for name in model.table)
+        return Llama(model.config, model.dtype), native.assemble(values, model.table, model.dtype)
     config = LlamaConfig.from_hf(hf_config)
     tensors, files = open_all(weight_files(path))
     check_layers(config, tensors, str(path))
+    return native.load_quantized(
+        config, hf_config["fireq"], tensors, files,
+        lambda table: _common_dtype(tensors, table, dtype, str(path)), str(path),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FloatModel:
+    """A float checkpoint whose tensors are read one at a time.
+
+    Attributes:
+      source: the folder or file.
+      config: the model.
+      dtype: of its weights.
+      table: its tensors, by Hugging Face name; names and shapes have been compared with what is there.
+      read: gives a tensor's values by name, as stored.
+    """
+
+    source: Path
+    config: LlamaConfig
+    dtype: Any
+    table: Table
+    read: Callable[[str], np.ndarray]
+
+
+def open_float(path: Path, dtype: Any) -> FloatModel:
+    """Opens a folder or a GGUF file with float (or, in GGUF, dequantisable) weights.
+
+    Args:
+      path: what :func:`convert.source.resolve` returned.
+      dtype: None takes the stored one (bfloat16 for GGUF).
+
+    Raises:
+      ValueError: as :func:`load`, or the checkpoint is quantised by this library already.
+    """
+    if path.suffix == ".gguf":
+        gguf = open_gguf(path)
+        return FloatModel(path, gguf.config, jnp.dtype(dtype or jnp.bfloat16), gguf.table(), gguf.read)
+    hf_config = read_config(path)
     if "fireq" in hf_config:
-        return native.load_quantized(
-            config, hf_config["fireq"], tensors, files,
-            lambda table: common_dtype(tensors, table, dtype, str(path)), str(path),
-        )  # fmt: skip
-    table = float_table(config, tensors, str(path))
-    dtype = common_dtype(tensors, table, dtype, str(path))
-    return Llama(config, dtype), native.assemble(((name, tensors[name].read()) for name in table), table, dtype)
+        raise ValueError(f"{path} is quantised already; quantise the float model that it came from")
+    config = LlamaConfig.from_hf(hf_config)
+    tensors, _ = open_all(weight_files(path))
+    check_layers(config, tensors, str(path))
+    table = native.full_table(config, False, lambda spec: spec.name in tensors)
+    ignorable = [name for name in tensors if is_ignorable(name, config)]
+    expected = {name: spec.stored_shape for name, spec in table.items()}
+    check_tensors({name: x.shape for name, x in tensors.items()}, expected, ignorable, str(path))
+    dtype = _common_dtype(tensors, table, dtype, str(path))
+    return FloatModel(path, config, dtype, table, lambda name: tensors[name].read())
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -83,16 +124,7 @@ def check_layers(config: LlamaConfig, tensors: Mapping[str, StoredTensor], sourc
         )
 
 
-def float_table(config: LlamaConfig, tensors: Mapping[str, StoredTensor], source: str) -> Table:
-    """The table of a float checkpoint, after names and shapes were compared with it."""
-    table = native.full_table(config, False, lambda spec: spec.name in tensors)
-    ignorable = [name for name in tensors if is_ignorable(name, config)]
-    expected = {name: spec.stored_shape for name, spec in table.items()}
-    check_tensors({name: x.shape for name, x in tensors.items()}, expected, ignorable, source)
-    return table
-
-
-def common_dtype(tensors: Mapping[str, StoredTensor], table: Table, dtype: Any, source: str) -> Any:
+def _common_dtype(tensors: Mapping[str, StoredTensor], table: Table, dtype: Any, source: str) -> Any:
     """``dtype``, or the one that the table's float tensors are stored in if that is None.
 
     Raises:

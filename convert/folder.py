@@ -36,8 +36,7 @@ def staged(target: Path, *, overwrite: bool, resumable: bool = False) -> Iterato
       FileExistsError: ``target`` exists, is not empty, and ``overwrite`` is False.
       BlockingIOError: another process writes the same folder.
     """
-    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists already; pass overwrite=True to replace it")
+    _refuse_existing(target, overwrite)
     staging = staging_path(target)
     staging.mkdir(parents=True, exist_ok=True)
     lock = FileLock(staging / _LOCK)
@@ -49,8 +48,11 @@ def staged(target: Path, *, overwrite: bool, resumable: bool = False) -> Iterato
     try:
         if not target.exists() and _old(target).exists():  # a process was stopped between two renames
             _old(target).rename(target)
+            _refuse_existing(target, overwrite)
         if not resumable:
             _empty(staging)
+        for unfinished in staging.glob(".*.tmp"):
+            unfinished.unlink()
         yield staging
         for path in [*staging.rglob("*"), staging]:
             flush(path)
@@ -59,8 +61,13 @@ def staged(target: Path, *, overwrite: bool, resumable: bool = False) -> Iterato
         done = True
     finally:
         lock.release()
-        if not done and not resumable:
+        if not done and (not resumable or all(path.name == _LOCK for path in staging.iterdir())):
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _refuse_existing(target: Path, overwrite: bool) -> None:
+    if target.exists() and not overwrite and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists already; pass overwrite=True to replace it")
 
 
 def _empty(folder: Path) -> None:

@@ -48,7 +48,9 @@ class GgufModel:
     def read(self, name: str) -> np.ndarray:
         """The float32 value of the weight with this Hugging Face name."""
         tensor = self._tensors[self._name(name)]
-        value = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False).reshape(_shape(tensor))
+        # Mapped anew: pages of the reader's own map would stay with the process.
+        data = np.memmap(self.path, tensor.data.dtype, "r", int(tensor.data_offset), tensor.data.shape).view(np.ndarray)
+        value = dequantize(data, tensor.tensor_type).astype(np.float32, copy=False).reshape(_shape(tensor))
         heads = {"self_attn.q_proj": self.config.num_heads, "self_attn.k_proj": self.config.num_kv_heads}
         module = ".".join(name.split(".")[3:5])
         return _unpermute(value, heads[module]) if module in heads else value

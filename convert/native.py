@@ -19,7 +19,6 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from convert.safetensors_file import StoredTensor, TensorFile
@@ -27,10 +26,12 @@ from convert.tensors import Table, TensorSpec, check_tensors, insert, lookup, te
 from fireq_jax.config import LlamaConfig, Recipe
 from fireq_jax.llama import Llama
 from fireq_jax.qtensor import Int4Weight
+from fireq_jax.quantize import all_finite
 
 FORMAT_VERSION = 2
 LAYOUT = "rows"
 ID_KEY = "fireq_checkpoint_id"
+CHECKED_ROWS = 1 << 14
 _PARTS = ("codes", "scales", "tensor_scale")
 _BLOCK = ("format_version", "library_version", "checkpoint_id", "layout", "scale_dtype", "group_sizes", "recipe")
 
@@ -78,7 +79,8 @@ def named_arrays(specs: Iterable[TensorSpec], params: Mapping[str, Any]) -> dict
         if isinstance(value, Int4Weight):
             named |= {_part_name(spec.name, part): getattr(value, part) for part in _PARTS}
         else:
-            named[spec.name] = value.reshape(spec.stored_shape)
+            same = value.shape == spec.stored_shape  # reshaping copies
+            named[spec.name] = value if same else value.reshape(spec.stored_shape)
     return named
 
 
@@ -152,7 +154,7 @@ def load_quantized(
     check_finite(params, source)
     for name, spec in quantized.items():
         weight = Int4Weight(
-            **{part: jnp.asarray(tensors[_part_name(name, part)].read()) for part in _PARTS},
+            **{part: to_device(tensors[_part_name(name, part)].read()) for part in _PARTS},
             out_shape=spec.shape[: -spec.input_axes],
             in_shape=spec.shape[-spec.input_axes :],
             numerics=recipe.numerics,
@@ -169,14 +171,24 @@ def assemble(tensors: Iterable[tuple[str, np.ndarray]], table: Table, dtype: Any
     for name, value in tensors:
         spec = table[name]
         kept = dtype if spec.dtype is None else spec.dtype
-        insert(params, spec.path, jnp.asarray(value.astype(kept, copy=False).reshape(spec.shape)))
+        insert(params, spec.path, to_device(value.astype(kept, copy=False).reshape(spec.shape)))
     return params
+
+
+def to_device(value: np.ndarray) -> jax.Array:
+    """A device array with memory of its own, which does not change or vanish with the file ``value`` may be mapped to.
+
+    ``jnp.asarray`` would copy twice.
+    """
+    return jax.device_put(value, may_alias=False)
 
 
 def check_finite(params: Mapping[str, Any], source: str) -> None:
     """Raises ValueError if a float array holds NaN or infinity; one of them would silently spoil every token."""
     for path, x in jax.tree.leaves_with_path(params):
-        if not bool(jnp.all(jnp.isfinite(x))):
+        # A part at a time: a whole embedding would have to be on the device for it.
+        rows = x.reshape(-1, x.shape[-1])
+        if not all(bool(all_finite(rows[i : i + CHECKED_ROWS])) for i in range(0, len(rows), CHECKED_ROWS)):
             raise ValueError(f"{source}: {jax.tree_util.keystr(path)} holds NaN or infinity; the checkpoint is damaged")
 
 

@@ -1,5 +1,6 @@
 """Tokenizers and chat templates, from the same source as the weights and without torch."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,13 @@ from convert.gguf_file import open_gguf
 from convert.source import resolve
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_COMPANIONS = (
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 # How GGUF's tokenizer.ggml.pre splits text before byte-pair merging.
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -37,6 +45,21 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def copy_tokenizer(path: Path, folder: Path) -> None:
+    """Puts the tokenizer of a model beside its weights: a folder's files as they are, or a GGUF file's, built.
+
+    Args:
+      path: a folder (it may have no tokenizer) or a ``.gguf`` file.
+      folder: where to.
+    """
+    if path.suffix == ".gguf":
+        load_tokenizer(path).save_pretrained(folder)
+        return
+    for name in (*_TOKENIZER_FILES, *_COMPANIONS):
+        if (path / name).is_file():
+            shutil.copyfile(path / name, folder / name)
 
 
 def _from_gguf(path: Path) -> Any:

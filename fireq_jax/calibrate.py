@@ -21,6 +21,7 @@ from fireq_jax.streams import block_inputs, observe_block
 # Rotated keys kept per layer, spread over the whole text, for choosing the scales of the key cache.
 KEY_SAMPLES = 2048
 CALIBRATION_VERSION = 1
+DEFAULT_WINDOW = 512
 Statistics = dict[str, Any]
 
 
@@ -29,7 +30,7 @@ def calibrate(
     params: Mapping[str, Any],
     tokens: np.ndarray | list[int],
     *,
-    window: int = 512,
+    window: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Statistics:
     """Runs a text through a float model, one layer at a time, and collects statistics of every linear input.
@@ -43,7 +44,7 @@ def calibrate(
       params: its float parameters.
       tokens: token ids; 8k are enough to halve the loss, more help a little. Those behind the last whole window are
         not used.
-      window: tokens per sequence.
+      window: tokens per sequence; None takes 512, or as many as the model and the text allow.
       progress: called with (layers done, layers in all).
 
     Returns:
@@ -75,7 +76,7 @@ def calibrate(
     return statistics
 
 
-def cut_windows(config: LlamaConfig, tokens: np.ndarray | list[int], window: int) -> np.ndarray:
+def cut_windows(config: LlamaConfig, tokens: np.ndarray | list[int], window: int | None) -> np.ndarray:
     """A calibration text as ``[windows, window]`` int32, without the tokens behind the last whole window.
 
     Raises:
@@ -83,6 +84,8 @@ def cut_windows(config: LlamaConfig, tokens: np.ndarray | list[int], window: int
         model's positions.
     """
     ids = np.asarray(tokens)
+    if window is None:
+        window = min(DEFAULT_WINDOW, config.max_positions, max(ids.size, 1))
     if not 1 <= window <= config.max_positions:
         raise ValueError(f"{window=} must be between 1 and the model's {config.max_positions} positions")
     if ids.ndim != 1 or ids.size < window:

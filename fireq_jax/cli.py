@@ -22,6 +22,7 @@ Model = Annotated[
     str | None,
     typer.Option("--model", help="Folder, .gguf file or hub id. Default: the embedded SmolLM2-135M-Instruct."),
 ]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="Preset used if the model is not quantised yet.")]
 Float = Annotated[bool, typer.Option("--float", help="Run the model as it is, without quantising it.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
@@ -114,23 +115,40 @@ def quantize(
         typer.Option(exists=True, dir_okay=False, help="UTF-8 text to calibrate on. Default: CPython's help topics."),
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(min=512, help="Tokens of that text to use.")] = 8192,
+    revision: Revision = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+    restart: Annotated[bool, typer.Option(help="Drop an interrupted conversion with other settings.")] = False,
 ) -> None:
-    """Quantise a model and save it."""
+    """Quantise a model and save it, one decoder block at a time; go on with it if it was interrupted."""
     import convert
     import fireq_jax
+    from fireq_jax.calibration_text import calibration_tokens as pick_tokens
+    from fireq_jax.calibration_text import default_calibration_text
+    from fireq_jax.config import resolve_recipe
     from fireq_jax.demo import calibrated
 
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists already; pass --overwrite to replace it")
-    with _stage(f"loading {source}"):
-        network, params = convert.load(source)
-        tokenizer = convert.load_tokenizer(source)
+    settings = resolve_recipe(recipe)
     text = None if calibration is None else calibration.read_text("utf-8")
-    quantized = calibrated(network, params, tokenizer, recipe, _progress, text, calibration_tokens)
-    with _stage(f"writing {out}"):
-        convert.save(out, network, quantized, tokenizer=tokenizer, overwrite=overwrite)
-    before, after = fireq_jax.parameter_bytes(params), fireq_jax.parameter_bytes(quantized)
+    if settings.refine:  # trains through the whole model
+        with _stage(f"loading {source}"):
+            network, params = convert.load(source, revision=revision)
+            tokenizer = convert.load_tokenizer(source, revision)
+        quantized = calibrated(network, params, tokenizer, recipe, _progress, text, calibration_tokens)
+        with _stage(f"writing {out}"):
+            convert.save(out, network, quantized, tokenizer=tokenizer, overwrite=overwrite)
+        before, after = fireq_jax.parameter_bytes(params), fireq_jax.parameter_bytes(quantized)
+    else:
+        tokens = None
+        if settings.needs_calibration:
+            tokenizer = convert.load_tokenizer(source, revision)
+            tokens = pick_tokens(tokenizer, default_calibration_text() if text is None else text, calibration_tokens)
+        with _progress("quantising") as report:
+            before, after = convert.quantize_checkpoint(
+                source, out, settings, tokens=tokens, revision=revision, overwrite=overwrite, restart=restart,
+                progress=report,
+            )  # fmt: skip
     console.print(f"{before:,} bytes of parameters became {after:,}; saved in {out}", highlight=False)
 
 

@@ -50,8 +50,7 @@ def calibrated(
     if resolve_recipe(recipe).needs_calibration:
         tokens = calibration_tokens(tokenizer, default_calibration_text() if text is None else text, count)
         with progress("calibrating") as report:
-            window = min(512, model.config.max_positions, max(len(tokens), 1))
-            statistics = calibrate(model, params, tokens, window=window, progress=report)
+            statistics = calibrate(model, params, tokens, progress=report)
     with progress("quantising") as report:
         return jax.block_until_ready(quantize(params, recipe, calibration=statistics, progress=report))
 

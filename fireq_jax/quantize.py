@@ -18,7 +18,7 @@ from fireq_jax.config import LlamaConfig, Recipe, resolve_recipe
 from fireq_jax.numerics import round_weight
 from fireq_jax.qtensor import Int4Weight, is_int4
 from fireq_jax.refine import refine_gains, refinement_steps
-from fireq_jax.rounding import corrected_weight, round_weights_calibrated
+from fireq_jax.rounding import corrected_weight, round_weight_searched, round_weights_calibrated
 from fireq_jax.streams import Streams
 
 Params = dict[str, Any]
@@ -245,8 +245,9 @@ def _round_readers(
     )
     if recipe.rounding == "nearest":
         parts = [_round_nearest(matrix, group_size, rules) for matrix in matrices]
+    elif hessian is None:
+        parts = [round_weight_searched(matrix, group_size, rules) for matrix in matrices]
     else:
-        hessian = jnp.eye(k) if hessian is None else hessian
         if cross is not None:
             matrices = tuple(corrected_weight(matrix.astype(jnp.float32), hessian, cross) for matrix in matrices)
         parts = round_weights_calibrated(matrices, hessian, group_size, rules)
@@ -286,7 +287,7 @@ def _check_calibration(params: Mapping[str, Any], calibration: Mapping[str, Any]
 
 
 def _check_finite(w: jax.Array, name: str) -> None:
-    finite = _all_finite(w)
+    finite = all_finite(w)
     if not isinstance(finite, jax.core.Tracer) and not bool(finite):
         raise ValueError(f"{name} holds NaN or infinity; the checkpoint is damaged")
 
@@ -297,7 +298,8 @@ def _inputs(layer: Params, half: str, projection: str) -> int:
 
 
 @jax.jit
-def _all_finite(w: jax.Array) -> jax.Array:
+def all_finite(w: jax.Array) -> jax.Array:
+    """Whether an array holds neither NaN nor infinity, without a second array of its size."""
     return jnp.all(jnp.isfinite(w))
 
 

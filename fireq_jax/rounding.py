@@ -24,18 +24,22 @@ DAMPING = 0.1
 # which does not carry over to other texts), and the damping of that step.
 CORRECTION = 0.25
 CORRECTION_DAMPING = 0.01
+# Entries of a weight whose group scales are searched at the same time.
+SEARCHED_ENTRIES = 1 << 22
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def search_scales(w: jax.Array, hessian: jax.Array, group_size: int, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
+def search_scales(
+    w: jax.Array, hessian: jax.Array | None, group_size: int, recipe: Recipe
+) -> tuple[jax.Array, jax.Array]:
     """Group scales of the smallest output error under round-to-nearest.
 
     A scale may be negative: then the entry of largest magnitude, if it is positive, takes code -8, and the grid reaches
     further on its side.
 
     Args:
-      w: ``[n, k]`` float32.
-      hessian: ``[k, k]`` float32.
+      w: ``[n, k]`` float.
+      hessian: ``[k, k]`` float32; None takes the error of the weight instead.
       group_size: divides k.
       recipe: its ``scales``, ``tensor_scale`` and ``numerics`` count.
 
@@ -44,13 +48,11 @@ def search_scales(w: jax.Array, hessian: jax.Array, group_size: int, recipe: Rec
     """
     n, k = w.shape
     groups = k // group_size
-    grouped = w.reshape(n, groups, group_size)
-    blocks = hessian.reshape(groups, group_size, groups, group_size)[jnp.arange(groups), :, jnp.arange(groups)]
-    largest = group_absmax(w, group_size)
+    blocks = None
+    if hessian is not None:
+        blocks = hessian.reshape(groups, group_size, groups, group_size)[jnp.arange(groups), :, jnp.arange(groups)]
     # All candidates are at most this, so the tensor scale that suits it suits them.
-    stored, tensor_scale = store_scales(largest / INT4_MAX, recipe)
-    lowest, highest = jnp.min(grouped, axis=-1), jnp.max(grouped, axis=-1)
-    toward = jnp.where(highest > -lowest, -1.0, 1.0)  # sign that puts the largest magnitude on code -8
+    stored, tensor_scale = store_scales(group_absmax(w, group_size) / INT4_MAX, recipe)
 
     def store(scale: jax.Array) -> jax.Array:
         if recipe.scales == "sigma_bf16":
@@ -58,22 +60,37 @@ def search_scales(w: jax.Array, hessian: jax.Array, group_size: int, recipe: Rec
         magnitude = jnp.maximum(jnp.abs(scale) / tensor_scale, E4M3_TINY)
         return round_to_e4m3(jnp.sign(scale) * magnitude)
 
-    def error(candidate: jax.Array) -> jax.Array:
-        step = (candidate.astype(jnp.float32) * tensor_scale)[..., None]
-        e = grouped - to_grid(grouped, step) * step
-        return jnp.einsum("ngi,gij,ngj->ng", e, blocks, e, precision=HIGHEST)
+    def search(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
+        grouped, stored = rows[0].astype(jnp.float32).reshape(-1, groups, group_size), rows[1]
+        largest = jnp.max(jnp.abs(grouped), axis=-1)
+        lowest, highest = jnp.min(grouped, axis=-1), jnp.max(grouped, axis=-1)
+        toward = jnp.where(highest > -lowest, -1.0, 1.0)  # sign that puts the largest magnitude on code -8
 
-    def better(best: tuple[jax.Array, jax.Array], fraction: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-        for scale in (largest / INT4_MAX, toward * largest / -INT4_MIN):
-            candidate = store(jnp.where(largest > 0, scale * fraction, stored.astype(jnp.float32) * tensor_scale))
-            found = error(candidate)
-            improves = found < best[1]
-            best = jnp.where(improves, candidate, best[0]), jnp.where(improves, found, best[1])
-        return best, None
+        def error(candidate: jax.Array) -> jax.Array:
+            step = (candidate.astype(jnp.float32) * tensor_scale)[..., None]
+            e = grouped - to_grid(grouped, step) * step
+            if blocks is None:
+                return jnp.sum(jnp.square(e), axis=-1)
+            return jnp.einsum("ngi,gij,ngj->ng", e, blocks, e, precision=HIGHEST)
 
-    fractions = jnp.asarray([1.0 + 1.0 / 16, *reversed(SCALE_FRACTIONS)], jnp.float32)
-    (scales, _), _ = jax.lax.scan(better, (stored, error(stored)), fractions)
-    return scales, tensor_scale
+        def better(best: tuple[jax.Array, jax.Array], fraction: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+            for scale in (largest / INT4_MAX, toward * largest / -INT4_MIN):
+                candidate = store(jnp.where(largest > 0, scale * fraction, stored.astype(jnp.float32) * tensor_scale))
+                found = error(candidate)
+                improves = found < best[1]
+                best = jnp.where(improves, candidate, best[0]), jnp.where(improves, found, best[1])
+            return best, None
+
+        fractions = jnp.asarray([1.0 + 1.0 / 16, *reversed(SCALE_FRACTIONS)], jnp.float32)
+        (scales, _), _ = jax.lax.scan(better, (stored, error(stored)), fractions)
+        return scales
+
+    # Rows do not depend on each other, and taking a few million entries at a time keeps the memory small.
+    rows = max(r for r in range(1, n + 1) if n % r == 0 and (r == 1 or r * k <= SEARCHED_ENTRIES))
+    if rows == n:
+        return search((w, stored)), tensor_scale
+    chunks = (w.reshape(-1, rows, k), stored.reshape(-1, rows, groups))
+    return jax.lax.map(search, chunks).reshape(n, groups), tensor_scale
 
 
 def damped(hessian: jax.Array) -> jax.Array:
@@ -148,6 +165,24 @@ def gptq(w: jax.Array, hessian: jax.Array, step: jax.Array) -> jax.Array:
     starts = jnp.arange(0, k, size)
     (_, codes), _ = jax.lax.scan(round_block, (w, jnp.zeros_like(w)), starts)
     return codes[:, jnp.argsort(order)].astype(jnp.int8)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def round_weight_searched(w: jax.Array, group_size: int, recipe: Recipe) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Scales searched for the smallest error of the weight, and nearest codes.
+
+    Args:
+      w: ``[n, k]`` float.
+      group_size: divides k.
+      recipe: how scales are stored.
+
+    Returns:
+      As :func:`fireq_jax.numerics.round_weight`; scales may be negative.
+    """
+    scales, tensor_scale = search_scales(w, None, group_size, recipe)
+    step = scales.astype(jnp.float32) * tensor_scale
+    codes = to_grid(w.astype(jnp.float32).reshape(*scales.shape, group_size), step[..., None])
+    return pack_int4(codes.astype(jnp.int8).reshape(w.shape)), scales, tensor_scale
 
 
 @partial(jax.jit, static_argnums=(2, 3))
