@@ -6,32 +6,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert import native
+from convert import compressed, native
 from convert.folder import staged, write_json
 from convert.gguf_file import open_gguf
-from convert.safetensors_file import StoredTensor, open_all, write_file
-from convert.source import INDEX, read_json, resolve, weight_files
+from convert.safetensors_file import StoredTensor, open_all
+from convert.shards import write_shards
+from convert.source import read_json, resolve, weight_files
 from convert.tensors import Table, check_tensors, is_ignorable, lookup
 from fireq_jax.config import LlamaConfig
 from fireq_jax.llama import Llama
 from fireq_jax.quantize import recipe_of
 
-SHARD_BYTES = 5 * 10**9
 FLOATS = ("float32", "float16", "bfloat16")
 
 
 def load(source: str | Path, *, dtype: Any = None, revision: str | None = None) -> tuple[Llama, dict[str, Any]]:
-    """Loads a Llama from safetensors, GGUF or a checkpoint of :func:`save`.
+    """Loads a Llama from safetensors, GGUF, a checkpoint of :func:`save` or one of compressed-tensors.
 
     Files are mapped, not read: a tensor's pages are held only until it is on its device.
 
     Args:
       source: a folder with ``config.json`` and safetensors (one file, or shards with an index), a ``.gguf`` file, a
-        Hugging Face hub id (``"org/name"``) or a GGUF file in a hub repository (``"org/name/file.gguf"``).
+        Hugging Face hub id (``"org/name"``) or a GGUF file in a hub repository (``"org/name/file.gguf"``). Of
+        compressed-tensors checkpoints those with symmetric int4 weights (:mod:`convert.compressed`).
       dtype: of weights and computation, "float32", "bfloat16" or "float16"; None takes the stored one (bfloat16
         for GGUF). Quantised weights and their scales stay as they are.
       revision: branch, tag or commit of a hub repository.
@@ -48,17 +48,26 @@ def load(source: str | Path, *, dtype: Any = None, revision: str | None = None) 
     if dtype is not None and jnp.dtype(dtype).name not in FLOATS:
         raise ValueError(f"dtype={jnp.dtype(dtype).name} must be one of {', '.join(FLOATS)}")
     path = resolve(source, revision)
-    if path.suffix == ".gguf" or "fireq" not in (hf_config := read_config(path)):
+    if path.suffix == ".gguf" or not _is_quantized(hf_config := read_config(path)):
         model = open_float(path, dtype)
         values = ((name, model.read(name)) for name in model.table)
         return Llama(model.config, model.dtype), native.assemble(values, model.table, model.dtype)
+    settings = hf_config.pop("quantization_config", None)
     config = LlamaConfig.from_hf(hf_config)
     tensors, files = open_all(weight_files(path))
-    check_layers(config, tensors, str(path))
-    return native.load_quantized(
-        config, hf_config["fireq"], tensors, files,
-        lambda table: _common_dtype(tensors, table, dtype, str(path)), str(path),
-    )  # fmt: skip
+    _check_layers(config, tensors, str(path))
+
+    def float_dtype(table: Table) -> Any:
+        return _common_dtype(tensors, table, dtype, str(path))
+
+    if "fireq" in hf_config:
+        return native.load_quantized(config, hf_config["fireq"], tensors, files, float_dtype, str(path))
+    return compressed.load_compressed(config, settings, tensors, float_dtype, str(path))
+
+
+def _is_quantized(hf_config: Mapping[str, Any]) -> bool:
+    settings = hf_config.get("quantization_config")
+    return "fireq" in hf_config or (isinstance(settings, Mapping) and settings.get("quant_method") == compressed.METHOD)
 
 
 @dataclass(frozen=True)
@@ -94,11 +103,11 @@ def open_float(path: Path, dtype: Any) -> FloatModel:
         gguf = open_gguf(path)
         return FloatModel(path, gguf.config, jnp.dtype(dtype or jnp.bfloat16), gguf.table(), gguf.read)
     hf_config = read_config(path)
-    if "fireq" in hf_config:
+    if _is_quantized(hf_config):
         raise ValueError(f"{path} is quantised already; quantise the float model that it came from")
     config = LlamaConfig.from_hf(hf_config)
     tensors, _ = open_all(weight_files(path))
-    check_layers(config, tensors, str(path))
+    _check_layers(config, tensors, str(path))
     table = native.full_table(config, False, lambda spec: spec.name in tensors)
     ignorable = [name for name in tensors if is_ignorable(name, config)]
     expected = {name: spec.stored_shape for name, spec in table.items()}
@@ -116,7 +125,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return hf_config
 
 
-def check_layers(config: LlamaConfig, tensors: Mapping[str, StoredTensor], source: str) -> None:
+def _check_layers(config: LlamaConfig, tensors: Mapping[str, StoredTensor], source: str) -> None:
     """Raises ValueError if there cannot be enough tensors, before anything as long as ``num_layers`` is made."""
     if config.num_layers > len(tensors):
         raise ValueError(
@@ -173,38 +182,7 @@ def save(
         metadata[native.ID_KEY] = uuid.uuid4().hex
         config["fireq"] = native.describe(recipe, native.group_sizes_of(table, params), metadata[native.ID_KEY])
     with staged(Path(folder).expanduser().absolute(), overwrite=overwrite) as staging:
-        _write_shards(staging, tensors, metadata)
+        write_shards(staging, tensors, metadata)
         write_json(staging / "config.json", config)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-
-
-def _write_shards(folder: Path, tensors: Mapping[str, jax.Array], metadata: Mapping[str, str]) -> None:
-    shards: list[dict[str, jax.Array]] = [{}]
-    filled = 0
-    for name, value in tensors.items():
-        size = value.size * value.dtype.itemsize
-        if shards[-1] and filled + size > SHARD_BYTES:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = value
-        filled += size
-    if len(shards) == 1:
-        write_file(folder / "model.safetensors", shards[0], metadata)
-        return
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        file = shard_name(i, len(shards))
-        write_file(folder / file, shard, metadata)
-        weight_map |= dict.fromkeys(shard, file)
-    write_index(folder, weight_map, sum(x.size * x.dtype.itemsize for x in tensors.values()))
-
-
-def shard_name(i: int, count: int) -> str:
-    """What the i-th of so many shards is called."""
-    return f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-
-
-def write_index(folder: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
-    """Writes which shard holds which tensor, as Hugging Face folders do."""
-    write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": dict(weight_map)})

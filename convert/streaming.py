@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert import native
-from convert.checkpoint import FloatModel, open_float, read_config, shard_name, write_index
+from convert.checkpoint import FloatModel, open_float, read_config
 from convert.folder import staged, write_json
 from convert.safetensors_file import StoredTensor, open_file, write_file
+from convert.shards import shard_name, write_index
 from convert.source import read_json, resolve, weight_files
 from convert.tensors import Table, TensorSpec, lookup
 from convert.tokenizer import copy_tokenizer

@@ -21,9 +21,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from convert.checkpoint import shard_name, write_index
 from convert.folder import write_json
 from convert.safetensors_file import write_file
+from convert.shards import shard_name, write_index
 from convert.tensors import TensorSpec, tensor_table
 from fireq_jax import LlamaConfig, RopeConfig
 

@@ -310,7 +310,7 @@ def test_checkpoints_round_trip_bit_for_bit(tmp_path, variant, recipe):
 
 
 def test_large_checkpoints_are_sharded(tmp_path, tiny, monkeypatch):
-    import convert.checkpoint as module
+    import convert.shards as module
 
     monkeypatch.setattr(module, "SHARD_BYTES", 50_000)
     params = fireq_jax.quantize(tiny[1])
