@@ -116,6 +116,18 @@ def open_float(path: Path, dtype: Any) -> FloatModel:
     return FloatModel(path, config, dtype, table, lambda name: tensors[name].read())
 
 
+def checkpoint_id(source: str | Path, revision: str | None = None) -> str | None:
+    """What tells a checkpoint of this library from every other one; None for other models.
+
+    Args:
+      source: as for :func:`load`.
+      revision: branch, tag or commit of a hub repository.
+    """
+    path = resolve(source, revision)
+    block = None if path.suffix == ".gguf" else read_config(path).get("fireq")
+    return block.get("checkpoint_id") if isinstance(block, Mapping) else None
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """A folder's ``config.json``, with the tokens that end a turn."""
     hf_config = read_json(folder / "config.json")

@@ -234,6 +234,7 @@ def _describe(modules: Mapping[int, list[str]], ignored: Iterable[str], activati
             },
             "input_activations": inputs if activations == "fp8" else None,
             "output_activations": None,
+            "format": FORMAT,  # readers take it to be another one where activations are floats
         }
         for i, (size, names) in enumerate(sorted(modules.items(), reverse=True))
     }

@@ -126,13 +126,7 @@ def load_quantized(
       ValueError: the block is of another format or damaged, shards are of another checkpoint, or tensors and block
         contradict each other.
     """
-    recipe = _read_recipe(block, source)
-    for file in files:
-        if (found := file.metadata.get(ID_KEY)) != block["checkpoint_id"]:
-            raise ValueError(
-                f"{file.path} is of checkpoint {found}, config.json of {block['checkpoint_id']}: files of two "
-                "checkpoints are mixed, or a copy was not finished. Copy the whole folder again"
-            )
+    recipe = check_block(block, files, source)
     table = full_table(config, recipe.lm_head, lambda spec: spec.name in tensors)
     quantized: Table = {}
     if recipe.weights == "int4":
@@ -163,6 +157,22 @@ def load_quantized(
         weight.validate(f"{source}: {name}")
         insert(params, spec.path, weight)
     return Llama(config, dtype), params | {"recipe": recipe}
+
+
+def check_block(block: Any, files: Iterable[TensorFile], source: str) -> Recipe:
+    """The recipe of a ``fireq`` block, after the block and the identity of all shards were checked.
+
+    Raises:
+      ValueError: the block is of another format or damaged, or a shard is of another checkpoint.
+    """
+    recipe = _read_recipe(block, source)
+    for file in files:
+        if (found := file.metadata.get(ID_KEY)) != block["checkpoint_id"]:
+            raise ValueError(
+                f"{file.path} is of checkpoint {found}, config.json of {block['checkpoint_id']}: files of two "
+                "checkpoints are mixed, or a copy was not finished. Copy the whole folder again"
+            )
+    return recipe
 
 
 def assemble(tensors: Iterable[tuple[str, np.ndarray]], table: Table, dtype: Any) -> dict[str, Any]:

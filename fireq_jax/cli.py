@@ -53,7 +53,9 @@ def _source(model: str | None) -> str:
     return str(convert.embedded_model()) if model is None else model
 
 
-def _load(model: str | None, recipe: str, keep_float: bool) -> tuple[Any, dict[str, Any], dict[str, Any] | None, Any]:
+def _load(
+    model: str | None, recipe: str, keep_float: bool, revision: str | None
+) -> tuple[Any, dict[str, Any], dict[str, Any] | None, Any]:
     """Model, the parameters to run, the float ones if they were there, and the tokenizer."""
     import convert
     import fireq_jax
@@ -61,8 +63,8 @@ def _load(model: str | None, recipe: str, keep_float: bool) -> tuple[Any, dict[s
 
     source = _source(model)
     with _stage(f"loading {source}"):
-        network, params = convert.load(source)
-        tokenizer = convert.load_tokenizer(source)
+        network, params = convert.load(source, revision=revision)
+        tokenizer = convert.load_tokenizer(source, revision)
         network = network.clone(dtype=compute_dtype())
     if fireq_jax.recipe_of(params) is not None:
         if keep_float:
@@ -158,6 +160,7 @@ def generate(
     model: Model = None,
     recipe: RecipeName = "best",
     keep_float: Float = False,
+    revision: Revision = None,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     top_k: TopK = None,
@@ -168,7 +171,7 @@ def generate(
     import fireq_jax
 
     sampling = fireq_jax.Sampling(temperature, top_k, top_p)
-    network, params, _, tokenizer = _load(model, recipe, keep_float)
+    network, params, _, tokenizer = _load(model, recipe, keep_float, revision)
     text = sys.stdin.read() if prompt == "-" else prompt
     _stream(network, params, tokenizer, tokenizer(text)["input_ids"], max_new_tokens, sampling, seed)
 
@@ -178,6 +181,7 @@ def chat(
     model: Model = None,
     recipe: RecipeName = "best",
     keep_float: Float = False,
+    revision: Revision = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
@@ -190,7 +194,7 @@ def chat(
     from fireq_jax.demo import chat_prompt
 
     sampling = fireq_jax.Sampling(temperature, top_k, top_p)
-    network, params, _, tokenizer = _load(model, recipe, keep_float)
+    network, params, _, tokenizer = _load(model, recipe, keep_float, revision)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         try:
@@ -244,19 +248,31 @@ def evaluate(
     model: Model = None,
     recipe: RecipeName = "best",
     keep_float: Float = False,
+    revision: Revision = None,
     window: Annotated[int, typer.Option(help="Tokens per window; each starts without context.")] = 1024,
     stride: Annotated[int | None, typer.Option(help="Tokens between window starts. Default: the window.")] = None,
     through: Annotated[str, typer.Option(help="'cache' (as decoding sees it) or 'prefill'.")] = "cache",
+    reference_model: Annotated[
+        str | None, typer.Option("--reference", help="Float model to compare with, if --model holds a quantised one.")
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Perplexity of a text, and how far the quantised model is from the float one."""
+    import convert
     import fireq_jax
     from convert.folder import write_json
 
     path: Literal["cache", "prefill"] = "prefill" if through == "prefill" else "cache"
     if through != path:
         raise ValueError(f"--through {through!r} must be 'cache' or 'prefill'")
-    network, params, reference, tokenizer = _load(model, recipe, keep_float)
+    network, params, reference, tokenizer = _load(model, recipe, keep_float, revision)
+    if reference_model is not None:
+        if reference is not None:
+            raise ValueError(f"--reference goes with a quantised --model; {_source(model)} is compared with itself")
+        with _stage(f"loading {reference_model}"):
+            original, reference = convert.load(reference_model)
+        if fireq_jax.recipe_of(reference) is not None or original.config.vocab_size != network.config.vocab_size:
+            raise ValueError(f"--reference {reference_model} is not the float model that {_source(model)} came from")
     tokens = tokenizer(text.read_text("utf-8"))["input_ids"]
     with _progress("scoring") as report:
         score = fireq_jax.evaluate(
@@ -275,7 +291,64 @@ def evaluate(
     console.print(table)
     if json_file is not None:
         used = fireq_jax.recipe_of(params)
-        write_json(json_file, score.to_dict() | {"text": str(text), "recipe": used.name if used else None})
+        identity = {
+            "text": str(text),
+            "recipe": used.name if used else None,
+            "checkpoint_id": convert.checkpoint_id(_source(model), revision),
+        }
+        write_json(json_file, score.to_dict() | identity)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A quantised checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    activations: Annotated[
+        str | None, typer.Option(help="'fp8' (W4A8) or 'none' (W4A16). Default: what the checkpoint was made for.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Write a checkpoint for vLLM and transformers, in the compressed-tensors format."""
+    import convert
+
+    chosen: Literal["fp8", "none"] | None = None
+    if activations is not None:
+        chosen = "none" if activations == "none" else "fp8"
+        if activations != chosen:
+            raise ValueError(f"--activations {activations!r} must be 'fp8' or 'none'")
+    with _stage(f"writing {out}"):
+        network, params = convert.load(folder)
+        tokenizer = convert.load_tokenizer(folder)
+        convert.export_compressed_tensors(
+            out, network, params, activations=chosen, tokenizer=tokenizer, overwrite=overwrite
+        )
+    console.print(f"saved in {out}", highlight=False)
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A quantised checkpoint.")],
+    repo_id: Annotated[str, typer.Argument(help="Hub repository, org/name; made if it does not exist.")],
+    evaluation: Annotated[
+        list[Path] | None, typer.Option(help="What `evaluate --json` wrote for this checkpoint, for the model card.")
+    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="Hub id of the float model.")] = None,
+    license_name: Annotated[str | None, typer.Option("--license", help="Licence as the hub spells it.")] = None,
+    private: Annotated[bool, typer.Option(help="Make the repository private if it is made.")] = False,
+    revision: Revision = None,
+) -> None:
+    """Write a model card and upload a checkpoint to the Hugging Face hub."""
+    import convert
+    from convert.source import read_json
+
+    evaluations = {}
+    for path in evaluation or []:
+        score = read_json(path)
+        evaluations[Path(score.get("text", path.name)).name] = score
+    convert.write_model_card(folder, repo_id, evaluations=evaluations, base_model=base_model, license=license_name)
+    with _stage(f"uploading {folder}"):
+        address = convert.push_to_hub(folder, repo_id, private=private or None, revision=revision)
+    console.print(address, highlight=False)
 
 
 def main() -> None:
