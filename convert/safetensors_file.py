@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+import zlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+CHECKSUMS = "crc32"  # metadata: a JSON object from tensor names to crc32
 _DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -35,12 +37,14 @@ class StoredTensor:
       offset: where its bytes begin.
       dtype: of its elements.
       shape: its sizes.
+      checksum: crc32 of its bytes; None if the file has none.
     """
 
     path: Path
     offset: int
     dtype: np.dtype
     shape: tuple[int, ...]
+    checksum: int | None = None
 
     @property
     def size(self) -> int:
@@ -48,11 +52,19 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def read(self) -> np.ndarray:
-        """A read-only view of the file's pages, which the process holds for as long as the array lives."""
+        """A read-only view of the file's pages, which the process holds for as long as the array lives.
+
+        Raises:
+          ValueError: the bytes are not those that were written.
+        """
         if self.size == 0:
             return np.empty(self.shape, self.dtype)
         # Bytes first: numpy maps no dtype that it does not know itself.
         data = np.memmap(self.path, np.uint8, "r", self.offset, (self.size * self.dtype.itemsize,))
+        if self.checksum is not None and zlib.crc32(data) != self.checksum:
+            raise ValueError(
+                f"{self.path} is damaged: a tensor at byte {self.offset} fails its checksum; copy it again"
+            )
         return data.view(np.ndarray).view(self.dtype).reshape(self.shape)
 
 
@@ -86,13 +98,28 @@ def open_file(path: Path) -> TensorFile:
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); download or copy it again") from error
     metadata = header.pop("__metadata__", None) or {}
+    checksums = _read_checksums(path, metadata.get(CHECKSUMS), header.keys())
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES:
             raise ValueError(f"{path}: {name} has dtype {entry['dtype']}; supported: {', '.join(_DTYPES)}")
         offset = 8 + header_size + entry["data_offsets"][0]
-        tensors[name] = StoredTensor(path, offset, np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"]))
+        tensors[name] = StoredTensor(
+            path, offset, np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"]), checksums.get(name)
+        )
     return TensorFile(path, tensors, metadata)
+
+
+def _read_checksums(path: Path, text: str | None, names: Collection[str]) -> dict[str, int]:
+    if text is None:
+        return {}
+    try:
+        checksums = json.loads(text)
+    except (ValueError, RecursionError):
+        checksums = None
+    if not isinstance(checksums, dict) or checksums.keys() != set(names):
+        raise ValueError(f"{path} is damaged: its checksums are not those of its tensors; copy it again")
+    return checksums
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -119,12 +146,14 @@ def open_all(paths: list[Path]) -> tuple[dict[str, StoredTensor], list[TensorFil
 
 
 def write_file(path: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes arrays under a temporary name and renames the file when all of it is on disk."""
+    """Writes arrays, with checksums, under a temporary name and renames the file when all of it is on disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         contiguous = {name: np.asarray(x, order="C") for name, x in arrays.items()}
+        checksums = {name: zlib.crc32(x.reshape(-1).view(np.uint8)) for name, x in contiguous.items()}
         # transformers reads only files that say which framework's layout they have.
-        save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
+        stored = {"format": "pt", **(metadata or {}), CHECKSUMS: json.dumps(checksums)}
+        save_file(contiguous, temporary, metadata=stored)
         flush(temporary)
         temporary.rename(path)
     finally:

@@ -34,6 +34,16 @@ class RopeConfig:
     original_max_positions: int = 8192
     factors: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        divisors = {"theta": self.theta, "factor": self.factor, "original_max_positions": self.original_max_positions}
+        for name, value in divisors.items():
+            if not value > 0:
+                raise ValueError(f"rope: {name}={value!r} must be positive")
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(f"rope: {self.low_freq_factor=} must be positive and below {self.high_freq_factor=}")
+        if not all(factor > 0 for factor in self.factors):
+            raise ValueError("rope: every frequency's factor must be positive")
+
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         """``[head_dim / 2]`` float32, radians per position."""
         base = self.theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
@@ -100,6 +110,8 @@ class LlamaConfig:
             raise ValueError(f"{self.num_heads=} must be divisible by {self.num_kv_heads=}")
         if self.head_dim % 2:
             raise ValueError(f"{self.head_dim=} must be even: RoPE rotates pairs of channels")
+        if not self.rms_norm_eps > 0:
+            raise ValueError(f"{self.rms_norm_eps=} must be positive")
         if self.rope.kind == "factors" and len(self.rope.factors) != self.head_dim // 2:
             raise ValueError(f"rope needs {self.head_dim // 2} factors, got {len(self.rope.factors)}")
 
@@ -116,44 +128,36 @@ class LlamaConfig:
           ValueError: not a Llama, a required key is missing, or a setting this library does not compute (another
             activation, another rope scaling, an existing quantisation) is on; the message names it.
         """
-        architectures = list(config.get("architectures") or [])
+        architectures = config.get("architectures") or []
         if not architectures and config.get("model_type") in ("llama", "mistral"):
             architectures = [f"{config['model_type'].capitalize()}ForCausalLM"]
-        if not architectures or architectures[0] not in SUPPORTED_ARCHITECTURES:
-            raise ValueError(
-                f"architectures={architectures} is not a Llama; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-            )
+        if not isinstance(architectures, list) or not architectures or architectures[0] not in SUPPORTED_ARCHITECTURES:
+            raise ValueError(f"{architectures=} is not a Llama; supported: {', '.join(SUPPORTED_ARCHITECTURES)}")
         _refuse_unsupported(config)
-        required = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-        )
+        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         missing = [key for key in required if config.get(key) is None]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
-        heads = config["num_attention_heads"]
-        head_dim = config.get("head_dim") or config["hidden_size"] // heads
-        max_positions = config.get("max_position_embeddings") or 2048
+        vocab, hidden, intermediate, layers, heads = (_integer(config, key, 1) for key in required)
+        max_positions = _integer(config, "max_position_embeddings", 2048)
         eos = config.get("eos_token_id")
+        eos_ids = eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]
         return cls(
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_layers=config["num_hidden_layers"],
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_layers=layers,
             num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=head_dim,
-            max_positions=min(max_positions, config.get("sliding_window") or max_positions),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            num_kv_heads=_integer(config, "num_key_value_heads", heads),
+            head_dim=_integer(config, "head_dim", hidden // heads),
+            max_positions=min(max_positions, _integer(config, "sliding_window", max_positions)),
+            rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
             rope=_rope_from_hf(config, max_positions),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            attention_bias=bool(config.get("attention_bias", False)),
-            mlp_bias=bool(config.get("mlp_bias", False)),
-            bos_token_id=config.get("bos_token_id"),
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,),
+            tie_word_embeddings=_flag(config, "tie_word_embeddings"),
+            attention_bias=_flag(config, "attention_bias"),
+            mlp_bias=_flag(config, "mlp_bias"),
+            bos_token_id=None if config.get("bos_token_id") is None else _integer(config, "bos_token_id", 0, least=0),
+            eos_token_ids=tuple(_integer({"eos_token_id": token}, "eos_token_id", 0, least=0) for token in eos_ids),
         )
 
     def to_hf(self) -> dict[str, Any]:
@@ -194,13 +198,41 @@ class LlamaConfig:
         }
 
 
+def _integer(config: Mapping[str, Any], key: str, default: int, least: int = 1) -> int:
+    """A whole number of a ``config.json``; ``default`` if it is missing or null."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"config.json: {key}={value!r} must be an integer, {least} or more")
+    return value
+
+
+def _number(config: Mapping[str, Any], key: str, default: float) -> float:
+    """A number of a ``config.json``; ``default`` if it is missing or null."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e300:
+        raise ValueError(f"config.json: {key}={value!r} must be a finite number")
+    return float(value)
+
+
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    """A truth value of a ``config.json``; False if it is missing or null."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"config.json: {key}={value!r} must be true or false")
+    return bool(value)
+
+
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise ValueError(f"hidden_act={activation!r} is not supported; a Llama uses 'silu'")
     if (rotated := config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError(f"partial_rotary_factor={rotated} is not supported; every channel must be rotated")
     if (quantization := config.get("quantization_config")) is not None:
-        method = quantization.get("quant_method", "unknown")
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
         raise ValueError(
             f"the checkpoint is already quantised (quantization_config.quant_method={method!r}); "
             "load the original bf16/f16/f32 weights"
@@ -210,29 +242,43 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
 def _rope_from_hf(config: Mapping[str, Any], max_positions: int) -> RopeConfig:
     # transformers 5 keeps everything in rope_parameters; before, rope_theta stood alone beside rope_scaling, whose
     # kind was once called "type".
-    settings = dict(config.get("rope_scaling") or {})
-    settings |= config.get("rope_parameters") or {}
+    settings: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        part = config.get(key) or {}
+        if not isinstance(part, Mapping):
+            raise ValueError(f"config.json: {key}={part!r} must be an object")
+        settings |= part
     kind = settings.get("rope_type") or settings.get("type") or "default"
-    theta = float(settings.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    theta = _number(settings, "rope_theta", _number(config, "rope_theta", 10000.0))
+    needed = {
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+        "factors": ("factors",),
+    }
     if kind == "default":
         return RopeConfig(theta=theta)
-    try:
-        if kind == "linear":
-            return RopeConfig(theta=theta, kind="linear", factor=float(settings["factor"]))
-        if kind == "factors":
-            return RopeConfig(theta=theta, kind="factors", factors=tuple(map(float, settings["factors"])))
-        if kind == "llama3":
-            return RopeConfig(
-                theta=theta,
-                kind="llama3",
-                factor=float(settings["factor"]),
-                low_freq_factor=float(settings["low_freq_factor"]),
-                high_freq_factor=float(settings["high_freq_factor"]),
-                original_max_positions=int(settings.get("original_max_position_embeddings") or max_positions),
-            )
-    except KeyError as error:
-        raise ValueError(f"rope scaling {kind!r} lacks {error.args[0]!r}; got {settings}") from error
-    raise ValueError(f"rope scaling {kind!r} is not supported; supported: default, linear, llama3")
+    if not isinstance(kind, str) or kind not in needed:
+        raise ValueError(f"rope scaling {kind!r} is not supported; supported: default, linear, llama3")
+    for key in needed[kind]:
+        if settings.get(key) is None:
+            raise ValueError(f"rope scaling {kind!r} lacks {key!r}; got {settings}")
+    if kind == "factors":
+        factors = settings["factors"]
+        if not isinstance(factors, list | tuple):
+            raise ValueError(f"rope scaling 'factors' has factors={factors!r}, which must be a list")
+        return RopeConfig(
+            theta=theta, kind="factors", factors=tuple(_number({"factors": f}, "factors", 1) for f in factors)
+        )
+    if kind == "linear":
+        return RopeConfig(theta=theta, kind="linear", factor=_number(settings, "factor", 1.0))
+    return RopeConfig(
+        theta=theta,
+        kind="llama3",
+        factor=_number(settings, "factor", 1.0),
+        low_freq_factor=_number(settings, "low_freq_factor", 1.0),
+        high_freq_factor=_number(settings, "high_freq_factor", 4.0),
+        original_max_positions=_integer(settings, "original_max_position_embeddings", max_positions),
+    )
 
 
 # A Recipe has no arrays, so it travels inside a parameter pytree as part of its structure.

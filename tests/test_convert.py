@@ -141,7 +141,7 @@ def test_pickles_are_refused_unopened(tmp_path):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"num_key_value_heads": 3}, "num_heads=4 must be divisible by self.num_kv_heads=3"),
         ({"hidden_size": None}, "lacks hidden_size"),
-        ({"num_hidden_layers": "two"}, "num_layers='two' must be a positive integer"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers='two' must be an integer, 1 or more"),
     ],
 )
 def test_other_models_are_refused_by_name(checkpoint, change, message):
