@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+from pages import fill
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -135,21 +136,12 @@ def bars(axis: Any, values: dict[str, list[float]], labels: list[str], title: st
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def replace_between(page: str, marker: str, text: str) -> str:
-    begin, end = f"<!-- {marker} -->", f"<!-- end of {marker} -->"
-    before, rest = page.split(begin)
-    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
-
-
 def main() -> None:
     accuracy = json.loads((RESULTS / "accuracy.json").read_text("utf-8"))
     shapes = json.loads((RESULTS / "shapes.json").read_text("utf-8"))
-    page = PAGE.read_text("utf-8")
-    page = replace_between(page, "recipes", recipes_table(accuracy))
-    page = replace_between(page, "shapes", shapes_table(shapes))
-    PAGE.write_text(page, encoding="utf-8")
-    readme = replace_between(README.read_text("utf-8"), "accuracy", readme_table(accuracy))
-    README.write_text(readme, encoding="utf-8")
+    fill(PAGE, "recipes", recipes_table(accuracy))
+    fill(PAGE, "shapes", shapes_table(shapes))
+    fill(README, "accuracy", readme_table(accuracy))
     draw_plot(accuracy)
 
 

@@ -9,6 +9,7 @@ writes a JSON file. The peak is the process's largest resident set, mapped pages
 import argparse
 import json
 import math
+import os
 import platform
 import re
 import shutil
@@ -93,6 +94,7 @@ def main() -> None:
             "peak_resident_bytes": 1024 * int(peak),
             "seconds": float(seconds),
             "device": cpu[1] if cpu else platform.processor(),
+            "cores": os.cpu_count(),
             "versions": {name: version(name) for name in ("fireq-jax", "jax", "safetensors")},
             "commit": commit.stdout.strip(),
             "command": " ".join(["python", *sys.argv]),

@@ -1,13 +1,13 @@
 """Writes the matmul's table in docs/kernels.md from docs/results/matmul.json.
 
-uv run --group plots python examples/matmul_report.py
+uv run python examples/matmul_report.py
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-from accuracy_report import replace_between
+from pages import fill
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "matmul.json"
@@ -47,10 +47,7 @@ def main() -> None:
         f'{results["commit"]}: `{results["command"]}`.{note} "fp8" is the faster of cuBLASLt\'s per-tensor and per-row '
         f"products. The error is the relative Frobenius norm to the float32 product.\n\n{table(results)}"
     )
-    page = PAGE.read_text("utf-8")
-    staged = PAGE.with_suffix(".partial")
-    staged.write_text(replace_between(page, "matmul", text), encoding="utf-8")
-    staged.rename(PAGE)
+    fill(PAGE, "matmul", text)
 
 
 if __name__ == "__main__":
