@@ -24,8 +24,8 @@ def main() -> None:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     text = (
         f"{results['shape']}, random bf16 weights, recipe `{results['recipe']}`, {results['cores']} cores of "
-        f"{results['device']}, JAX {results['versions']['jax']}, commit {results['commit']}: `{results['command']}`.\n\n"
-        f"| | |\n|---|---|\n{table}"
+        f"{results['device']}, JAX {results['versions']['jax']}, commit {results['commit']}:\n"
+        f"`{results['command']}`.\n\n| | |\n|---|---|\n{table}"
     )
     fill(ROOT / "docs" / "checkpoints.md", "conversion", text)
 
