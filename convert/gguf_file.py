@@ -31,6 +31,8 @@ class GgufModel:
         self.metadata: dict[str, Any] = {key: _plain(field) for key, field in reader.fields.items()}
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.config = self._config()
+        if self.config.num_layers > len(self._tensors):  # before anything as long as that is made
+            raise ValueError(f"{path} speaks of {self.config.num_layers} layers, it holds {len(self._tensors)} tensors")
         self._mapping = get_tensor_name_map(MODEL_ARCH.LLAMA, self.config.num_layers)
 
     def table(self) -> Table:

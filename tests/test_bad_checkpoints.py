@@ -299,3 +299,14 @@ def test_bytes_of_a_gguf_header_are_not_believed(tmp_path, data):
     with contextlib.suppress(*REFUSALS):
         model, _ = convert.load(path)
         assert model.config.num_layers == 2
+
+
+def test_a_gguf_file_that_claims_many_layers_is_refused_at_once(tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, VARIANTS["llama3"])
+    count = b"llama.block_count" + struct.pack("<II", 4, 2)  # type u32, value 2
+    raw = path.read_bytes()
+    assert raw.count(count) == 1
+    path.write_bytes(raw.replace(count, count[:-4] + struct.pack("<I", 2**31)))
+    with pytest.raises(ValueError, match="speaks of 2147483648 layers, it holds 21 tensors"):
+        convert.load(path)

@@ -215,22 +215,37 @@ def test_quantised_sources_are_refused(tmp_path, tiny):
 
 def test_memory_does_not_grow_with_the_number_of_blocks(tmp_path):
     """The peak of a process that converts 12 blocks of 24 MB is that of one that converts 2."""
+    conversion = "convert.quantize_checkpoint(sys.argv[1], sys.argv[1] + '-int4')"
+    peaks = [peak(conversion, write_blocks(tmp_path / f"in{blocks}", blocks)) for blocks in (2, 12)]
+    # The allocator keeps some freed memory; ten blocks that were not freed would be 240 MB and more.
+    assert peaks[1] - peaks[0] < 2 * BLOCK
+
+
+def test_a_loaded_model_is_in_memory_once(tmp_path):
+    """Twelve blocks more take the memory of twelve blocks: no second copy, and no file pages that stay."""
+    loading = "model = convert.load(sys.argv[1])"
+    peaks = [peak(loading, write_blocks(tmp_path / f"in{blocks}", blocks)) for blocks in (2, 14)]
+    assert 11.5 * BLOCK < peaks[1] - peaks[0] < 12.5 * BLOCK
+
+
+BLOCK = 24_121_344
+
+
+def write_blocks(folder, blocks):
     sizes = {"vocab_size": 256, "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 8}
+    config = VARIANTS["llama3"] | sizes | {"num_hidden_layers": blocks}
+    weights = {name: x.astype(np.float16) for name, x in state_dict(config).items()}
+    assert sum(x.nbytes for name, x in weights.items() if "layers.0." in name) == BLOCK
+    return write_checkpoint(folder, config, weights)
+
+
+def peak(statement, *arguments):
+    """Bytes of memory that a process which runs a statement holds at most."""
+    # ru_maxrss would be that of this process, which started it, if it was larger.
     script = (
-        "import convert, re, sys\n"
-        "convert.quantize_checkpoint(*sys.argv[1:])\n"
-        # ru_maxrss would be that of the process which started this one, if it was larger.
+        f"import convert, re, sys\n{statement}\n"
         "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
     )
-    peaks = []
-    for blocks in (2, 12):
-        config = VARIANTS["llama3"] | sizes | {"num_hidden_layers": blocks}
-        weights = {name: x.astype(np.float16) for name, x in state_dict(config).items()}
-        source = write_checkpoint(tmp_path / f"in{blocks}", config, weights)
-        block = sum(x.nbytes for name, x in weights.items() if "layers.0." in name)
-        assert block > 24e6
-        arguments = [sys.executable, "-c", script, source, tmp_path / f"out{blocks}"]
-        out = subprocess.run(arguments, capture_output=True, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-        peaks.append(1024 * int(out.stdout))
-    # The allocator keeps some freed memory; ten blocks that were not freed would be 240 MB and more.
-    assert peaks[1] - peaks[0] < 2 * block
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    ran = subprocess.run(command, capture_output=True, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    return 1024 * int(ran.stdout)
