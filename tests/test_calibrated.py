@@ -354,8 +354,10 @@ def test_bad_calibrations_are_refused(tiny, text, statistics):
         fireq_jax.calibrate(model, fireq_jax.quantize(params), text)
     with pytest.raises(ValueError, match="the text has 10 tokens; calibration needs at least one window of 32"):
         fireq_jax.calibrate(model, params, text[:10], window=32)
+    with pytest.raises(ValueError, match="the text has 0 tokens; calibration needs at least one window of 1"):
+        fireq_jax.calibrate(model, params, [])
     with pytest.raises(ValueError, match="window=512 must be between 1 and the model's 64 positions"):
-        fireq_jax.calibrate(model, params, text)
+        fireq_jax.calibrate(model, params, text, window=512)
 
 
 @pytest.mark.parametrize("variant", ["llama2", "smollm2", "biases"])
