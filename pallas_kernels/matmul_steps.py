@@ -33,22 +33,26 @@ def decode_codes(words: list[ir.Value]) -> list[ir.Value]:
     return registers
 
 
-def load_scales(address: ir.Value, scale_dtype: Any) -> tuple[ir.Value, ir.Value]:
-    """Two neighbouring group scales as float32. Zeros, which only copies from outside the weight bring, become ones."""
-    i16, word, single = ir.IntegerType.get_signless(16), ir.IntegerType.get_signless(32), ir.F32Type.get()
+def decode_scales(raw: ir.Value, scale_dtype: Any) -> tuple[ir.Value, ir.Value]:
+    """A word of two neighbouring group scales, e4m3 in its lower half or bf16, as float32."""
+    word, single = ir.IntegerType.get_signless(32), ir.F32Type.get()
     if scale_dtype == jnp.float8_e4m3fn:
-        [raw] = hopper.asm("ld.shared.u16 $0, [$1];", "=h,r", [address], [i16])
-        outside = arith.cmpi(arith.CmpIPredicate.eq, raw, hopper.constant(0, bits=16))
-        raw = arith.select(outside, hopper.constant(0x3838, bits=16), raw)
-        halves = hopper.pure_asm("cvt.rn.f16x2.e4m3x2 $0, $1;", "=r,h", [raw], word)
+        unpack = "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.rn.f16x2.e4m3x2 $0, l; }"
+        halves = hopper.pure_asm(unpack, "=r,r", [raw], word)
         widen = "{{ .reg .b16 l, h; mov.b32 {{l, h}}, $1; cvt.f32.f16 $0, {}; }}"
         low, high = (hopper.pure_asm(widen.format(part), "=f,r", [halves], single) for part in "lh")
         return low, high
-    [raw] = hopper.asm("ld.shared.b32 $0, [$1];", "=r,r", [address], [word])
-    outside = arith.cmpi(arith.CmpIPredicate.eq, raw, i32(0))
-    raw = arith.select(outside, i32(0x3F803F80), raw)
     low, high = arith.shli(raw, i32(16)), arith.andi(raw, i32(0xFFFF0000))
     return arith.bitcast(single, low), arith.bitcast(single, high)
+
+
+def load_scales(address: ir.Value, scale_dtype: Any) -> tuple[ir.Value, ir.Value]:
+    """Two neighbouring group scales as float32. Zeros, which only copies from outside the weight bring, become ones."""
+    word = ir.IntegerType.get_signless(32)
+    size, ones = ("u16", 0x3838) if scale_dtype == jnp.float8_e4m3fn else ("b32", 0x3F803F80)
+    [raw] = hopper.asm(f"ld.shared.{size} $0, [$1];", "=r,r", [address], [word])
+    outside = arith.cmpi(arith.CmpIPredicate.eq, raw, i32(0))
+    return decode_scales(arith.select(outside, i32(ones), raw), scale_dtype)
 
 
 def by_row(registers: list[ir.Value], pair: list[ir.Value]) -> list[ir.Value]:
@@ -107,8 +111,9 @@ class Steps:
             tile = arith.muli(warpgroup.registers.item(), i32(self.tile_bytes))
             tile = arith.addi(hopper.shared_address(stage), tile)
             thread = hopper.thread_in_warpgroup()
-            address = arith.addi(tile, arith.muli(thread, i32(16)))
-            words = hopper.load_shared_x4(address) + hopper.load_shared_x4(address, 2048)
+            lane, warp = arith.andi(thread, i32(31)), arith.shrui(thread, i32(5))
+            address = arith.addi(tile, arith.addi(arith.muli(warp, i32(1024)), arith.muli(lane, i32(16))))
+            words = hopper.load_shared_x4(address) + hopper.load_shared_x4(address, 512)
             size = jnp.dtype(self.scale_dtype).itemsize
             address = arith.addi(tile, arith.muli(arith.shrui(thread, i32(2)), i32(2 * size)))
             scales = [

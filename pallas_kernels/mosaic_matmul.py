@@ -15,10 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.matmul_steps import Operation, Steps
-from pallas_kernels.tiling import BLOCK_N, WARPGROUPS, Tiling, choose_tiling
+from pallas_kernels.tiling import BLOCK_N, STREAMING_MULTIPROCESSORS, WARPGROUPS, Tiling, choose_tiling
 from pallas_kernels.weight_layout import TILE_K, TILE_N, tile_shape
-
-STREAMING_MULTIPROCESSORS = 132
 
 
 def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_bias: bool, t: Tiling) -> Operation:

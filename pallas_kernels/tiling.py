@@ -7,6 +7,7 @@ from pallas_kernels.weight_layout import TILE_K, TILE_N
 WARPGROUPS = 2  # that compute; a third one copies
 BLOCK_N = WARPGROUPS * TILE_N
 SHARED_MEMORY = 232448
+STREAMING_MULTIPROCESSORS = 132
 
 
 @dataclasses.dataclass(frozen=True)

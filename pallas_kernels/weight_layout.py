@@ -2,10 +2,10 @@
 
 A tile stands for 64 outputs by 128 inputs and is one contiguous block of memory, codes first:
 
-    [2][128 threads][4 words]   codes, 4 KB
-    [groups][4 warps][8][2]     group scales, e4m3 or bf16
+    [4 warps][2][32 lanes][4 words]   codes, 4 KB
+    [groups][4 warps][8][2]           group scales, e4m3 or bf16
 
-Thread 32 w + 4 r + q of a warpgroup feeds the outputs 16 w + r and 16 w + r + 8 of its tile to the tensor core. Its
+Lane 4 r + q of warp w feeds the outputs 16 w + r and 16 w + r + 8 of the tile to the tensor core. Its
 word u carries the codes of its operand registers 2u (bits 7 and 2..0 of each byte) and 2u + 1 (bit 3 of the next byte
 and bits 6..4); operand register 4 b + 2 h + o is, for o = 0 and 1, output 16 w + r + 8 o at inputs
 32 b + 16 h + 4 q + 0..3.
@@ -61,8 +61,8 @@ def to_tiles(codes: jax.Array, scales: jax.Array) -> jax.Array:
     fields = (negative << 7 | magnitude) << (8 * jnp.arange(4, dtype=jnp.uint32)[:, None])
     even, odd = fields[..., 0], fields[..., 1]
     words = jnp.sum(even | odd << 4 | odd >> 28, axis=-1, dtype=jnp.uint32)  # the bytes' bits are disjoint
-    # [row tile, step, u // 4, u % 4, thread] -> [row tile, step, u // 4, thread, u % 4]
-    words = words.reshape(rows, steps, 2, 4, 128).swapaxes(-1, -2).reshape(rows, steps, CODE_WORDS)
+    # [row tile, step, u // 4, u % 4, warp, lane] -> [row tile, step, warp, u // 4, lane, u % 4]
+    words = words.reshape(rows, steps, 2, 4, 4, 32).transpose(0, 1, 4, 2, 5, 3).reshape(rows, steps, CODE_WORDS)
     words = jax.lax.bitcast_convert_type(words, jnp.int32)
 
     per_tile = TILE_K // g
@@ -79,7 +79,7 @@ def from_tiles(tiles: jax.Array, n: int, k: int, group_size: int, scale_dtype: A
     rows, steps = tiles.shape[:2]
     flat = tiles.reshape(rows, steps, -1)
     words = jax.lax.bitcast_convert_type(flat[..., :CODE_WORDS], jnp.uint32)
-    words = words.reshape(rows, steps, 2, 128, 4).swapaxes(-1, -2).reshape(rows, steps, 4, 2, 4, 8, 4)
+    words = words.reshape(rows, steps, 4, 2, 32, 4).transpose(0, 1, 3, 5, 2, 4).reshape(rows, steps, 4, 2, 4, 8, 4)
     fields = jnp.stack([words, words >> 4 | words << 28], axis=-1)[..., None, :]
     fields = fields >> (8 * jnp.arange(4, dtype=jnp.uint32)[:, None])
     magnitude, negative = (fields & 7).astype(jnp.int8), (fields >> 7 & 1).astype(bool)
