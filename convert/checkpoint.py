@@ -18,12 +18,15 @@ from convert.source import read_json, resolve, weight_files
 from convert.tensors import Table, check_tensors, is_ignorable, lookup
 from fireq_jax.config import LlamaConfig
 from fireq_jax.llama import Llama
+from fireq_jax.qtensor import Layout
 from fireq_jax.quantize import recipe_of
 
 FLOATS = ("float32", "float16", "bfloat16")
 
 
-def load(source: str | Path, *, dtype: Any = None, revision: str | None = None) -> tuple[Llama, dict[str, Any]]:
+def load(
+    source: str | Path, *, dtype: Any = None, revision: str | None = None, layout: Layout = "auto"
+) -> tuple[Llama, dict[str, Any]]:
     """Loads a Llama from safetensors, GGUF, a checkpoint of :func:`save` or one of compressed-tensors.
 
     Files are mapped, not read: a tensor's pages are held only until it is on its device.
@@ -35,6 +38,7 @@ def load(source: str | Path, *, dtype: Any = None, revision: str | None = None) 
       dtype: of weights and computation, "float32", "bfloat16" or "float16"; None takes the stored one (bfloat16
         for GGUF). Quantised weights and their scales stay as they are.
       revision: branch, tag or commit of a hub repository.
+      layout: of int4 weights, see :func:`fireq_jax.to_layout`; "auto" suits the default device.
 
     Returns:
       The Flax model and its parameters: nested dicts of ``jax.Array``, with :class:`fireq_jax.Int4Weight` leaves
@@ -61,8 +65,8 @@ def load(source: str | Path, *, dtype: Any = None, revision: str | None = None) 
         return _common_dtype(tensors, table, dtype, str(path))
 
     if "fireq" in hf_config:
-        return native.load_quantized(config, hf_config["fireq"], tensors, files, float_dtype, str(path))
-    return compressed.load_compressed(config, settings, tensors, float_dtype, str(path))
+        return native.load_quantized(config, hf_config["fireq"], tensors, files, float_dtype, layout, str(path))
+    return compressed.load_compressed(config, settings, tensors, float_dtype, layout, str(path))
 
 
 def _is_quantized(hf_config: Mapping[str, Any]) -> bool:

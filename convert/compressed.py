@@ -22,7 +22,7 @@ from convert.shards import write_shards
 from convert.tensors import Table, TensorSpec, check_tensors, insert, lookup
 from fireq_jax.config import LlamaConfig, Recipe
 from fireq_jax.llama import Llama
-from fireq_jax.qtensor import Int4Weight, is_int4
+from fireq_jax.qtensor import Int4Weight, Layout, is_int4, to_layout
 from fireq_jax.quantize import pick_group_size, recipe_of
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
@@ -79,12 +79,12 @@ def export_compressed_tensors(
     modules: dict[int, list[str]] = {}
     for name, spec in table.items():
         value = lookup(params, spec.path)
-        if not isinstance(value, Int4Weight):
+        if not is_int4(value):
             arrays |= native.named_arrays([spec], params)
             continue
         if activations == "fp8":
             _check_w4a8(name, spec.stored_shape, value.group_size)
-        arrays |= dict(zip(_part_names(name), _pack(value, spec, name), strict=True))
+        arrays |= dict(zip(_part_names(name), _pack(value.rows, spec, name), strict=True))
         modules.setdefault(value.group_size, []).append(name.removesuffix(".weight"))
     floats = [spec for spec in table.values() if spec.input_axes and spec.name in arrays]
     config = model.config.to_hf() | {
@@ -104,6 +104,7 @@ def load_compressed(
     settings: Any,
     tensors: Mapping[str, StoredTensor],
     float_dtype: Callable[[Table], Any],
+    layout: Layout,
     source: str,
 ) -> tuple[Llama, dict[str, Any]]:
     """Model and parameters of a compressed-tensors checkpoint with symmetric int4 weights, W4A16 or W4A8 (e4m3).
@@ -116,6 +117,7 @@ def load_compressed(
       settings: ``quantization_config`` of its ``config.json``.
       tensors: of all shards.
       float_dtype: picks the dtype of the unquantised weights from their table.
+      layout: of the weights in the pytree, see :func:`fireq_jax.to_layout`.
       source: what errors call the checkpoint.
 
     Raises:
@@ -153,7 +155,7 @@ def load_compressed(
     for name, spec in quantized.items():
         stored = [tensors[part].read() for part in _part_names(name)]
         weight = _unpack(*stored, spec=spec, activations=activations, source=f"{source}: {name}")
-        insert(params, spec.path, weight)
+        insert(params, spec.path, to_layout(weight, layout))
     sizes = {lookup(params, spec.path).group_size for spec in quantized.values()}
     recipe = Recipe(
         METHOD, tuple(sorted(sizes, reverse=True)), "sigma_bf16",

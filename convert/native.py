@@ -25,7 +25,7 @@ from convert.safetensors_file import StoredTensor, TensorFile
 from convert.tensors import Table, TensorSpec, check_tensors, insert, lookup, tensor_table
 from fireq_jax.config import LlamaConfig, Recipe
 from fireq_jax.llama import Llama
-from fireq_jax.qtensor import Int4Weight
+from fireq_jax.qtensor import Int4Weight, Layout, is_int4, to_layout
 from fireq_jax.quantize import all_finite
 
 FORMAT_VERSION = 2
@@ -76,8 +76,9 @@ def named_arrays(specs: Iterable[TensorSpec], params: Mapping[str, Any]) -> dict
         value = lookup(params, spec.path)
         if value is None:
             raise ValueError(f"params lack {'/'.join(spec.path)}")
-        if isinstance(value, Int4Weight):
-            named |= {_part_name(spec.name, part): getattr(value, part) for part in _PARTS}
+        if is_int4(value):
+            rows = value.rows
+            named |= {_part_name(spec.name, part): getattr(rows, part) for part in _PARTS}
         else:
             same = value.shape == spec.stored_shape  # reshaping copies
             named[spec.name] = value if same else value.reshape(spec.stored_shape)
@@ -101,7 +102,7 @@ def describe(recipe: Recipe, group_sizes: Mapping[str, int], checkpoint_id: str)
 def group_sizes_of(table: Table, params: Mapping[str, Any]) -> dict[str, int]:
     """The group size of every kind of quantised weight, by module."""
     weights = {spec.module: lookup(params, spec.path) for spec in table.values() if spec.input_axes}
-    return {module: weight.group_size for module, weight in weights.items() if isinstance(weight, Int4Weight)}
+    return {module: weight.group_size for module, weight in weights.items() if is_int4(weight)}
 
 
 def load_quantized(
@@ -110,6 +111,7 @@ def load_quantized(
     tensors: Mapping[str, StoredTensor],
     files: Iterable[TensorFile],
     float_dtype: Callable[[Table], Any],
+    layout: Layout,
     source: str,
 ) -> tuple[Llama, dict[str, Any]]:
     """Model and parameters of a checkpoint with a ``fireq`` block.
@@ -120,6 +122,7 @@ def load_quantized(
       tensors: of all shards.
       files: the shards.
       float_dtype: picks the dtype of the unquantised weights from their table.
+      layout: of the weights in the pytree, see :func:`fireq_jax.to_layout`.
       source: what errors call the checkpoint.
 
     Raises:
@@ -155,7 +158,7 @@ def load_quantized(
             activations=recipe.activations,
         )
         weight.validate(f"{source}: {name}")
-        insert(params, spec.path, weight)
+        insert(params, spec.path, to_layout(weight, layout))
     return Llama(config, dtype), params | {"recipe": recipe}
 
 

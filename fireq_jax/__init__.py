@@ -6,7 +6,7 @@ from fireq_jax.evaluate import Evaluation, evaluate
 from fireq_jax.generate import Generation, generate, generate_stream
 from fireq_jax.kv_cache import KVCache, cache_bytes_per_token
 from fireq_jax.llama import Llama
-from fireq_jax.qtensor import Int4Weight
+from fireq_jax.qtensor import Int4Weight, TiledInt4Weight, to_layout
 from fireq_jax.quantize import parameter_bytes, quantize, recipe_of
 from fireq_jax.sampling import Sampling
 
@@ -21,6 +21,7 @@ __all__ = [
     "Recipe",
     "RopeConfig",
     "Sampling",
+    "TiledInt4Weight",
     "cache_bytes_per_token",
     "calibrate",
     "evaluate",
@@ -31,4 +32,5 @@ __all__ = [
     "quantize",
     "recipe_of",
     "save_calibration",
+    "to_layout",
 ]

@@ -1,7 +1,7 @@
 """The parts of a Llama in Flax Linen. Each takes float or INT4 weights, whichever the pytree holds."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pallas_kernels
 from fireq_jax.config import LlamaConfig
 from fireq_jax.kv_cache import Int4LayerCache, LayerCache
-from fireq_jax.qtensor import Int4Weight
+from fireq_jax.qtensor import Int4Weight, TiledInt4Weight, is_int4
 
 # How new tokens find keys and values:
 #   "prefill"   they are the first of their sequences and attend to each other, to unquantised or e4m3 values
@@ -21,7 +21,7 @@ AttentionMode = Literal["prefill", "continue", "cached"]
 
 def apply_linear(
     x: jax.Array,
-    weight: jax.Array | Int4Weight,
+    weight: jax.Array | Int4Weight | TiledInt4Weight,
     bias: jax.Array | None = None,
     *,
     input_axes: int = 1,
@@ -32,7 +32,7 @@ def apply_linear(
 
     Args:
       x: ``[..., *in_shape]`` float.
-      weight: ``[*out_shape, *in_shape]`` float, or an :class:`Int4Weight` of those shapes.
+      weight: ``[*out_shape, *in_shape]`` float, or an int4 weight of those shapes.
       bias: ``out_shape`` or None.
       input_axes: number of axes in ``in_shape``.
       out_dtype: dtype of the result; x's if None.
@@ -46,14 +46,21 @@ def apply_linear(
     m, n, k = math.prod(batch_shape), math.prod(out_shape), math.prod(in_shape)
     flat_bias = None if bias is None else bias.reshape(n)
     out_dtype = x.dtype if out_dtype is None else out_dtype
-    if isinstance(weight, Int4Weight) and weight.activations == "fp8":
+    if isinstance(weight, TiledInt4Weight):
+        x8, x_scale = pallas_kernels.quantize_fp8(x.reshape(m, k))
+        y = pallas_kernels.int4_fp8_matmul_tiled(
+            x8, x_scale, weight.tiles, weight.tensor_scale, flat_bias,
+            n=n, group_size=weight.group_size, scale_dtype=weight.scale_dtype, out_dtype=out_dtype,
+            implementation=implementation,
+        )  # fmt: skip
+    elif isinstance(weight, Int4Weight) and weight.activations == "fp8":
         x8, x_scale = pallas_kernels.quantize_fp8(x.reshape(m, k))
         y = pallas_kernels.int4_fp8_matmul(
             x8, x_scale, weight.codes, weight.scales, weight.tensor_scale, flat_bias,
             numerics=weight.numerics, out_dtype=out_dtype, implementation=implementation,
         )  # fmt: skip
     else:
-        w = weight.dequantize(x.dtype) if isinstance(weight, Int4Weight) else weight.astype(x.dtype)
+        w = weight.astype(x.dtype) if isinstance(weight, jax.Array) else weight.dequantize(x.dtype)
         contract = (((1,), (1,)), ((), ()))
         y = jax.lax.dot_general(x.reshape(m, k), w.reshape(n, k), contract, preferred_element_type=jnp.float32)
         y = (y if flat_bias is None else y + flat_bias.astype(jnp.float32)).astype(out_dtype)
@@ -96,17 +103,17 @@ class Linear(nn.Module):
             implementation=self.implementation,
         )
 
-    def _kernel(self) -> jax.Array | Int4Weight:
-        # self.param compares shapes leaf by leaf, and the leaves of an Int4Weight are not the float weight's.
+    def _kernel(self) -> jax.Array | Int4Weight | TiledInt4Weight:
+        # self.param compares shapes leaf by leaf, and the leaves of an int4 weight are not the float weight's.
         if self.has_variable("params", "kernel"):
             kernel: Any = self.get_variable("params", "kernel")
-            if isinstance(kernel, Int4Weight):
+            if is_int4(kernel):
                 if (kernel.out_shape, kernel.in_shape) != (self.out_shape, self.in_shape):
                     raise ValueError(
                         f"{self.name}: the weight maps {kernel.in_shape} to {kernel.out_shape}, "
                         f"the model needs {self.in_shape} to {self.out_shape}"
                     )
-                return kernel
+                return cast(Int4Weight | TiledInt4Weight, kernel)
         return self.param("kernel", nn.initializers.normal(0.02), (*self.out_shape, *self.in_shape))
 
 

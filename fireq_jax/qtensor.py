@@ -1,4 +1,4 @@
-"""The quantised leaf of a parameter pytree."""
+"""The quantised leaves of a parameter pytree."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,32 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import Numerics, dequantize_int4
+from pallas_kernels import Numerics, can_tile, dequantize_int4, from_tiles, has_hopper_gpu, to_tiles
+
+Layout = Literal["rows", "tiles", "auto"]
+
+
+class _Int4:
+    """What int4 weights of every layout have in common."""
+
+    out_shape: tuple[int, ...]
+    in_shape: tuple[int, ...]
+
+    @property
+    def rows(self) -> "Int4Weight":
+        """The weight with its codes in rows."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the float weight this stands for."""
+        return (*self.out_shape, *self.in_shape)
+
+    def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
+        """The weight as an array of ``shape``; exact in float32, rounded otherwise."""
+        rows = self.rows
+        w = dequantize_int4(rows.codes, rows.scales, rows.tensor_scale)
+        return w.reshape(self.shape).astype(dtype)
 
 
 @partial(
@@ -17,7 +42,7 @@ from pallas_kernels import Numerics, dequantize_int4
     meta_fields=["out_shape", "in_shape", "numerics", "activations"],
 )
 @dataclass(frozen=True)
-class Int4Weight:
+class Int4Weight(_Int4):
     """A linear weight ``W[n, k] ≈ codes · scales · tensor_scale``.
 
     Here n is the product of ``out_shape`` and k that of ``in_shape``: heads keep an axis of their own in the float
@@ -42,19 +67,24 @@ class Int4Weight:
     activations: Literal["fp8", "none"] = "fp8"
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the float weight this stands for."""
-        return (*self.out_shape, *self.in_shape)
-
-    @property
     def group_size(self) -> int:
         """Neighbours along k that share a scale."""
         return math.prod(self.in_shape) // self.scales.shape[-1]
 
-    def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
-        """The weight as an array of ``shape``; exact in float32, rounded otherwise."""
-        w = dequantize_int4(self.codes, self.scales, self.tensor_scale)
-        return w.reshape(self.shape).astype(dtype)
+    @property
+    def rows(self) -> "Int4Weight":
+        """The weight in this layout."""
+        return self
+
+    def tiled(self) -> "TiledInt4Weight | Int4Weight":
+        """The weight as the Hopper matmul streams it, or as it is if that kernel does not take it."""
+        n = math.prod(self.out_shape)
+        if self.numerics != "exact" or self.activations != "fp8" or not can_tile(n, self.group_size):
+            return self
+        return TiledInt4Weight(
+            to_tiles(self.codes, self.scales), self.tensor_scale, self.out_shape, self.in_shape, self.group_size,
+            self.scales.dtype.name,
+        )  # fmt: skip
 
     def validate(self, name: str = "weight") -> None:
         """Checks that the parts belong together.
@@ -82,6 +112,74 @@ class Int4Weight:
             raise ValueError(f"{name}: a scale is zero, NaN or infinite")
 
 
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["tiles", "tensor_scale"],
+    meta_fields=["out_shape", "in_shape", "group_size", "scale_dtype"],
+)
+@dataclass(frozen=True)
+class TiledInt4Weight(_Int4):
+    """An :class:`Int4Weight` with "exact" numerics and e4m3 activations, as the Hopper matmul streams it.
+
+    Attributes:
+      tiles: int32, codes and scales (:func:`pallas_kernels.to_tiles`).
+      tensor_scale: scalar float32.
+      out_shape: logical output axes.
+      in_shape: logical input axes.
+      group_size: neighbours along k that share a scale.
+      scale_dtype: of the scales in ``tiles``, "float8_e4m3fn" or "bfloat16".
+    """
+
+    tiles: jax.Array
+    tensor_scale: jax.Array
+    out_shape: tuple[int, ...]
+    in_shape: tuple[int, ...]
+    group_size: int
+    scale_dtype: str
+
+    @property
+    def rows(self) -> Int4Weight:
+        """The weight with its codes in rows, bit for bit the one this was made from."""
+        n, k = math.prod(self.out_shape), math.prod(self.in_shape)
+        codes, scales = from_tiles(self.tiles, n, k, self.group_size, jnp.dtype(self.scale_dtype))
+        return Int4Weight(codes, scales, self.tensor_scale, self.out_shape, self.in_shape)
+
+
 def is_int4(leaf: object) -> bool:
-    """Whether ``leaf`` is an :class:`Int4Weight`; for ``is_leaf`` in ``jax.tree.map``."""
-    return isinstance(leaf, Int4Weight)
+    """Whether ``leaf`` is an int4 weight of any layout; for ``is_leaf`` in ``jax.tree.map``."""
+    return isinstance(leaf, _Int4)
+
+
+def to_layout(params: Any, layout: Layout) -> Any:
+    """A pytree with its int4 weights in another layout; what they stand for stays the same, bit for bit.
+
+    Args:
+      params: any pytree; leaves that are no int4 weights are passed on.
+      layout: "rows"; "tiles", for the Hopper matmul, where it takes the weight; or "auto", which is "tiles" if the
+        default device is such a GPU.
+
+    Raises:
+      ValueError: there is no such layout.
+    """
+    if layout not in ("rows", "tiles", "auto"):
+        raise ValueError(f"{layout=} must be 'rows', 'tiles' or 'auto'")
+    tiles = layout == "tiles" or (layout == "auto" and has_hopper_gpu())
+
+    def change(leaf: Any) -> Any:
+        if not is_int4(leaf):
+            return leaf
+        if tiles:
+            return leaf if isinstance(leaf, TiledInt4Weight) else _tiled(leaf)
+        return _rows(leaf)
+
+    return jax.tree.map(change, params, is_leaf=is_int4)
+
+
+@jax.jit
+def _tiled(weight: Int4Weight) -> Int4Weight | TiledInt4Weight:
+    return weight.tiled()
+
+
+@jax.jit
+def _rows(weight: Int4Weight | TiledInt4Weight) -> Int4Weight:
+    return weight.rows

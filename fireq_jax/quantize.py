@@ -16,7 +16,7 @@ import numpy as np
 from fireq_jax import smoothing
 from fireq_jax.config import LlamaConfig, Recipe, resolve_recipe
 from fireq_jax.numerics import round_weight
-from fireq_jax.qtensor import Int4Weight, is_int4
+from fireq_jax.qtensor import Int4Weight, Layout, is_int4, to_layout
 from fireq_jax.refine import refine_gains, refinement_steps
 from fireq_jax.rounding import corrected_weight, round_weight_searched, round_weights_calibrated
 from fireq_jax.streams import Streams
@@ -63,6 +63,7 @@ def quantize(
     recipe: Recipe | str | None = None,
     *,
     calibration: Mapping[str, Any] | None = None,
+    layout: Layout = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Params:
     """Rounds the linear weights of a Llama to INT4, one decoder block at a time.
@@ -78,6 +79,7 @@ def quantize(
       recipe: a :class:`Recipe` or the name of a preset (``fireq_jax.PRESETS``); None takes "best" with a calibration
         and "data_free" without.
       calibration: statistics of these parameters by :func:`fireq_jax.calibrate`.
+      layout: of the int4 weights, see :func:`fireq_jax.to_layout`; "auto" suits the default device.
       progress: called with (blocks and refinement steps done, those in all).
 
     Returns:
@@ -86,12 +88,13 @@ def quantize(
       array).
 
     Raises:
-      ValueError: ``params`` is quantised already or is no Llama pytree, the preset is unknown, the recipe needs a
-        calibration and there is none, the calibration is of another model, a weight holds NaN or infinity, or the
-        group size does not divide a weight's input size. Under ``jax.jit`` values are not known and only shapes are
-        checked.
+      ValueError: ``layout`` is unknown, ``params`` is quantised already or is no Llama pytree, the preset is unknown,
+        the recipe needs a calibration and there is none, the calibration is of another model, a weight holds NaN or
+        infinity, or the group size does not divide a weight's input size. Under ``jax.jit`` values are not known and
+        only shapes are checked.
     """
     recipe = resolve_recipe(recipe if recipe is not None else "data_free" if calibration is None else "best")
+    to_layout({}, layout)  # refuses an unknown one
     _check_float_llama(params)
     layers = layer_names(params)
     if recipe.needs_calibration and calibration is None:
@@ -121,6 +124,9 @@ def quantize(
     if recipe.refine:
         report = None if progress is None else lambda done: progress(len(layers) + done, steps)
         result = refine_gains(config, params, result, tokens, recipe, report)
+    for name in [*layers, "lm_head"]:  # a part at a time, so that only one is there twice
+        if name in result:
+            result[name] = to_layout(result[name], layout)
     return result | {"recipe": recipe}
 
 

@@ -19,13 +19,14 @@ from pallas_kernels.reference import (
     round_to_e4m3,
     write_rows,
 )
-from pallas_kernels.weight_layout import from_tiles, to_tiles
+from pallas_kernels.weight_layout import can_tile, from_tiles, to_tiles
 
 __all__ = [
     "E4M3_MAX",
     "INT4_MAX",
     "INT4_MIN",
     "Numerics",
+    "can_tile",
     "decode_attention",
     "dequantize_int4",
     "from_tiles",

@@ -14,12 +14,14 @@ from pallas_kernels import reference, weight_layout
 from pallas_kernels.reference import Numerics
 
 
-def _mosaic_matmul(*arrays: jax.Array | None, out_dtype: Any, **options: Any) -> jax.Array:
-    # Mosaic takes a second to import, which only who runs the kernel should pay.
-    from pallas_kernels import mosaic_matmul
+def _mosaic_matmul(x8: jax.Array, *arrays: jax.Array | None, out_dtype: Any, n: int, **options: Any) -> jax.Array:
+    # Mosaic takes a second to import, which only who runs the kernels should pay.
+    from pallas_kernels import mosaic_matmul, mosaic_matvec
 
     del out_dtype  # bf16, or the kernel is not selected
-    return mosaic_matmul.matmul(*arrays, **options)  # type: ignore[arg-type]
+    few = mosaic_matvec.choose_streaming(x8.shape[0], n, x8.shape[1]) is not None
+    compute = mosaic_matvec.matvec if few else mosaic_matmul.matmul
+    return compute(x8, *arrays, n=n, **options)  # type: ignore[arg-type]
 
 
 # Per operation, the implementations from the most to the least specialised; None takes the first that fits.

@@ -54,18 +54,20 @@ def partials_bytes(m: int) -> int:
     return 2 * WARPS * UNIT * 8 * -(-m // 8) * 4
 
 
-def choose_streaming(m: int, n: int, k: int) -> Streaming:
-    """Whole inputs in shared memory if they fit, else the fewest equal parts."""
+def choose_streaming(m: int, n: int, k: int) -> Streaming | None:
+    """All inputs in shared memory if they fit, else the fewest equal parts; None if the kernel takes no such shape."""
+    if not 1 <= m <= MAX_TOKENS:
+        return None
     all_rounds = -(-k // (TILE_K * WARPS))
     units_per_block = -(-n // (UNIT * STREAMING_MULTIPROCESSORS))
-    parts = 1
-    while True:
+    sums = units_per_block * UNIT * 8 * -(-m // 8) * 4
+    for parts in range(1, all_rounds + 1):
         rounds = -(-all_rounds // parts)
-        sums = units_per_block * UNIT * 8 * -(-m // 8) * 4 if parts > 1 else 0
         inputs = m * (min(rounds * WARPS, -(-k // TILE_K)) * TILE_K + PADDING)
-        if inputs + sums + partials_bytes(m) + 3 * 1024 <= SHARED_MEMORY:
+        # Each array is rounded up to 1 KB.
+        if inputs + (sums if parts > 1 else 0) + partials_bytes(m) + 3 * 1024 <= SHARED_MEMORY:
             return Streaming(4, rounds)
-        parts += 1
+    return None
 
 
 class Steps:
@@ -218,14 +220,15 @@ class Steps:
                         )  # fmt: skip
                 pair = decode_scales(scales[group], self.scale_dtype)
                 total = [
-                    arith.addf(t, arith.mulf(p, pair[i % 4 // 2])) for i, (t, p) in enumerate(zip(total, part, strict=True))
+                    arith.addf(t, arith.mulf(p, pair[i % 4 // 2]))
+                    for i, (t, p) in enumerate(zip(total, part, strict=True))
                 ]
             return hopper.pack(total)
 
         return cast(Operation, add)
 
     def load_factor(self) -> Operation:
-        """``(token scales, tensor scale) -> factor``: what the sums of thread 16 t + o, of token t, are multiplied by."""
+        """``(token scales, tensor scale) -> factor``: that of the sums of thread 16 t + o, which are token t's."""
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=self.type["factor"])
         def load(_: Any, token_scales: Any, tensor_scale: Any) -> Any:
@@ -265,7 +268,9 @@ class Steps:
             registers = hopper.unpack(sums)
             for i in range(0, len(registers), 2):
                 offset = 4 * (i // 4 * 8 + i % 4 // 2 * 8 * tokens)
-                hopper.asm(f"st.shared.v2.f32 [$0+{offset}], {{$1, $2}};", "r,f,f", [address, *registers[i : i + 2]], [])
+                hopper.asm(
+                    f"st.shared.v2.f32 [$0+{offset}], {{$1, $2}};", "r,f,f", [address, *registers[i : i + 2]], []
+                )
             token, output = arith.shrui(thread, i32(4)), arith.andi(thread, i32(15))
             place = arith.addi(arith.muli(unit.registers.item(), i32(UNIT)), output)
             here = arith.andi(
@@ -303,9 +308,7 @@ class Steps:
                 result = arith.addf(result, offset_of_output)
             index = arith.muli(arith.extui(i64, token), hopper.constant(self.n, bits=64))
             index = arith.addi(index, arith.extui(i64, place))
-            target = arith.addi(
-                llvm.ptrtoint(i64, utils.memref_ptr(y)), arith.muli(index, hopper.constant(2, bits=64))
-            )
+            target = arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(y)), arith.muli(index, hopper.constant(2, bits=64)))
             hopper.asm(
                 "{ .reg .pred p; .reg .b16 b; setp.ne.b32 p, $2, 0; cvt.rn.bf16.f32 b, $1; @p st.global.b16 [$0], b; }",
                 "l,f,r", [target, result, arith.extui(word, last)], [],
@@ -458,9 +461,14 @@ def matvec(
 
     Returns:
       ``[m, n]`` bf16.
+
+    Raises:
+      NotImplementedError: there are more tokens, or sums of that many outputs do not fit into shared memory.
     """
     m, k = x8.shape
     cut = cut or choose_streaming(m, n, k)
+    if cut is None:
+        raise NotImplementedError(f"{m} tokens by {n} outputs by {k} inputs do not suit the kernel for few tokens")
     kernel = make_kernel(m, n, k, group_size, jnp.dtype(scale_dtype), bias is not None, cut)
     offsets = jnp.zeros((1,), jnp.float32) if bias is None else bias.astype(jnp.float32)
     return cast(jax.Array, kernel(x8, x_scale, tiles, tensor_scale.reshape(1), offsets))

@@ -26,6 +26,11 @@ CODE_WORDS = TILE_N * TILE_K // 8
 GROUP_SIZES = (32, 64, 128)
 
 
+def can_tile(n: int, group_size: int) -> bool:
+    """Whether a weight with n outputs and such groups has tiles that the kernels take."""
+    return n % TILE_N == 0 and group_size in GROUP_SIZES
+
+
 def tile_shape(group_size: int, scale_dtype: Any) -> tuple[int, int]:
     """A tile's 32-bit words as a matrix that one tensor-map copy takes: rows of at most 256 words, whole 16 bytes."""
     words = CODE_WORDS + TILE_N * (TILE_K // group_size) * jnp.dtype(scale_dtype).itemsize // 4

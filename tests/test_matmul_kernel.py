@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels as pk
-from pallas_kernels import mosaic_matmul, tiling, weight_layout
+from pallas_kernels import mosaic_matmul, mosaic_matvec, tiling, weight_layout
 from pallas_kernels.tiling import Tiling
 
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
@@ -77,9 +77,9 @@ def test_tiles_are_laid_out_as_documented():
         in_row, in_column = row % 64, column % 128
         w, o, r = in_row // 16, in_row // 8 % 2, in_row % 8
         b, h, q, byte = in_column // 32, in_column // 16 % 2, in_column // 4 % 4, in_column % 4
-        thread, register = 32 * w + 4 * r + q, 4 * b + 2 * h + o
+        lane, register = 4 * r + q, 4 * b + 2 * h + o
         u = register // 2
-        word = int(tiles[row // 64, column // 128, u // 4 * 512 + thread * 4 + u % 4])
+        word = int(tiles[row // 64, column // 128, w * 256 + u // 4 * 128 + lane * 4 + u % 4])
         if register % 2:
             sign = word >> (8 * ((byte + 1) % 4) + 3) & 1
             magnitude = word >> (8 * byte + 4) & 7
@@ -153,6 +153,27 @@ def test_chosen_tilings_fit_the_device(m, n_tiles, k_groups, tile_bytes):
     assert chosen.split * chosen.share in (1, 2, 4)
 
 
+@given(st.integers(1, 16), st.integers(1, 2004), st.integers(1, 900))
+def test_chosen_streamings_fit_the_device(m, n_tiles, k_groups):
+    n, k = 64 * n_tiles, 32 * k_groups
+    cut = mosaic_matvec.choose_streaming(m, n, k)
+    assert cut is not None  # the largest vocabularies and the widest layers there are
+    tiles, per_round = -(-k // 128), mosaic_matvec.WARPS
+    parts = -(-tiles // (cut.rounds * per_round))
+    inputs = m * (128 * min(tiles, cut.rounds * per_round) + mosaic_matvec.PADDING)
+    sums = -(-n // (16 * 132)) * 16 * 8 * -(-m // 8) * 4 if parts > 1 else 0
+    assert sum(-(-size // 1024) * 1024 for size in (inputs, sums, mosaic_matvec.partials_bytes(m))) <= 232448
+
+
+def test_many_tokens_are_not_for_the_kernel_of_few():
+    assert mosaic_matvec.choose_streaming(17, 4096, 4096) is None
+    with pytest.raises(NotImplementedError, match="17 tokens by 128 outputs"):
+        mosaic_matvec.matvec(
+            jnp.zeros((17, 128), E4M3), jnp.ones(17), jnp.zeros((2, 1, 5, 208), jnp.int32), jnp.float32(1),
+            n=128, group_size=128, scale_dtype=E4M3,
+        )  # fmt: skip
+
+
 LOWERED = [
     (1, 192, 576, 64, BF16),
     (16, 4096, 14336, 128, E4M3),
@@ -164,18 +185,31 @@ LOWERED = [
 ]
 
 
-@pytest.mark.parametrize(("m", "n", "k", "group_size", "scale_dtype"), LOWERED)
-def test_lowers_for_cuda_without_a_gpu(m, n, k, group_size, scale_dtype):
+FEW = [
+    (1, 64, 32, 32, E4M3),
+    (1, 192, 576, 64, BF16),
+    (1, 28672, 4096, 128, E4M3),
+    (3, 640, 2816, 64, E4M3),
+    (8, 4096, 4096, 128, BF16),
+    (9, 6144, 4096, 128, E4M3),
+    (13, 1536, 576, 32, BF16),
+    (16, 4096, 14336, 128, E4M3),  # inputs that do not fit into shared memory
+]
+KERNELS = [(mosaic_matmul.matmul, shape) for shape in LOWERED] + [(mosaic_matvec.matvec, shape) for shape in FEW]
+
+
+@pytest.mark.parametrize(("multiply", "sizes"), KERNELS)
+def test_lowers_for_cuda_without_a_gpu(multiply, sizes):
+    m, n, k, group_size, scale_dtype = sizes
     shape = jax.ShapeDtypeStruct
     tiles = shape(weight_layout.tiles_shape(n, k, group_size, scale_dtype), jnp.int32)
-    kernel = functools.partial(mosaic_matmul.matmul, n=n, group_size=group_size, scale_dtype=scale_dtype)
+    kernel = functools.partial(multiply, n=n, group_size=group_size, scale_dtype=scale_dtype)
     arguments = (shape((m, k), E4M3), shape((m,), jnp.float32), tiles, shape((), jnp.float32), shape((n,), BF16))
     lowered = jax.jit(kernel).trace(*arguments).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
 
 
 GPU_SHAPES = [
-    *LOWERED,
     (1, 64, 32, 32, E4M3),
     (7, 320, 1152, 64, E4M3),
     (33, 576, 1536, 128, E4M3),
@@ -185,17 +219,16 @@ GPU_SHAPES = [
     (2048, 4096, 11008, 128, E4M3),
     (1024, 4096, 14336, 128, E4M3),
 ]
+ON_GPU = [*KERNELS, *((mosaic_matmul.matmul, shape) for shape in GPU_SHAPES)]
 
 
-def on_gpu(m, n, k, group_size, scale_dtype, tiling=None, bias=True, repeats=1):
+def on_gpu(multiply, m, n, k, group_size, scale_dtype, bias=True, repeats=1, **how):
     """Kernel results of equal calls, and the float32 product of the same inputs."""
     values, scales = random_weight(m, n, k, group_size, scale_dtype)
     x, x_scale = random_tokens(m + 1, m, k)
     tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
     offsets = jnp.asarray(np.random.default_rng(5).normal(size=n) * 100, jnp.float32) if bias else None
-    kernel = jax.jit(
-        functools.partial(mosaic_matmul.matmul, n=n, group_size=group_size, scale_dtype=scale_dtype, tiling=tiling)
-    )
+    kernel = jax.jit(functools.partial(multiply, n=n, group_size=group_size, scale_dtype=scale_dtype, **how))
     results = [kernel(x, x_scale, tiles, jnp.float32(0.5), offsets) for _ in range(repeats)]
     w = (values.reshape(*scales.shape, -1) * np.asarray(scales, np.float32)[..., None]).reshape(n, k)
     expected = jnp.matmul(x.astype(jnp.float32), jnp.asarray(w).T, precision="highest") * x_scale[:, None] * 0.5
@@ -209,10 +242,10 @@ TOLERANCE = 4e-3
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize(("m", "n", "k", "group_size", "scale_dtype"), GPU_SHAPES)
-def test_kernel_against_float32(m, n, k, group_size, scale_dtype):
-    results, expected = on_gpu(m, n, k, group_size, scale_dtype, repeats=20)
-    assert results[0].shape == (m, n)
+@pytest.mark.parametrize(("multiply", "sizes"), ON_GPU)
+def test_kernel_against_float32(multiply, sizes):
+    results, expected = on_gpu(multiply, *sizes, repeats=20)
+    assert results[0].shape == sizes[:2]
     assert results[0].dtype == BF16
     assert frobenius(results[0], expected) < TOLERANCE
     for other in results[1:]:
@@ -234,15 +267,29 @@ def test_kernel_against_float32(m, n, k, group_size, scale_dtype):
     ids=str,
 )
 def test_tilings_agree_with_float32(tiling):
-    results, expected = on_gpu(300, 1088, 1664, 128, E4M3, tiling, bias=False, repeats=3)
+    results, expected = on_gpu(mosaic_matmul.matmul, 300, 1088, 1664, 128, E4M3, bias=False, repeats=3, tiling=tiling)
     assert frobenius(results[0], expected) < TOLERANCE
     np.testing.assert_array_equal(np.asarray(results[0]).view(np.uint16), np.asarray(results[2]).view(np.uint16))
 
 
 @pytest.mark.gpu
 @on_hopper
-def test_thousand_launches_give_the_same():
-    m, n, k = 200, 1024, 2048
+@pytest.mark.parametrize("cut", [(1, 1), (2, 1), (3, 2), (8, 4)], ids=str)
+@pytest.mark.parametrize("m", [2, 16])
+def test_streamings_agree_with_float32(m, cut):
+    """70 tiles along k: parts of 1, 2 or 4 rounds of 16, of which the last is not full."""
+    results, expected = on_gpu(
+        mosaic_matvec.matvec, m, 8640, 8960, 64, E4M3, bias=False, repeats=3, cut=mosaic_matvec.Streaming(*cut)
+    )
+    assert frobenius(results[0], expected) < TOLERANCE
+    np.testing.assert_array_equal(np.asarray(results[0]).view(np.uint16), np.asarray(results[2]).view(np.uint16))
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize(("multiply", "m"), [(mosaic_matmul.matmul, 200), (mosaic_matvec.matvec, 5)])
+def test_thousand_launches_give_the_same(multiply, m):
+    n, k = 1024, 2048
     values, scales = random_weight(0, n, k, 128, E4M3)
     x, x_scale = random_tokens(1, m, k)
     tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
@@ -250,7 +297,7 @@ def test_thousand_launches_give_the_same():
     @jax.jit
     def differences(tiles):
         def once():
-            return mosaic_matmul.matmul(
+            return multiply(
                 jax.lax.optimization_barrier(x), x_scale, tiles, jnp.float32(1), n=n, group_size=128, scale_dtype=E4M3
             )
 
