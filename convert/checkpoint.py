@@ -25,7 +25,7 @@ FLOATS = ("float32", "float16", "bfloat16")
 
 
 def load(
-    source: str | Path, *, dtype: Any = None, revision: str | None = None, layout: Layout = "auto"
+    source: str | Path, *, dtype: Any = None, revision: str | None = None, layout: Layout = "rows"
 ) -> tuple[Llama, dict[str, Any]]:
     """Loads a Llama from safetensors, GGUF, a checkpoint of :func:`save` or one of compressed-tensors.
 
@@ -38,7 +38,7 @@ def load(
       dtype: of weights and computation, "float32", "bfloat16" or "float16"; None takes the stored one (bfloat16
         for GGUF). Quantised weights and their scales stay as they are.
       revision: branch, tag or commit of a hub repository.
-      layout: of int4 weights, see :func:`fireq_jax.to_layout`; "auto" suits the default device.
+      layout: of int4 weights, see :func:`fireq_jax.to_layout`.
 
     Returns:
       The Flax model and its parameters: nested dicts of ``jax.Array``, with :class:`fireq_jax.Int4Weight` leaves

@@ -63,7 +63,7 @@ def quantize(
     recipe: Recipe | str | None = None,
     *,
     calibration: Mapping[str, Any] | None = None,
-    layout: Layout = "auto",
+    layout: Layout = "rows",
     progress: Callable[[int, int], None] | None = None,
 ) -> Params:
     """Rounds the linear weights of a Llama to INT4, one decoder block at a time.
@@ -79,7 +79,7 @@ def quantize(
       recipe: a :class:`Recipe` or the name of a preset (``fireq_jax.PRESETS``); None takes "best" with a calibration
         and "data_free" without.
       calibration: statistics of these parameters by :func:`fireq_jax.calibrate`.
-      layout: of the int4 weights, see :func:`fireq_jax.to_layout`; "auto" suits the default device.
+      layout: of the int4 weights, see :func:`fireq_jax.to_layout`.
       progress: called with (blocks and refinement steps done, those in all).
 
     Returns:

@@ -12,28 +12,43 @@ import jax.numpy as jnp
 
 from pallas_kernels import reference, weight_layout
 from pallas_kernels.reference import Numerics
+from pallas_kernels.tiling import DECODE_ROWS, FEW_TOKENS
 
 
-def _mosaic_matmul(x8: jax.Array, *arrays: jax.Array | None, out_dtype: Any, n: int, **options: Any) -> jax.Array:
-    # Mosaic takes a second to import, which only who runs the kernels should pay.
-    from pallas_kernels import mosaic_matmul, mosaic_matvec
+# Mosaic takes a second to import, which only who runs a kernel should pay.
+def _mosaic_matmul(*arrays: jax.Array | None, out_dtype: Any, **options: Any) -> jax.Array:
+    from pallas_kernels import mosaic_matmul
 
     del out_dtype  # bf16, or the kernel is not selected
-    few = mosaic_matvec.choose_streaming(x8.shape[0], n, x8.shape[1]) is not None
-    compute = mosaic_matvec.matvec if few else mosaic_matmul.matmul
-    return compute(x8, *arrays, n=n, **options)  # type: ignore[arg-type]
+    return mosaic_matmul.matmul(*arrays, **options)  # type: ignore[arg-type]
+
+
+def _mosaic_matvec(*arrays: jax.Array | None, out_dtype: Any, **options: Any) -> jax.Array:
+    from pallas_kernels import mosaic_matvec
+
+    del out_dtype
+    return mosaic_matvec.matvec(*arrays, **options)  # type: ignore[arg-type]
+
+
+def _mosaic_decode(*arrays: jax.Array, **options: Any) -> jax.Array:
+    from pallas_kernels import mosaic_decode
+
+    return mosaic_decode.decode_attention(*arrays, **options)
 
 
 # Per operation, the implementations from the most to the least specialised; None takes the first that fits.
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., jax.Array]]] = {
     "int4_fp8_matmul": {"reference": reference.int4_fp8_matmul},
     "int4_fp8_matmul_tiled": {
+        "mosaic_gpu_matvec": _mosaic_matvec,
         "mosaic_gpu": _mosaic_matmul,
         "reference": reference.int4_fp8_matmul_tiled,
     },
     "prefill_attention": {"reference": reference.prefill_attention},
-    "decode_attention": {"reference": reference.decode_attention},
+    "decode_attention": {"mosaic_gpu": _mosaic_decode, "reference": reference.decode_attention},
 }
+# Kernels that no GPU has run yet, only an emulation of one: who wants them names them.
+_BY_NAME_ONLY = {("int4_fp8_matmul_tiled", "mosaic_gpu_matvec"), ("decode_attention", "mosaic_gpu")}
 
 
 def implementations(op: str) -> tuple[str, ...]:
@@ -52,7 +67,7 @@ def select(op: str, implementation: str | None, refusals: Mapping[str, str] | No
 
     Args:
       op: an operation.
-      implementation: a name, or None for the first that is not in ``refusals``.
+      implementation: a name, or None for the first that is not in ``refusals`` and that a GPU has been seen to run.
       refusals: implementations that cannot take this shape or device, and why.
 
     Raises:
@@ -61,7 +76,8 @@ def select(op: str, implementation: str | None, refusals: Mapping[str, str] | No
     """
     names, refusals = implementations(op), refusals or {}
     if implementation is None:
-        return _IMPLEMENTATIONS[op][next(name for name in names if name not in refusals)]
+        fitting = (name for name in names if name not in refusals and (op, name) not in _BY_NAME_ONLY)
+        return _IMPLEMENTATIONS[op][next(fitting)]
     if implementation not in names:
         raise NotImplementedError(
             f"{op} has no {implementation!r} implementation; it has {', '.join(names)}. "
@@ -132,17 +148,26 @@ def has_hopper_gpu() -> bool:
     return device.platform in ("gpu", "cuda") and getattr(device, "compute_capability", None) == "9.0"
 
 
-def _tiled_refusals(m: int, n: int, out_dtype: Any) -> dict[str, str]:
-    """Why the Hopper kernel cannot make a result ``[m, n]``, if it cannot."""
+def _no_hopper() -> str | None:
+    """Why no Hopper kernel can run, if none can."""
+    return None if has_hopper_gpu() else f"the default device, {jax.devices()[0]}, is no Hopper GPU"
+
+
+def _named(reasons: Mapping[str, str | None]) -> dict[str, str]:
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _tiled_refusals(m: int, n: int, k: int, out_dtype: Any) -> dict[str, str]:
+    """Why the Hopper kernels cannot make a result ``[m, n]``, if they cannot."""
+    reason = _no_hopper()
     if n % weight_layout.TILE_N:
-        return {"mosaic_gpu": f"{n=} is no multiple of {weight_layout.TILE_N}"}
-    if m == 0:
-        return {"mosaic_gpu": "there are no tokens"}
-    if jnp.dtype(out_dtype) != jnp.bfloat16:
-        return {"mosaic_gpu": f"out_dtype={jnp.dtype(out_dtype).name} is not bfloat16"}
-    if not has_hopper_gpu():
-        return {"mosaic_gpu": f"the default device, {jax.devices()[0]}, is no Hopper GPU"}
-    return {}
+        reason = f"{n=} is no multiple of {weight_layout.TILE_N}"
+    elif m == 0:
+        reason = "there are no tokens"
+    elif jnp.dtype(out_dtype) != jnp.bfloat16:
+        reason = f"out_dtype={jnp.dtype(out_dtype).name} is not bfloat16"
+    few = reason or (f"{m} tokens are more than {FEW_TOKENS}" if m > FEW_TOKENS else None)
+    return _named({"mosaic_gpu": reason, "mosaic_gpu_matvec": few})
 
 
 def int4_fp8_matmul_tiled(
@@ -170,7 +195,8 @@ def int4_fp8_matmul_tiled(
       group_size: inputs that share a weight scale: 32, 64 or 128, a divisor of k.
       scale_dtype: of the scales in ``tiles``, e4m3 or bf16.
       out_dtype: dtype of y.
-      implementation: "mosaic_gpu" (Hopper GPUs, n a multiple of 64, bf16 results), "reference", or None.
+      implementation: "mosaic_gpu" (Hopper GPUs, n a multiple of 64, bf16 results), "mosaic_gpu_matvec" (the same for up
+        to 16 tokens), "reference", or None.
 
     Returns:
       ``[m, n]``.
@@ -189,7 +215,7 @@ def int4_fp8_matmul_tiled(
         raise ValueError(f"{op}: scale_dtype must be float8_e4m3fn or bfloat16, got {jnp.dtype(scale_dtype).name}")
     _check_factors(op, x8, x_scale, tensor_scale, bias, n)
     _require(op, "tiles", tiles, weight_layout.tiles_shape(n, k, group_size, scale_dtype), (jnp.int32,))
-    compute = select(op, implementation, _tiled_refusals(m, n, out_dtype))
+    compute = select(op, implementation, _tiled_refusals(m, n, k, out_dtype))
     return compute(
         x8, x_scale, tiles, tensor_scale, bias,
         n=n, group_size=group_size, scale_dtype=jnp.dtype(scale_dtype), out_dtype=out_dtype,
@@ -261,6 +287,19 @@ def prefill_attention(
     )  # fmt: skip
 
 
+def _decode_refusals(queries: tuple[int, ...], codes: tuple[int, ...]) -> dict[str, str]:
+    """Why the Hopper kernel cannot attend with such queries to such a cache, if it cannot."""
+    (_, tokens, heads, head_dim), (_, kv_heads, slots, _) = queries, codes
+    reason = _no_hopper()
+    if head_dim not in (64, 128):
+        reason = f"{head_dim=} is not 64 or 128"
+    elif tokens * heads // kv_heads > DECODE_ROWS:
+        reason = f"{tokens} tokens of {heads // kv_heads} heads are more than {DECODE_ROWS} rows"
+    elif slots % 2:
+        reason = f"{slots} slots are no even number"
+    return _named({"mosaic_gpu": reason})
+
+
 def decode_attention(
     q8: jax.Array,
     q_scale: jax.Array,
@@ -281,9 +320,9 @@ def decode_attention(
       NotImplementedError: ``implementation`` does not exist.
     """
     op = "decode_attention"
-    compute = select(op, implementation)
     cache = (k_codes, k_scales, v_codes, v_scales)
     _check_cache(op, cache, q8.shape[0])
     _check_queries(op, q8, q_scale, k_codes.shape[1], 2 * k_codes.shape[3])
     _require(op, "query_positions", query_positions, q8.shape[:2], (jnp.int32,))
+    compute = select(op, implementation, _decode_refusals(q8.shape, k_codes.shape))
     return compute(q8, q_scale, *cache, query_positions, softmax_scale=softmax_scale, out_dtype=out_dtype)

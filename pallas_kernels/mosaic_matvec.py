@@ -21,14 +21,13 @@ from jaxlib.mlir.dialects import arith, llvm
 from pallas_kernels import hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation, decode_scales, float_address, load_if
-from pallas_kernels.tiling import SHARED_MEMORY, STREAMING_MULTIPROCESSORS
+from pallas_kernels.tiling import FEW_TOKENS, SHARED_MEMORY, STREAMING_MULTIPROCESSORS
 from pallas_kernels.weight_layout import CODE_WORDS, TILE_K, TILE_N, tile_shape
 
 UNIT = 16
 WARPGROUPS = 4
 WARPS = 4 * WARPGROUPS
 THREADS = 32 * WARPS
-MAX_TOKENS = 16
 PADDING = 16  # bytes behind a token's inputs in shared memory, so that eight tokens' words lie in different banks
 
 # What a code of 1 is worth when its bits are put into the upper byte of a float16.
@@ -56,7 +55,7 @@ def partials_bytes(m: int) -> int:
 
 def choose_streaming(m: int, n: int, k: int) -> Streaming | None:
     """All inputs in shared memory if they fit, else the fewest equal parts; None if the kernel takes no such shape."""
-    if not 1 <= m <= MAX_TOKENS:
+    if not 1 <= m <= FEW_TOKENS:
         return None
     all_rounds = -(-k // (TILE_K * WARPS))
     units_per_block = -(-n // (UNIT * STREAMING_MULTIPROCESSORS))

@@ -1,4 +1,4 @@
-"""How the Hopper matmul is cut into pieces."""
+"""How the Hopper kernels are cut into pieces."""
 
 import dataclasses
 
@@ -8,6 +8,8 @@ WARPGROUPS = 2  # that compute; a third one copies
 BLOCK_N = WARPGROUPS * TILE_N
 SHARED_MEMORY = 232448
 STREAMING_MULTIPROCESSORS = 132
+FEW_TOKENS = 16  # that the matvec kernel takes at most
+DECODE_ROWS = 16  # query rows per kv head that the decode kernel takes at most
 
 
 @dataclasses.dataclass(frozen=True)

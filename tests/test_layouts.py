@@ -52,7 +52,7 @@ def test_only_weights_that_the_kernel_takes_are_tiled(model, numerics):
 
 
 def test_auto_suits_the_device(model):
-    chosen = {type(x) for x in int4_leaves(fireq_jax.quantize(model[1], "rtn"))}
+    chosen = {type(x) for x in int4_leaves(fireq_jax.quantize(model[1], "rtn", layout="auto"))}
     assert chosen == {fireq_jax.TiledInt4Weight if pk.has_hopper_gpu() else fireq_jax.Int4Weight}
     with pytest.raises(ValueError, match="layout='columns' must be 'rows', 'tiles' or 'auto'"):
         fireq_jax.quantize(model[1], "rtn", layout="columns")

@@ -139,6 +139,8 @@ def test_named_kernel_is_refused_where_it_cannot_run():
         call(out_dtype=jnp.float32, implementation="mosaic_gpu")
     with pytest.raises(NotImplementedError, match="no 'triton' implementation"):
         call(implementation="triton")
+    with pytest.raises(NotImplementedError, match="17 tokens are more than 16|no Hopper GPU"):
+        call(m=17, implementation="mosaic_gpu_matvec")
     assert call(n=96).shape == (4, 96)
     if not pk.has_hopper_gpu():
         with pytest.raises(NotImplementedError, match="no Hopper GPU"):

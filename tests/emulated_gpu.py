@@ -1,0 +1,401 @@
+"""A multiprocessor in numpy, for kernels whose register-level steps are warp instructions.
+
+Inside :func:`emulated` the kernels of ``mosaic_matvec`` and ``mosaic_decode`` run as they are written: every operation
+on registers acts on a vector of all threads of a block, inline PTX is executed instruction by instruction, blocks run
+one after another. Shared memory is watched: a word that one warp wrote and another reads or writes before the next
+barrier is a race. Not known: asynchronous copies, mbarriers, clusters, wgmma.
+"""
+
+import re
+from contextlib import contextmanager
+from types import SimpleNamespace
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+U32, U64, F32, PRED, B16 = np.uint32, np.uint64, np.float32, np.bool_, np.uint16
+SHARED_BYTES = 232448
+
+
+class RaceError(AssertionError):
+    """Two warps touch a word of shared memory without a barrier between them."""
+
+
+class Register:
+    """A register of every thread."""
+
+    def __init__(self, values):
+        self.values = values
+
+    @property
+    def type(self):
+        return self.values.dtype.type
+
+
+class Ref:
+    """An array in global or shared memory, as a kernel sees it."""
+
+    def __init__(self, array, address):
+        self.array, self.address = array, address
+
+    @property
+    def at(self):
+        return self
+
+    def __getitem__(self, index):
+        index = int(index)
+        if self.array.ndim == 1:
+            return jnp.asarray(self.array[index])
+        return Ref(self.array[index], self.address + index * self.array[index].nbytes)
+
+
+class Block:
+    """A thread block at work."""
+
+    def __init__(self, threads, index):
+        self.threads, self.index = threads, index
+        self.shared = np.full(SHARED_BYTES, 0xA5, np.uint8)  # what is read before it is written is garbage
+        self.used = 0
+        self.warp = np.arange(threads) // 32
+        self.writer = np.full(SHARED_BYTES // 4, -1)
+        self.reader = np.full(SHARED_BYTES // 4, -1)
+
+    def allocate(self, shape, dtype):
+        self.used = -(-self.used // 1024) * 1024
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        array = self.shared[self.used : self.used + size].view(dtype).reshape(shape)
+        assert array.size == np.prod(shape), "shared memory is full"
+        ref = Ref(array, self.used)
+        self.used += size
+        return ref
+
+    def barrier(self):
+        self.writer[:] = -1
+        self.reader[:] = -1
+
+    def touch(self, addresses, active, size, writing):
+        for byte in range(0, size, 4):
+            words, warps = (addresses[active] + byte) // 4, self.warp[active]
+            owner = self.writer[words]
+            if np.any((owner >= 0) & (owner != warps)):
+                raise RaceError("a word that another warp wrote")
+            if writing:
+                reader = self.reader[words]
+                if np.any((reader >= 0) & (reader != warps)):
+                    raise RaceError("a word that another warp reads")
+                self.writer[words] = warps
+            else:
+                first = self.reader[words]
+                self.reader[words] = np.where((first < 0) | (first == warps), warps, 1 << 20)
+
+
+class Machine:
+    """What the patched functions refer to: the block at work and global memory."""
+
+    def __init__(self):
+        self.block = None
+        self.arrays = []
+
+    def publish(self, array):
+        """Puts an array into global memory."""
+        flat = np.ascontiguousarray(array)
+        self.arrays.append(flat.reshape(-1).view(np.uint8))
+        return Ref(flat, len(self.arrays) << 40)
+
+    def full(self, value, dtype):
+        return np.full(self.block.threads, value, dtype)
+
+    def load(self, space, addresses, active, size):
+        """``[threads, size]`` bytes."""
+        out = np.zeros((self.block.threads, size), np.uint8)
+        if not active.any():
+            return out
+        assert np.all(addresses[active] % size == 0), "misaligned address"
+        if space == "shared":
+            self.block.touch(addresses, active, max(size, 4), False)
+            memory, at = self.block.shared, addresses[active].astype(np.int64)
+        else:
+            [array] = np.unique(addresses[active] >> U64(40))
+            memory, at = self.arrays[int(array) - 1], (addresses[active] & U64((1 << 40) - 1)).astype(np.int64)
+        assert np.all(at + size <= memory.size), "an address outside the array"
+        out[active] = memory[at[:, None] + np.arange(size)]
+        return out
+
+    def store(self, space, addresses, active, data):
+        if not active.any():
+            return
+        size = data.shape[1]
+        assert np.all(addresses[active] % size == 0), "misaligned address"
+        if space == "shared":
+            self.block.touch(addresses, active, max(size, 4), True)
+            memory, at = self.block.shared, addresses[active].astype(np.int64)
+        else:
+            [array] = np.unique(addresses[active] >> U64(40))
+            memory, at = self.arrays[int(array) - 1], (addresses[active] & U64((1 << 40) - 1)).astype(np.int64)
+        assert np.all(at + size <= memory.size), "an address outside the array"
+        memory[at[:, None] + np.arange(size)] = data[active]
+
+    # Inline PTX
+
+    def run(self, ptx, operands, results):
+        """Executes a snippet; ``$0`` and so on are results, then operands. Returns the results' values."""
+        names = {f"${i}": None for i in range(len(results))}
+        names |= {f"${len(results) + i}": operand.values for i, operand in enumerate(operands)}
+        body = ptx.strip()
+        if body.startswith("{") and body.endswith("}") and ";" in body:
+            body = body[1:-1]
+        for line in body.split(";"):
+            line = line.strip()
+            if not line or line.startswith(".reg"):
+                continue
+            active = np.ones(self.block.threads, bool)
+            if line.startswith("@"):
+                predicate, line = line[1:].split(None, 1)
+                active = names[predicate]
+            self.instruction(line, names, active)
+        return [names[f"${i}"].view(kind) if names[f"${i}"].dtype.itemsize == np.dtype(kind).itemsize
+                else names[f"${i}"].astype(kind) for i, kind in enumerate(results)]  # fmt: skip
+
+    def instruction(self, line, names, active):
+        opcode, _, rest = line.partition(" ")
+        arguments = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^\s,]+", rest)
+
+        def value(text, dtype=U32):
+            if text.startswith("0f"):
+                return self.full(np.array([int(text[2:], 16)], U32).view(F32)[0], F32).view(dtype)
+            if text in names:
+                found = names[text]
+                return found.view(dtype) if found.dtype.itemsize == np.dtype(dtype).itemsize else found.astype(dtype)
+            return self.full(int(text, 0) & 0xFFFFFFFF, U32).view(dtype)
+
+        def group(text):
+            return [part.strip() for part in text.strip("{}").split(",")]
+
+        def address(text):
+            base, _, offset = text.strip("[]").partition("+")
+            found = names[base.strip()]
+            return found + found.dtype.type(int(offset or 0))
+
+        def assign(name, new):
+            old = names.get(name)
+            if old is not None and not active.all():
+                new = np.where(active, new.view(U32) if new.dtype.itemsize == 4 else new, old.view(new.dtype))
+            names[name] = new
+
+        kind = opcode.split(".")
+        if kind[0] in ("ld", "st"):
+            space = kind[1]
+            count = next((int(k[1:]) for k in kind if k in ("v2", "v4")), 1)
+            size = 2 if kind[-1] in ("u16", "b16") else 4
+            if kind[0] == "ld":
+                targets = group(arguments[0]) if count > 1 else [arguments[0]]
+                data = self.load(space, address(arguments[1]), active, count * size)
+                for i, target in enumerate(targets):
+                    word = data[:, i * size : (i + 1) * size].copy().view(U32 if size == 4 else B16)[:, 0]
+                    # Registers of threads that do not load keep what they had, which may be anything.
+                    before = names.get(target)
+                    if before is None:
+                        before = self.full(0xDEADBEEF, U32)
+                    names[target] = np.where(active, word.astype(U32), before.view(U32))
+            else:
+                sources = group(arguments[1]) if count > 1 else [arguments[1]]
+                words = [value(s, U32) if size == 4 else value(s, B16) for s in sources]
+                data = np.stack(words, axis=1).view(np.uint8)
+                self.store(space, address(arguments[0]), active, data)
+        elif kind[0] == "bar":
+            self.block.barrier()
+        elif kind[0] == "setp":
+            names[arguments[0]] = value(arguments[1]) != value(arguments[2])
+        elif kind[0] == "mov" and arguments[0].startswith("{"):
+            low, high = group(arguments[0])
+            word = value(arguments[1])
+            names[low], names[high] = (word & U32(0xFFFF)).astype(B16), (word >> U32(16)).astype(B16)
+        elif kind[0] == "mov":
+            assign(arguments[0], value(arguments[1]))
+        elif opcode == "cvt.rn.f16x2.e4m3x2":
+            pair = names[arguments[1]].astype(B16).view(np.uint8).reshape(-1, 2).view(ml_dtypes.float8_e4m3fn)
+            assign(arguments[0], pair.astype(np.float16).view(U32)[:, 0])
+        elif opcode == "cvt.f32.f16":
+            assign(arguments[0], names[arguments[1]].view(np.float16).astype(F32))
+        elif opcode == "cvt.rn.bf16x2.f32":
+            high, low = (value(a, F32).astype(ml_dtypes.bfloat16).view(B16).astype(U32) for a in arguments[1:])
+            assign(arguments[0], high << U32(16) | low)
+        elif opcode == "cvt.rn.bf16.f32":
+            names[arguments[0]] = value(arguments[1], F32).astype(ml_dtypes.bfloat16).view(B16)
+        elif kind[0] == "lop3":
+            a, b, c = (value(x) for x in arguments[1:4])
+            table = {0xEA: (a & b) | c, 0x6A: (a & b) ^ c}
+            assign(arguments[0], table[int(arguments[4], 0)])
+        elif kind[0] == "prmt":
+            source = np.stack([value(arguments[1]), value(arguments[2])], axis=1).view(np.uint8)
+            selector = int(arguments[3], 0)
+            picked = [source[:, selector >> 4 * i & 7] for i in range(4)]
+            assign(arguments[0], np.stack(picked, axis=1).copy().view(U32)[:, 0])
+        elif opcode == "shf.r.wrap.b32":
+            low, high, shift = value(arguments[1]), value(arguments[2]), int(arguments[3])
+            assign(arguments[0], low >> U32(shift) | high << U32(32 - shift))
+        elif kind[-1] in ("f16x2", "bf16x2"):
+            half = np.float16 if kind[-1] == "f16x2" else ml_dtypes.bfloat16
+            a, *others = (value(x).view(B16).view(half).astype(np.float64) for x in arguments[1:])
+            exact = a + others[0] if kind[0] == "add" else a * others[0] + others[1]
+            assign(arguments[0], exact.astype(half).view(B16).view(U32))
+        elif kind[0] == "max":
+            assign(arguments[0], np.maximum(value(arguments[1], F32), value(arguments[2], F32)))
+        elif kind[0] == "ex2":
+            with np.errstate(under="ignore"):
+                assign(arguments[0], np.exp2(value(arguments[1], F32)))
+        elif kind[0] == "shfl":
+            assert kind[2] == "bfly"
+            lanes = np.arange(self.block.threads) ^ int(arguments[2])
+            assign(arguments[0], value(arguments[1], F32)[lanes])
+        elif kind[0] == "mma":
+            self.mma(
+                kind[-2], *([names[n] for n in group(a)] if i else group(a) for i, a in enumerate(arguments)), names
+            )
+        else:
+            raise NotImplementedError(line)
+
+    def mma(self, kind, targets, a, b, c, names):
+        """m16n8k16 of every warp: fragments to matrices, product, and back."""
+        half = np.float16 if kind == "f16" else ml_dtypes.bfloat16
+        warps = self.block.threads // 32
+        lane = np.arange(32)
+        g, t = lane // 4, lane % 4
+        pairs = lambda words: words.view(U32).view(B16).view(half).astype(F32).reshape(warps, 32, 2)  # noqa: E731
+        left = np.zeros((warps, 16, 16), F32)
+        for i, words in enumerate(a):
+            for e in range(2):
+                left[:, g + 8 * (i % 2), 2 * t + 8 * (i // 2) + e] = pairs(words)[..., e]
+        right = np.zeros((warps, 16, 8), F32)
+        for i, words in enumerate(b):
+            for e in range(2):
+                right[:, 2 * t + 8 * i + e, g] = pairs(words)[..., e]
+        product = np.matmul(left.astype(np.float64), right.astype(np.float64))
+        for i, target in enumerate(targets):
+            at = product[:, g + 8 * (i // 2), 2 * t + i % 2].reshape(-1)
+            names[target] = (c[i].view(F32).astype(np.float64) + at).astype(F32)
+
+
+@contextmanager
+def emulated(*modules):
+    """Runs the kernels of these modules on the emulated machine."""
+    machine = Machine()
+
+    def binary(operation):
+        def apply(a, b):
+            with np.errstate(over="ignore"):
+                return Register(operation(a.values, b.values))
+
+        return apply
+
+    def signed(values):
+        return values.view(np.int32 if values.dtype.itemsize == 4 else np.int64)
+
+    comparisons = {
+        "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "slt": lambda a, b: signed(a) < signed(b),
+        "ult": lambda a, b: a < b, "OLE": lambda a, b: a <= b,
+    }  # fmt: skip
+    arith = SimpleNamespace(
+        addi=binary(np.add), subi=binary(np.subtract), muli=binary(np.multiply), andi=binary(np.bitwise_and),
+        ori=binary(np.bitwise_or), xori=binary(np.bitwise_xor), shli=binary(np.left_shift),
+        shrui=binary(np.right_shift), divui=binary(np.floor_divide), remui=binary(np.remainder),
+        minui=binary(np.minimum), addf=binary(np.add), subf=binary(np.subtract), mulf=binary(np.multiply),
+        cmpi=lambda kind, a, b: Register(comparisons[kind](a.values, b.values)),
+        cmpf=lambda kind, a, b: Register(comparisons[kind](a.values, b.values)),
+        select=lambda c, a, b: Register(np.where(c.values, a.values, b.values)),
+        extui=lambda kind, a: Register(a.values.astype(kind)),
+        bitcast=lambda kind, a: Register(a.values.view(kind)),
+        CmpIPredicate=SimpleNamespace(eq="eq", ne="ne", slt="slt", ult="ult"),
+        CmpFPredicate=SimpleNamespace(OLE="OLE"),
+    )  # fmt: skip
+    widths = {1: PRED, 16: B16, 32: U32, 64: U64}
+    ir = SimpleNamespace(
+        IntegerType=SimpleNamespace(get_signless=widths.__getitem__),
+        F32Type=SimpleNamespace(get=lambda: F32),
+        Value=object,
+    )
+    utils = SimpleNamespace(
+        thread_idx=lambda: Register(np.arange(machine.block.threads, dtype=U32)), memref_ptr=lambda ref: ref
+    )
+    llvm = SimpleNamespace(ptrtoint=lambda kind, ref: Register(machine.full(ref.address, kind)))
+
+    def asm(ptx, constraints, operands, results):
+        return [Register(values) for values in machine.run(ptx, operands, results)]
+
+    def pure_asm(ptx, constraints, operands, result):
+        return asm(ptx, constraints, operands, [result])[0]
+
+    def constant(value, bits):
+        mask = (1 << bits) - 1
+        return Register(machine.full(value & mask, widths[bits]))
+
+    hopper_functions = {
+        "asm": asm, "pure_asm": pure_asm, "constant": constant,
+        "i32": lambda value: constant(value, 32), "f32": lambda value: Register(machine.full(value, F32)),
+        "pack": list, "unpack": list,
+        "shared_address": lambda ref: Register(machine.full(ref.address, U32)),
+        "to_bf16x2": lambda low, high: pure_asm("cvt.rn.bf16x2.f32 $0, $1, $2;", "", [high, low], U32),
+    }  # fmt: skip
+
+    def scalar(value):
+        """An int32 of the kernel's control flow as a step gets it: the same in every thread."""
+        if isinstance(value, jax.Array) and value.ndim == 0:
+            register = Register(machine.full(int(value) & 0xFFFFFFFF, U32))
+            return SimpleNamespace(registers=SimpleNamespace(item=lambda: register))
+        return value
+
+    def inline(arg_types, return_type):
+        return lambda step: lambda *arguments: step(None, *map(scalar, arguments))
+
+    def cast(array, layout):
+        """A container of zeros: a list of registers."""
+        count = array.size // 128
+        return [Register(machine.full(0, F32)) for _ in range(count)]
+
+    def kernel(body, *, out_type, scratch_types, grid, num_threads, **_):
+        def launch(*arrays):
+            refs = [machine.publish(np.asarray(x)) for x in arrays]
+            out = machine.publish(np.zeros(out_type.shape, out_type.dtype))
+            for index in range(grid[0]):
+                machine.block = Block(128 * num_threads, index)
+                shared = [machine.block.allocate(s.shape, s.dtype) for s in scratch_types]
+                body(*refs, out, *shared)
+            return jnp.asarray(machine.arrays[(out.address >> 40) - 1].view(out_type.dtype).reshape(out_type.shape))
+
+        return launch
+
+    def loop(low, high, body, carry):
+        for i in range(int(low), int(high)):
+            carry = body(jnp.int32(i), carry)
+        return carry
+
+    def when(condition):
+        return lambda block: block() if bool(condition) else None
+
+    plgpu = SimpleNamespace(
+        inline_mgpu=inline, kernel=kernel, layout_cast=cast, RefType=lambda *_: None,
+        SMEM=lambda shape, dtype: SimpleNamespace(shape=shape, dtype=dtype),
+        CompilerParams=lambda **_: None, LoweringSemantics=SimpleNamespace(Lane=None),
+        Layout=SimpleNamespace(WG_SPLAT=lambda shape: None),
+    )  # fmt: skip
+    with (
+        mock.patch.multiple(jax.lax, axis_index=lambda name: jnp.int32(machine.block.index), fori_loop=loop),
+        mock.patch.multiple(modules[0].hopper, **hopper_functions),
+    ):
+        patches = []
+        replaced = {"arith": arith, "llvm": llvm, "utils": utils, "ir": ir, "plgpu": plgpu}
+        replaced |= {name: hopper_functions[name] for name in ("f32", "i32")}
+        try:
+            for module in modules:
+                present = {name: x for name, x in replaced.items() if hasattr(module, name)}
+                if hasattr(module, "pl"):
+                    present["pl"] = SimpleNamespace(when=when)
+                patches.append(mock.patch.multiple(module, **present))
+                patches[-1].start()
+            yield machine
+        finally:
+            for patch in reversed(patches):
+                patch.stop()

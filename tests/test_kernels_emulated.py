@@ -1,0 +1,81 @@
+"""Kernels of warp instructions, run instruction by instruction on an emulated multiprocessor, races watched."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from emulated_gpu import Block, RaceError, emulated
+from test_matmul_kernel import BF16, E4M3, frobenius, product, random_tokens, random_weight
+
+import pallas_kernels as pk
+from pallas_kernels import matmul_steps, mosaic_decode, mosaic_matvec
+from pallas_kernels.mosaic_matvec import Streaming
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group_size", "scale_dtype", "cut"),
+    [
+        (1, 64, 32, 32, E4M3, None),
+        (3, 192, 576, 64, BF16, None),
+        (8, 2176, 256, 128, E4M3, None),  # two units for some blocks
+        (9, 64, 2432, 32, E4M3, Streaming(3, 2)),  # two rounds, the second one not full
+        (2, 2176, 4480, 128, E4M3, Streaming(4, 1)),  # inputs in three parts
+        (16, 128, 2176, 64, BF16, Streaming(1, 1)),
+    ],
+)
+def test_matvec(m, n, k, group_size, scale_dtype, cut):
+    values, scales = random_weight(m, n, k, group_size, scale_dtype)
+    x, x_scale = random_tokens(m + 1, m, k)
+    tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
+    bias = jnp.asarray(np.random.default_rng(5).normal(size=n) * 100, jnp.float32)
+    with emulated(mosaic_matvec, matmul_steps):
+        y = mosaic_matvec.matvec(
+            x, x_scale, tiles, jnp.float32(0.5), bias, n=n, group_size=group_size, scale_dtype=scale_dtype, cut=cut
+        )
+    expected = product(x, x_scale, values, scales, 0.5, bias)
+    # Half a unit of bf16's eight bits; the sums are float32, of terms as large as the largest result.
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "head_dim", "slots", "positions", "splits"),
+    [
+        (1, 2, 2, 64, 64, [0, 63, 31], 1),
+        (1, 9, 3, 64, 200, [199, 128], 1),  # a query group of three, slots that are no multiple of a tile
+        (1, 8, 1, 128, 320, [300], 3),  # splits of which one has less to do
+        (1, 4, 1, 128, 512, [5], 4),  # and of which three have nothing
+        (2, 16, 2, 128, 160, [[150, 151]], 2),  # two tokens: sixteen rows
+        (3, 4, 4, 64, 256, [[0, 1, 2], [253, 254, 255]], None),
+    ],
+)
+def test_decode_attention(tokens, heads, kv_heads, head_dim, slots, positions, splits):
+    positions = jnp.asarray(positions, jnp.int32).reshape(-1, tokens)
+    batch, rng = len(positions), np.random.default_rng(slots)
+    q8, q_scale = pk.quantize_fp8(jnp.asarray(rng.normal(size=(batch, tokens, heads, head_dim)) * 3, jnp.float32))
+    cache = []
+    for spread in (2.0, 0.3):
+        codes, scales = pk.quantize_kv(
+            jnp.asarray(rng.normal(size=(batch, kv_heads, slots, head_dim)) * spread, jnp.float32)
+        )
+        # What stands behind the last token was never written, or by a longer sequence before.
+        cache += [codes, scales]
+    arguments = (q8, q_scale, *cache, positions)
+    with emulated(mosaic_decode, matmul_steps):
+        actual = mosaic_decode.decode_attention(
+            *arguments, softmax_scale=head_dim**-0.5, out_dtype=jnp.float32, splits=splits
+        )
+    expected = pk.decode_attention(
+        *arguments, softmax_scale=head_dim**-0.5, out_dtype=jnp.float32, implementation="reference"
+    )
+    # Both round exp(score - max) · v_scale to bf16, the reference with the maximum of all slots, the kernel with that
+    # of the slots so far: 2^-9 of each term, which average out.
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=2**-8 * np.abs(expected).max())
+    assert frobenius(actual, np.asarray(expected, np.float64)) < 3e-3
+
+
+def test_a_missing_barrier_is_a_race(monkeypatch):
+    """The emulator sees what it is there for."""
+    monkeypatch.setattr(Block, "barrier", lambda self: None)
+    values, scales = random_weight(0, 64, 256, 128, E4M3)
+    tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
+    with emulated(mosaic_matvec, matmul_steps), pytest.raises(RaceError, match="another warp"):
+        mosaic_matvec.matvec(*random_tokens(1, 2, 256), tiles, jnp.float32(1), n=64, group_size=128, scale_dtype=E4M3)
