@@ -15,13 +15,13 @@ from convert.gguf_file import open_gguf
 from convert.safetensors_file import StoredTensor, open_all
 from convert.shards import write_shards
 from convert.source import read_json, resolve, weight_files
-from convert.tensors import Table, check_tensors, is_ignorable, lookup
+from convert.tensors import Table, check_layers, check_tensors, is_ignorable, lookup
 from fireq_jax.config import LlamaConfig
 from fireq_jax.llama import Llama
 from fireq_jax.qtensor import Layout
 from fireq_jax.quantize import recipe_of
 
-FLOATS = ("float32", "float16", "bfloat16")
+_FLOATS = ("float32", "float16", "bfloat16")
 
 
 def load(
@@ -49,8 +49,8 @@ def load(
       ValueError: the model is no supported Llama, a file is damaged, the weights are pickles, files of two
         checkpoints are mixed, or tensors are missing, unexpected or of the wrong shape (all of them are named).
     """
-    if dtype is not None and jnp.dtype(dtype).name not in FLOATS:
-        raise ValueError(f"dtype={jnp.dtype(dtype).name} must be one of {', '.join(FLOATS)}")
+    if dtype is not None and jnp.dtype(dtype).name not in _FLOATS:
+        raise ValueError(f"dtype={jnp.dtype(dtype).name} must be one of {', '.join(_FLOATS)}")
     path = resolve(source, revision)
     if path.suffix == ".gguf" or not _is_quantized(hf_config := read_config(path)):
         model = open_float(path, dtype)
@@ -59,7 +59,7 @@ def load(
     settings = hf_config.pop("quantization_config", None)
     config = LlamaConfig.from_hf(hf_config)
     tensors, files = open_all(weight_files(path))
-    _check_layers(config, tensors, str(path))
+    check_layers(config, len(tensors), str(path))
 
     def float_dtype(table: Table) -> Any:
         return _common_dtype(tensors, table, dtype, str(path))
@@ -111,7 +111,7 @@ def open_float(path: Path, dtype: Any) -> FloatModel:
         raise ValueError(f"{path} is quantised already; quantise the float model that it came from")
     config = LlamaConfig.from_hf(hf_config)
     tensors, _ = open_all(weight_files(path))
-    _check_layers(config, tensors, str(path))
+    check_layers(config, len(tensors), str(path))
     table = native.full_table(config, False, lambda spec: spec.name in tensors)
     ignorable = [name for name in tensors if is_ignorable(name, config)]
     expected = {name: spec.stored_shape for name, spec in table.items()}
@@ -141,14 +141,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     return hf_config
 
 
-def _check_layers(config: LlamaConfig, tensors: Mapping[str, StoredTensor], source: str) -> None:
-    """Raises ValueError if there cannot be enough tensors, before anything as long as ``num_layers`` is made."""
-    if config.num_layers > len(tensors):
-        raise ValueError(
-            f"{source}: config.json speaks of {config.num_layers} layers, there are {len(tensors)} tensors"
-        )
-
-
 def _common_dtype(tensors: Mapping[str, StoredTensor], table: Table, dtype: Any, source: str) -> Any:
     """``dtype``, or the one that the table's float tensors are stored in if that is None.
 
@@ -156,8 +148,8 @@ def _common_dtype(tensors: Mapping[str, StoredTensor], table: Table, dtype: Any,
       ValueError: one of them is stored as something else than a float.
     """
     stored = {tensors[name].dtype.name for name, spec in table.items() if spec.dtype is None}
-    if not stored <= set(FLOATS):
-        raise ValueError(f"{source}: weights must be {', '.join(FLOATS)}, found {', '.join(sorted(stored))}")
+    if not stored <= set(_FLOATS):
+        raise ValueError(f"{source}: weights must be {', '.join(_FLOATS)}, found {', '.join(sorted(stored))}")
     if dtype is not None:
         return jnp.dtype(dtype)
     return jnp.dtype(stored.pop()) if len(stored) == 1 else jnp.dtype(jnp.float32)

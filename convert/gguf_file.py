@@ -9,7 +9,7 @@ import numpy as np
 from gguf import MODEL_ARCH, GGUFReader, GGUFValueType, get_tensor_name_map
 from gguf.quants import dequantize
 
-from convert.tensors import Table, check_tensors, tensor_table
+from convert.tensors import Table, check_layers, check_tensors, tensor_table
 from fireq_jax.config import LlamaConfig, RopeConfig
 
 
@@ -31,8 +31,7 @@ class GgufModel:
         self.metadata: dict[str, Any] = {key: _plain(field) for key, field in reader.fields.items()}
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.config = self._config()
-        if self.config.num_layers > len(self._tensors):  # before anything as long as that is made
-            raise ValueError(f"{path} speaks of {self.config.num_layers} layers, it holds {len(self._tensors)} tensors")
+        check_layers(self.config, len(self._tensors), str(path))
         self._mapping = get_tensor_name_map(MODEL_ARCH.LLAMA, self.config.num_layers)
 
     def table(self) -> Table:

@@ -9,23 +9,13 @@ from convert import native
 from convert.checkpoint import read_config
 from convert.folder import write_text
 from convert.safetensors_file import TensorFile, open_all
-from convert.source import weight_files
+from convert.source import LOADED_FILES, weight_files
 from fireq_jax.config import LlamaConfig
 from fireq_jax.kv_cache import cache_bytes_per_token
 
 _CARD, _TEMPLATE = "README.md", Path(__file__).parent / "data" / "model_card.md"
-# What loading reads, the card, and what a licence asks to be passed on.
-_UPLOADED = (
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "tokenizer.model",
-    _CARD,
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
+# The card, and what a licence asks to be passed on, are not read.
+_UPLOADED = [*LOADED_FILES, _CARD, "LICENSE*", "NOTICE*", "USE_POLICY*"]
 
 
 def write_model_card(
@@ -143,7 +133,7 @@ def push_to_hub(
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=path,
-        allow_patterns=list(_UPLOADED),
+        allow_patterns=_UPLOADED,
         # Shards of an older checkpoint would be loaded together with the new ones, or refused.
         delete_patterns=["*.safetensors", "*.safetensors.index.json"],
         commit_message=message,

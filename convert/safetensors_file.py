@@ -51,6 +51,11 @@ class StoredTensor:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.size * self.dtype.itemsize
+
     def read(self) -> np.ndarray:
         """A read-only view of the file's pages, which the process holds for as long as the array lives.
 
@@ -60,7 +65,7 @@ class StoredTensor:
         if self.size == 0:
             return np.empty(self.shape, self.dtype)
         # Bytes first: numpy maps no dtype that it does not know itself.
-        data = np.memmap(self.path, np.uint8, "r", self.offset, (self.size * self.dtype.itemsize,))
+        data = np.memmap(self.path, np.uint8, "r", self.offset, (self.nbytes,))
         if self.checksum is not None and zlib.crc32(data) != self.checksum:
             raise ValueError(
                 f"{self.path} is damaged: a tensor at byte {self.offset} fails its checksum; copy it again"

@@ -22,7 +22,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Any], metadata: Mapping[str
     shards: list[dict[str, Any]] = [{}]
     filled = 0
     for name, value in tensors.items():
-        size = value.size * value.dtype.itemsize
+        size = value.nbytes
         if shards[-1] and filled + size > SHARD_BYTES:
             shards.append({})
             filled = 0
@@ -36,7 +36,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Any], metadata: Mapping[str
         file = shard_name(i, len(shards))
         write_file(folder / file, shard, metadata)
         weight_map |= dict.fromkeys(shard, file)
-    write_index(folder, weight_map, sum(x.size * x.dtype.itemsize for x in tensors.values()))
+    write_index(folder, weight_map, sum(x.nbytes for x in tensors.values()))
 
 
 def shard_name(i: int, count: int) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 _HUB_ID = re.compile(r"[\w][\w.\-]*/[\w][\w.\-]*")
 _HUB_GGUF = re.compile(r"(?P<repo>[\w][\w.\-]*/[\w][\w.\-]*)/(?P<file>[\w./\-]+\.gguf)")
-_HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
+# What loading reads of a hub repository.
+LOADED_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt"]
 INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -41,7 +42,7 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
     if _HUB_ID.fullmatch(name):
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_PATTERNS))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=LOADED_FILES))
     raise FileNotFoundError(f"{name!r} does not exist here and is no hub id such as 'org/name'")
 
 

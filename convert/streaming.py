@@ -19,7 +19,7 @@ import numpy as np
 from convert import native
 from convert.checkpoint import FloatModel, open_float, read_config
 from convert.folder import staged, write_json
-from convert.safetensors_file import StoredTensor, open_file, write_file
+from convert.safetensors_file import open_file, write_file
 from convert.shards import shard_name, write_index
 from convert.source import read_json, resolve, weight_files
 from convert.tensors import Table, TensorSpec, lookup
@@ -197,20 +197,18 @@ class _Conversion:
         return embedding
 
     def _write(self, index: int, params: Mapping[str, Any]) -> None:
-        table = native.full_table(
-            self._model.config, "lm_head" in params, lambda spec: lookup(params, spec.path) is not None
-        )
+        table = native.full_table(self._model.config, "lm_head" in params, lambda _: True)
         specs = [spec for spec in table.values() if lookup(params, spec.path) is not None]
         self._write_arrays(index, native.named_arrays(specs, params))
 
     def _write_arrays(self, index: int, arrays: Mapping[str, Any]) -> None:
         file = shard_name(index, self._count)
         write_file(self._folder / file, arrays, self._metadata)
-        self._count_in(file, {name: x.nbytes for name, x in arrays.items()})
+        self._count_in(file, arrays)
 
-    def _count_in(self, file: str, sizes: Mapping[str, int]) -> None:
-        self._weight_map |= dict.fromkeys(sizes, file)
-        self.bytes += sum(sizes.values())
+    def _count_in(self, file: str, tensors: Mapping[str, Any]) -> None:
+        self._weight_map |= dict.fromkeys(tensors, file)
+        self.bytes += sum(x.nbytes for x in tensors.values())
 
     def _resume(self) -> int:
         """Counts in the shards that an interrupted conversion wrote, and returns how many there are."""
@@ -223,13 +221,8 @@ class _Conversion:
             done = 1 + int(open_file(state).metadata["blocks"]) if state.is_file() else 1
         for i in range(done):
             file = shard_name(i, self._count)
-            tensors = open_file(self._folder / file).tensors
-            self._count_in(file, {name: _bytes(x) for name, x in tensors.items()})
+            self._count_in(file, open_file(self._folder / file).tensors)
         return done
-
-
-def _bytes(tensor: StoredTensor) -> int:
-    return tensor.size * tensor.dtype.itemsize
 
 
 def _plan(staging: Path, arguments: dict[str, Any], restart: bool) -> str:

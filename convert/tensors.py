@@ -84,6 +84,12 @@ def is_ignorable(name: str, config: LlamaConfig) -> bool:
     return bool(_DERIVED.fullmatch(name)) or (config.tie_word_embeddings and name == "lm_head.weight")
 
 
+def check_layers(config: LlamaConfig, tensors: int, source: str) -> None:
+    """Raises ValueError if so many tensors cannot be enough, before anything as long as ``num_layers`` is made."""
+    if config.num_layers > tensors:
+        raise ValueError(f"{source} speaks of {config.num_layers} layers, it holds {tensors} tensors")
+
+
 def check_tensors(
     found: Mapping[str, tuple[int, ...]],
     expected: Mapping[str, tuple[int, ...]],

@@ -16,18 +16,18 @@ from pallas_kernels.tiling import DECODE_ROWS, FEW_TOKENS
 
 
 # Mosaic takes a second to import, which only who runs a kernel should pay.
-def _mosaic_matmul(*arrays: jax.Array | None, out_dtype: Any, **options: Any) -> jax.Array:
+def _mosaic_matmul(*arrays: Any, out_dtype: Any, **options: Any) -> jax.Array:
     from pallas_kernels import mosaic_matmul
 
     del out_dtype  # bf16, or the kernel is not selected
-    return mosaic_matmul.matmul(*arrays, **options)  # type: ignore[arg-type]
+    return mosaic_matmul.matmul(*arrays, **options)
 
 
-def _mosaic_matvec(*arrays: jax.Array | None, out_dtype: Any, **options: Any) -> jax.Array:
+def _mosaic_matvec(*arrays: Any, out_dtype: Any, **options: Any) -> jax.Array:
     from pallas_kernels import mosaic_matvec
 
     del out_dtype
-    return mosaic_matvec.matvec(*arrays, **options)  # type: ignore[arg-type]
+    return mosaic_matvec.matvec(*arrays, **options)
 
 
 def _mosaic_decode(*arrays: jax.Array, **options: Any) -> jax.Array:
@@ -157,7 +157,7 @@ def _named(reasons: Mapping[str, str | None]) -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _tiled_refusals(m: int, n: int, k: int, out_dtype: Any) -> dict[str, str]:
+def _tiled_refusals(m: int, n: int, out_dtype: Any) -> dict[str, str]:
     """Why the Hopper kernels cannot make a result ``[m, n]``, if they cannot."""
     reason = _no_hopper()
     if n % weight_layout.TILE_N:
@@ -215,7 +215,7 @@ def int4_fp8_matmul_tiled(
         raise ValueError(f"{op}: scale_dtype must be float8_e4m3fn or bfloat16, got {jnp.dtype(scale_dtype).name}")
     _check_factors(op, x8, x_scale, tensor_scale, bias, n)
     _require(op, "tiles", tiles, weight_layout.tiles_shape(n, k, group_size, scale_dtype), (jnp.int32,))
-    compute = select(op, implementation, _tiled_refusals(m, n, k, out_dtype))
+    compute = select(op, implementation, _tiled_refusals(m, n, out_dtype))
     return compute(
         x8, x_scale, tiles, tensor_scale, bias,
         n=n, group_size=group_size, scale_dtype=jnp.dtype(scale_dtype), out_dtype=out_dtype,

@@ -264,7 +264,10 @@ class Machine:
         warps = self.block.threads // 32
         lane = np.arange(32)
         g, t = lane // 4, lane % 4
-        pairs = lambda words: words.view(U32).view(B16).view(half).astype(F32).reshape(warps, 32, 2)  # noqa: E731
+
+        def pairs(words):
+            return words.view(U32).view(B16).view(half).astype(F32).reshape(warps, 32, 2)
+
         left = np.zeros((warps, 16, 16), F32)
         for i, words in enumerate(a):
             for e in range(2):
