@@ -9,6 +9,7 @@ import numpy as np
 from gguf import MODEL_ARCH, GGUFReader, GGUFValueType, get_tensor_name_map
 from gguf.quants import dequantize
 
+from convert.gguf_header import check_header
 from convert.tensors import Table, check_layers, check_tensors, tensor_table
 from fireq_jax.config import LlamaConfig, RopeConfig
 
@@ -25,6 +26,7 @@ class GgufModel:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            check_header(path)
             reader = GGUFReader(path)
         except Exception as error:  # the reader raises whatever numpy does on a damaged file
             raise ValueError(f"{path} is not a whole GGUF file ({error}); download or copy it again") from error

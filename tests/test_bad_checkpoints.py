@@ -310,3 +310,13 @@ def test_a_gguf_file_that_claims_many_layers_is_refused_at_once(tmp_path):
     path.write_bytes(raw.replace(count, count[:-4] + struct.pack("<I", 2**31)))
     with pytest.raises(ValueError, match="speaks of 2147483648 layers, it holds 21 tensors"):
         convert.load(path)
+
+
+def test_a_gguf_array_that_claims_more_than_the_file_is_refused_at_once(tmp_path):
+    """The gguf package's reader would collect its items, empty ones, until memory ends."""
+    path = tmp_path / "tiny.gguf"
+    key = b"llama.block_count"
+    array = struct.pack("<IIQ", 9, 4, 2**40)  # an array of u32
+    path.write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(key)) + key + array)
+    with pytest.raises(ValueError, match=r"is not a whole GGUF file \(4398046511104 bytes are claimed at byte"):
+        convert.load(path)
