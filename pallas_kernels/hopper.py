@@ -16,6 +16,10 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 WARPGROUP = 128
+# Of kernels whose steps are instructions: every barrier that is needed is written out.
+COMPILER_PARAMS = plgpu.CompilerParams(
+    unsafe_no_auto_barriers=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Lane
+)
 
 
 def container_layout(registers: int) -> Any:
@@ -182,6 +186,11 @@ def shuffle(register: ir.Value, lane: ir.Value) -> ir.Value:
 def in_block(address: ir.Value, block: int) -> ir.Value:
     """A shared address of this block as that of the same place in another block of the cluster."""
     return asm(f"mapa.shared::cluster.u32 $0, $1, {block};", "=r,r", [address], [address.type])[0]
+
+
+def block_barrier() -> None:
+    """Waits for all threads of the block; inside a step."""
+    asm("bar.sync 0;", "", [], [])
 
 
 @plgpu.inline_mgpu(arg_types=(), return_type=())

@@ -209,11 +209,7 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
         grid_names=("block",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True,  # every barrier that is needed is written out
-            reduction_scratch_bytes=0,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        compiler_params=hopper.COMPILER_PARAMS,
         **cluster_axis,
     )
     return cast(Operation, kernel)

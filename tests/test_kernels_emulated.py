@@ -7,8 +7,8 @@ from emulated_gpu import Block, RaceError, emulated
 from test_matmul_kernel import BF16, E4M3, frobenius, product, random_tokens, random_weight
 
 import pallas_kernels as pk
-from pallas_kernels import matmul_steps, mosaic_decode, mosaic_matvec
-from pallas_kernels.mosaic_matvec import Streaming
+from pallas_kernels import decode_steps, matmul_steps, matvec_steps, mosaic_decode, mosaic_matvec
+from pallas_kernels.matvec_steps import Streaming
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_matvec(m, n, k, group_size, scale_dtype, cut):
     x, x_scale = random_tokens(m + 1, m, k)
     tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
     bias = jnp.asarray(np.random.default_rng(5).normal(size=n) * 100, jnp.float32)
-    with emulated(mosaic_matvec, matmul_steps):
+    with emulated(mosaic_matvec, matvec_steps, matmul_steps):
         y = mosaic_matvec.matvec(
             x, x_scale, tiles, jnp.float32(0.5), bias, n=n, group_size=group_size, scale_dtype=scale_dtype, cut=cut
         )
@@ -59,7 +59,7 @@ def test_decode_attention(tokens, heads, kv_heads, head_dim, slots, positions, s
         # What stands behind the last token was never written, or by a longer sequence before.
         cache += [codes, scales]
     arguments = (q8, q_scale, *cache, positions)
-    with emulated(mosaic_decode, matmul_steps):
+    with emulated(mosaic_decode, decode_steps, matmul_steps):
         actual = mosaic_decode.decode_attention(
             *arguments, softmax_scale=head_dim**-0.5, out_dtype=jnp.float32, splits=splits
         )
@@ -77,5 +77,5 @@ def test_a_missing_barrier_is_a_race(monkeypatch):
     monkeypatch.setattr(Block, "barrier", lambda self: None)
     values, scales = random_weight(0, 64, 256, 128, E4M3)
     tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
-    with emulated(mosaic_matvec, matmul_steps), pytest.raises(RaceError, match="another warp"):
+    with emulated(mosaic_matvec, matvec_steps, matmul_steps), pytest.raises(RaceError, match="another warp"):
         mosaic_matvec.matvec(*random_tokens(1, 2, 256), tiles, jnp.float32(1), n=64, group_size=128, scale_dtype=E4M3)

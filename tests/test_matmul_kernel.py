@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels as pk
-from pallas_kernels import mosaic_matmul, mosaic_matvec, tiling, weight_layout
+from pallas_kernels import matvec_steps, mosaic_matmul, mosaic_matvec, tiling, weight_layout
 from pallas_kernels.tiling import Tiling
 
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
@@ -158,17 +158,17 @@ def test_chosen_tilings_fit_the_device(m, n_tiles, k_groups, tile_bytes):
 @given(st.integers(1, 16), st.integers(1, 2004), st.integers(1, 900))
 def test_chosen_streamings_fit_the_device(m, n_tiles, k_groups):
     n, k = 64 * n_tiles, 32 * k_groups
-    cut = mosaic_matvec.choose_streaming(m, n, k)
+    cut = matvec_steps.choose_streaming(m, n, k)
     assert cut is not None  # the largest vocabularies and the widest layers there are
-    tiles, per_round = -(-k // 128), mosaic_matvec.WARPS
+    tiles, per_round = -(-k // 128), matvec_steps.WARPS
     parts = -(-tiles // (cut.rounds * per_round))
-    inputs = m * (128 * min(tiles, cut.rounds * per_round) + mosaic_matvec.PADDING)
+    inputs = m * (128 * min(tiles, cut.rounds * per_round) + matvec_steps.PADDING)
     sums = -(-n // (16 * 132)) * 16 * 8 * -(-m // 8) * 4 if parts > 1 else 0
-    assert sum(-(-size // 1024) * 1024 for size in (inputs, sums, mosaic_matvec.partials_bytes(m))) <= 232448
+    assert sum(-(-size // 1024) * 1024 for size in (inputs, sums, matvec_steps.partials_bytes(m))) <= 232448
 
 
 def test_many_tokens_are_not_for_the_kernel_of_few():
-    assert mosaic_matvec.choose_streaming(17, 4096, 4096) is None
+    assert matvec_steps.choose_streaming(17, 4096, 4096) is None
     with pytest.raises(NotImplementedError, match="17 tokens by 128 outputs"):
         mosaic_matvec.matvec(
             jnp.zeros((17, 128), E4M3), jnp.ones(17), jnp.zeros((2, 1, 5, 208), jnp.int32), jnp.float32(1),
@@ -281,7 +281,7 @@ def test_tilings_agree_with_float32(tiling):
 def test_streamings_agree_with_float32(m, cut):
     """70 tiles along k: parts of 1, 2 or 4 rounds of 16, of which the last is not full."""
     results, expected = on_gpu(
-        mosaic_matvec.matvec, m, 8640, 8960, 64, E4M3, bias=False, repeats=3, cut=mosaic_matvec.Streaming(*cut)
+        mosaic_matvec.matvec, m, 8640, 8960, 64, E4M3, bias=False, repeats=3, cut=matvec_steps.Streaming(*cut)
     )
     assert frobenius(results[0], expected) < TOLERANCE
     np.testing.assert_array_equal(np.asarray(results[0]).view(np.uint16), np.asarray(results[2]).view(np.uint16))
