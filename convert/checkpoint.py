@@ -25,7 +25,7 @@ _FLOATS = ("float32", "float16", "bfloat16")
 
 
 def load(
-    source: str | Path, *, dtype: Any = None, revision: str | None = None, layout: Layout = "rows"
+    source: str | Path, *, dtype: Any = None, revision: str | None = None, layout: Layout = "auto"
 ) -> tuple[Llama, dict[str, Any]]:
     """Loads a Llama from safetensors, GGUF, a checkpoint of :func:`save` or one of compressed-tensors.
 

@@ -63,7 +63,7 @@ def quantize(
     recipe: Recipe | str | None = None,
     *,
     calibration: Mapping[str, Any] | None = None,
-    layout: Layout = "rows",
+    layout: Layout = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Params:
     """Rounds the linear weights of a Llama to INT4, one decoder block at a time.

@@ -56,9 +56,8 @@ class DecodeShape:
 
 
 def choose_splits(batch: int, kv_heads: int, slots: int) -> int:
-    """So many that two blocks per multiprocessor have work, each with two tiles per warp at least."""
-    pairs = batch * kv_heads
-    wanted = -(-4 * STREAMING_MULTIPROCESSORS // pairs)
+    """As many as run at once, two blocks per multiprocessor, each with two tiles per warp at least."""
+    wanted = 2 * STREAMING_MULTIPROCESSORS // (batch * kv_heads)
     return max(1, min(wanted, slots // (2 * WARPS * TILE)))
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import reference, weight_layout
 from pallas_kernels.reference import Numerics
-from pallas_kernels.tiling import DECODE_ROWS, FEW_TOKENS
+from pallas_kernels.tiling import DECODE_ROWS, choose_streaming
 
 
 # Mosaic takes a second to import, which only who runs a kernel should pay.
@@ -47,8 +47,6 @@ _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., jax.Array]]] = {
     "prefill_attention": {"reference": reference.prefill_attention},
     "decode_attention": {"mosaic_gpu": _mosaic_decode, "reference": reference.decode_attention},
 }
-# Kernels that no GPU has run yet, only an emulation of one: who wants them names them.
-_BY_NAME_ONLY = {("int4_fp8_matmul_tiled", "mosaic_gpu_matvec"), ("decode_attention", "mosaic_gpu")}
 
 
 def implementations(op: str) -> tuple[str, ...]:
@@ -67,7 +65,7 @@ def select(op: str, implementation: str | None, refusals: Mapping[str, str] | No
 
     Args:
       op: an operation.
-      implementation: a name, or None for the first that is not in ``refusals`` and that a GPU has been seen to run.
+      implementation: a name, or None for the first that is not in ``refusals``.
       refusals: implementations that cannot take this shape or device, and why.
 
     Raises:
@@ -76,8 +74,7 @@ def select(op: str, implementation: str | None, refusals: Mapping[str, str] | No
     """
     names, refusals = implementations(op), refusals or {}
     if implementation is None:
-        fitting = (name for name in names if name not in refusals and (op, name) not in _BY_NAME_ONLY)
-        return _IMPLEMENTATIONS[op][next(fitting)]
+        return _IMPLEMENTATIONS[op][next(name for name in names if name not in refusals)]
     if implementation not in names:
         raise NotImplementedError(
             f"{op} has no {implementation!r} implementation; it has {', '.join(names)}. "
@@ -157,8 +154,8 @@ def _named(reasons: Mapping[str, str | None]) -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _tiled_refusals(m: int, n: int, out_dtype: Any) -> dict[str, str]:
-    """Why the Hopper kernels cannot make a result ``[m, n]``, if they cannot."""
+def _tiled_refusals(m: int, n: int, k: int, share: int, out_dtype: Any) -> dict[str, str]:
+    """Why the Hopper kernels cannot make a result ``[m, n]`` of such a weight, if they cannot."""
     reason = _no_hopper()
     if n % weight_layout.TILE_N:
         reason = f"{n=} is no multiple of {weight_layout.TILE_N}"
@@ -166,7 +163,9 @@ def _tiled_refusals(m: int, n: int, out_dtype: Any) -> dict[str, str]:
         reason = "there are no tokens"
     elif jnp.dtype(out_dtype) != jnp.bfloat16:
         reason = f"out_dtype={jnp.dtype(out_dtype).name} is not bfloat16"
-    few = reason or (f"{m} tokens are more than {FEW_TOKENS}" if m > FEW_TOKENS else None)
+    few = reason
+    if few is None and choose_streaming(m, n, k, share) is None:
+        few = f"{m} tokens by {n} outputs by {k} inputs do not suit the kernel for few tokens"
     return _named({"mosaic_gpu": reason, "mosaic_gpu_matvec": few})
 
 
@@ -196,7 +195,7 @@ def int4_fp8_matmul_tiled(
       scale_dtype: of the scales in ``tiles``, e4m3 or bf16.
       out_dtype: dtype of y.
       implementation: "mosaic_gpu" (Hopper GPUs, n a multiple of 64, bf16 results), "mosaic_gpu_matvec" (the same for up
-        to 16 tokens), "reference", or None.
+        to 8 tokens, and up to 16 of small weights), "reference", or None.
 
     Returns:
       ``[m, n]``.
@@ -215,7 +214,8 @@ def int4_fp8_matmul_tiled(
         raise ValueError(f"{op}: scale_dtype must be float8_e4m3fn or bfloat16, got {jnp.dtype(scale_dtype).name}")
     _check_factors(op, x8, x_scale, tensor_scale, bias, n)
     _require(op, "tiles", tiles, weight_layout.tiles_shape(n, k, group_size, scale_dtype), (jnp.int32,))
-    compute = select(op, implementation, _tiled_refusals(m, n, out_dtype))
+    share = weight_layout.share_bytes(group_size, scale_dtype)
+    compute = select(op, implementation, _tiled_refusals(m, n, k, share, out_dtype))
     return compute(
         x8, x_scale, tiles, tensor_scale, bias,
         n=n, group_size=group_size, scale_dtype=jnp.dtype(scale_dtype), out_dtype=out_dtype,

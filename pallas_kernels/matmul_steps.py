@@ -12,7 +12,7 @@ from jaxlib.mlir.dialects import arith, llvm
 from pallas_kernels import hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.tiling import BLOCK_N, Tiling
-from pallas_kernels.weight_layout import CODE_WORDS, TILE_K, TILE_N, tile_shape
+from pallas_kernels.weight_layout import CODE_WORDS, SHARE_N, SHARES, TILE_K, share_bytes
 
 Operation = Callable[..., Any]
 
@@ -83,8 +83,7 @@ class Steps:
         self.groups = TILE_K // group_size
         self.half = tiling.tokens // tiling.halves
         self.registers = self.half // 2
-        rows, columns = tile_shape(group_size, scale_dtype)
-        self.tile_bytes = 4 * rows * columns
+        self.share_bytes = share_bytes(group_size, scale_dtype)
         self.swizzle = (cast(Any, plgpu.SwizzleTransform)(128),)
         self.scalar = plgpu.Layout.WG_SPLAT(())
         containers = {
@@ -108,16 +107,16 @@ class Steps:
             return_type=(self.type["operand"], self.type["ratios"], self.type["pair"], self.type["pair"]),
         )
         def load(_: Any, stage: Any, warpgroup: Any, before: Any) -> Any:
-            tile = arith.muli(warpgroup.registers.item(), i32(self.tile_bytes))
-            tile = arith.addi(hopper.shared_address(stage), tile)
             thread = hopper.thread_in_warpgroup()
             lane, warp = arith.andi(thread, i32(31)), arith.shrui(thread, i32(5))
-            address = arith.addi(tile, arith.addi(arith.muli(warp, i32(1024)), arith.muli(lane, i32(16))))
+            share = arith.addi(arith.muli(warpgroup.registers.item(), i32(SHARES)), warp)
+            share = arith.addi(hopper.shared_address(stage), arith.muli(share, i32(self.share_bytes)))
+            address = arith.addi(share, arith.muli(lane, i32(16)))
             words = hopper.load_shared_x4(address) + hopper.load_shared_x4(address, 512)
             size = jnp.dtype(self.scale_dtype).itemsize
-            address = arith.addi(tile, arith.muli(arith.shrui(thread, i32(2)), i32(2 * size)))
+            address = arith.addi(share, arith.muli(arith.shrui(lane, i32(2)), i32(2 * size)))
             scales = [
-                load_scales(arith.addi(address, i32(4 * CODE_WORDS + g * TILE_N * size)), self.scale_dtype)
+                load_scales(arith.addi(address, i32(4 * CODE_WORDS + g * SHARE_N * size)), self.scale_dtype)
                 for g in range(self.groups)
             ]
             ratio = "{ .reg .f32 r; rcp.approx.ftz.f32 r, $2; mul.f32 $0, $1, r; }"

@@ -1,6 +1,6 @@
 """The register-level steps of the matvec, which :mod:`pallas_kernels.mosaic_matvec` puts in order."""
 
-import dataclasses
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax.numpy as jnp
@@ -12,160 +12,221 @@ from jaxlib.mlir.dialects import arith, llvm
 from pallas_kernels import hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation, by_row, decode_scales, float_address, load_if
-from pallas_kernels.tiling import FEW_TOKENS, SHARED_MEMORY, STREAMING_MULTIPROCESSORS
-from pallas_kernels.weight_layout import CODE_WORDS, TILE_K, TILE_N, tile_shape
+from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS, SUMS_PITCH, UNIT, WARPS, Streaming
+from pallas_kernels.weight_layout import CODE_WORDS, SHARE_N, SHARES, TILE_K, share_bytes
 
-UNIT = 16
-WARPGROUPS = 4
-WARPS = 4 * WARPGROUPS
 THREADS = 32 * WARPS
-PADDING = 16  # bytes behind a token's inputs in shared memory, so that eight tokens' words lie in different banks
 
 # What a code of 1 is worth when its bits are put into the upper byte of a float16.
 HALF_CODE_UNIT = 2.0**-16
 
-
-@dataclasses.dataclass(frozen=True)
-class Streaming:
-    """How the product is cut into pieces.
-
-    Attributes:
-      ahead: tiles that each warp reads ahead.
-      rounds: tiles of each warp, per unit, whose inputs shared memory holds; where that is not all of them, the units
-        are gone through several times.
-    """
-
-    ahead: int
-    rounds: int
-
-
-def partials_bytes(m: int) -> int:
-    """Shared memory for two sets of partial sums."""
-    return 2 * WARPS * UNIT * 8 * -(-m // 8) * 4
-
-
-def choose_streaming(m: int, n: int, k: int) -> Streaming | None:
-    """All inputs in shared memory if they fit, else the fewest equal parts; None if the kernel takes no such shape."""
-    if not 1 <= m <= FEW_TOKENS:
-        return None
-    all_rounds = -(-k // (TILE_K * WARPS))
-    units_per_block = -(-n // (UNIT * STREAMING_MULTIPROCESSORS))
-    sums = units_per_block * UNIT * 8 * -(-m // 8) * 4
-    for parts in range(1, all_rounds + 1):
-        rounds = -(-all_rounds // parts)
-        inputs = m * (min(rounds * WARPS, -(-k // TILE_K)) * TILE_K + PADDING)
-        # Each array is rounded up to 1 KB.
-        if inputs + (sums if parts > 1 else 0) + partials_bytes(m) + 3 * 1024 <= SHARED_MEMORY:
-            return Streaming(4, rounds)
-    return None
+# The L2 cache's policy for what is read once; this encoding is what createpolicy gives for a fraction of 1.
+EVICT_FIRST = 0x12F0000000000000
 
 
 class Steps:
     """The register-level steps for one shape; all take references or containers, and scalars as int32."""
 
     def __init__(self, m: int, n: int, k: int, group_size: int, scale_dtype: Any, cut: Streaming) -> None:
-        self.m, self.n, self.k = m, n, k
+        self.m, self.n, self.k, self.cut = m, n, k, cut
         self.scale_dtype = scale_dtype
         self.groups = TILE_K // group_size
         self.blocks_of_tokens = -(-m // 8)  # as the tensor core takes them
         self.tiles = -(-k // TILE_K)
-        rows, columns = tile_shape(group_size, scale_dtype)
-        self.tile_bytes = 4 * rows * columns
-        self.held = min(cut.rounds * WARPS, self.tiles)  # tiles whose inputs shared memory holds
-        self.pitch = self.held * TILE_K + PADDING
+        self.share_bytes = share_bytes(group_size, scale_dtype)
+        self.team, self.teams = cut.team, WARPS // cut.team
+        self.units = -(-n // UNIT)
+        self.blocks = min(STREAMING_MULTIPROCESSORS, self.units)
+        self.results = -(-UNIT * 8 * self.blocks_of_tokens // (32 * cut.team))  # of a unit, that each thread adds up
+        self.held = min(cut.rounds * cut.team, self.tiles)  # tiles whose inputs shared memory holds
+        self.pitch = cut.inputs_pitch(k)
+        self.pieces = -(-self.m * self.held * TILE_K // (32 * THREADS))  # of 32 inputs, that each thread stages
         self.scalar = plgpu.Layout.WG_SPLAT(())
         containers = {
+            "inputs": (8 * self.pieces, jnp.int32),
             "codes": (8, jnp.int32),
             "scales": (self.groups, jnp.int32),
             "sums": (4 * self.blocks_of_tokens, jnp.float32),
-            "factor": (1, jnp.float32),
+            "factors": (self.results + 1, jnp.float32),
         }
         self.layout = {name: hopper.container_layout(count) for name, (count, _) in containers.items()}
         self.type = {name: hopper.container_type(count, dtype) for name, (count, dtype) in containers.items()}
 
-    def fetch(self) -> Operation:
-        """``(tiles, unit, first tile) -> (codes, scales)``: starts to read a warp's share of its tile of the 16.
+    def open_slots(self) -> Operation:
+        """``(arrivals) -> ()``: makes the barriers of each warp's slots. Only the warp itself ever uses them."""
 
-        Behind the last tile nothing is read; the scales are zero then, and the codes any.
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=())
+        def make(_: Any, arrivals: Any) -> Any:
+            thread = utils.thread_idx()
+            leads = lane_leads(thread)
+            for slot in range(self.cut.slots):
+                hopper.asm(
+                    "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p mbarrier.init.shared.b64 [$0], 1; }",
+                    "r,r", [self._arrival(arrivals, thread, i32(slot)), leads], [],
+                )  # fmt: skip
+            hopper.asm("fence.mbarrier_init.release.cluster;", "", [], [])
+            hopper.asm("fence.proxy.async.shared::cta;", "", [], [])
+            return ()
+
+        return cast(Operation, make)
+
+    def _arrival(self, arrivals: Any, thread: ir.Value, slot: ir.Value) -> ir.Value:
+        index = arith.addi(arith.muli(slot, i32(WARPS)), arith.shrui(thread, i32(5)))
+        return arith.addi(hopper.shared_address(arrivals), arith.muli(index, i32(8)))
+
+    def _place(self, slots: Any, thread: ir.Value, slot: ir.Value) -> ir.Value:
+        index = arith.addi(arith.muli(slot, i32(WARPS)), arith.shrui(thread, i32(5)))
+        return arith.addi(hopper.shared_address(slots), arith.muli(index, i32(self.share_bytes)))
+
+    def _in_team(self, thread: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The team of a thread, and its warp's number there."""
+        warp = arith.shrui(thread, i32(5))
+        return arith.shrui(warp, i32(self.team.bit_length() - 1)), arith.andi(warp, i32(self.team - 1))
+
+    def _unit(self, first: Any, team: ir.Value) -> ir.Value:
+        """The unit that a team works on when the first one works on ``first``."""
+        return arith.addi(first.registers.item(), arith.muli(team, i32(self.blocks)))
+
+    def request(self) -> Operation:
+        """``(tiles, slots, arrivals, slot, first unit, first tile, wanted) -> ()``: has each warp's share copied.
+
+        Behind the last tile, and where it is not wanted, nothing is copied, and the slot's barrier completes at once.
         """
 
         @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(), self.scalar, self.scalar), return_type=(self.type["codes"], self.type["scales"])
+            arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType(), *[self.scalar] * 4), return_type=()
         )
-        def load(_: Any, tiles: Any, unit: Any, first: Any) -> Any:
+        def copy(_: Any, tiles: Any, slots: Any, arrivals: Any, slot: Any, unit: Any, first: Any, wanted: Any) -> Any:
             i64, word = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32)
-            thread, unit = utils.thread_idx(), unit.registers.item()
-            lane, warp = arith.andi(thread, i32(31)), arith.shrui(thread, i32(5))
-            tile = arith.addi(first.registers.item(), warp)
-            exists = arith.extui(word, arith.cmpi(arith.CmpIPredicate.slt, tile, i32(self.tiles)))
+            thread, slot = utils.thread_idx(), slot.registers.item()
+            team, warp = self._in_team(thread)
+            unit, tile = self._unit(unit, team), arith.addi(first.registers.item(), warp)
+            exists = arith.andi(
+                arith.cmpi(arith.CmpIPredicate.slt, tile, i32(self.tiles)),
+                arith.cmpi(arith.CmpIPredicate.slt, unit, i32(self.units)),
+            )
+            exists = arith.andi(arith.extui(word, exists), wanted.registers.item())
             index = arith.addi(arith.muli(arith.shrui(unit, i32(2)), i32(self.tiles)), tile)
-            offset = arith.muli(arith.extui(i64, index), hopper.constant(self.tile_bytes, bits=64))
-            start = arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(tiles)), offset)
-            share = arith.andi(unit, i32(3))
-            within = arith.addi(arith.muli(share, i32(1024)), arith.muli(lane, i32(16)))
-            address = arith.addi(start, arith.extui(i64, within))
-            codes = []
-            for part in range(2):
-                codes += hopper.asm(
-                    "{ .reg .pred p; setp.ne.b32 p, $5, 0; "
-                    f"@p ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {{$0, $1, $2, $3}}, [$4+{512 * part}]; }}",
-                    "=&r,=&r,=&r,=&r,l,r", [address, exists], [word] * 4,
-                )  # fmt: skip
-            size = jnp.dtype(self.scale_dtype).itemsize
-            row = arith.addi(arith.muli(share, i32(8)), arith.shrui(lane, i32(2)))
-            address = arith.addi(start, arith.extui(i64, arith.muli(row, i32(2 * size))))
-            scales = []
-            for group in range(self.groups):
-                offset = 4 * CODE_WORDS + group * TILE_N * size
-                scales += hopper.asm(
-                    "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; "
-                    f"@p ld.global.nc.{'u16' if size == 1 else 'b32'} $0, [$1+{offset}]; }}",
-                    "=&r,l,r", [address, exists], [word],
-                )  # fmt: skip
-            return hopper.pack(codes), hopper.pack(scales)
-
-        return cast(Operation, load)
-
-    def stage(self) -> Operation:
-        """``(x8, held inputs, first tile) -> ()``: copies the inputs of the tiles from ``first`` on, zeros behind them.
-
-        Each word's bytes are put in the order 0, 2, 1, 3, in which the codes come out of their words.
-        """
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), self.scalar), return_type=())
-        def copy(_: Any, x: Any, held: Any, first: Any) -> Any:
-            i64, word = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32)
-            source = llvm.ptrtoint(i64, utils.memref_ptr(x))
-            target = hopper.shared_address(held)
-            start = arith.muli(first.registers.item(), i32(TILE_K))
-            chunks = self.held * TILE_K // 16
-            for base in range(0, self.m * chunks, THREADS * 8):
-                pieces = []
-                for at in range(base, min(base + THREADS * 8, self.m * chunks), THREADS):
-                    piece = arith.addi(utils.thread_idx(), i32(at))
-                    token, chunk = arith.divui(piece, i32(chunks)), arith.remui(piece, i32(chunks))
-                    column = arith.muli(chunk, i32(16))
-                    here = arith.cmpi(arith.CmpIPredicate.ult, token, i32(self.m))
-                    inside = arith.cmpi(arith.CmpIPredicate.ult, arith.addi(start, column), i32(self.k))
-                    inside = arith.extui(word, arith.andi(here, inside))
-                    row = arith.muli(arith.extui(i64, token), hopper.constant(self.k, bits=64))
-                    address = arith.addi(arith.addi(source, row), arith.extui(i64, arith.addi(start, column)))
-                    words = hopper.asm(
-                        "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; "
-                        "mov.b32 $3, 0; @p ld.global.nc.v4.u32 {$0, $1, $2, $3}, [$4]; }",
-                        "=&r,=&r,=&r,=&r,l,r", [address, inside], [word] * 4,
-                    )  # fmt: skip
-                    place = arith.addi(target, arith.addi(arith.muli(token, i32(self.pitch)), column))
-                    pieces.append((arith.extui(word, here), place, words))
-                for here, place, words in pieces:
-                    swapped = [hopper.pure_asm("prmt.b32 $0, $1, 0, 0x3120;", "=r,r", [w], word) for w in words]
-                    hopper.asm(
-                        "{ .reg .pred p; setp.ne.b32 p, $5, 0; @p st.shared.v4.b32 [$0], {$1, $2, $3, $4}; }",
-                        "r,r,r,r,r,r", [place, *swapped, here], [],
-                    )  # fmt: skip
+            index = arith.addi(arith.muli(index, i32(SHARES)), arith.andi(unit, i32(SHARES - 1)))
+            offset = arith.muli(arith.extui(i64, index), hopper.constant(self.share_bytes, bits=64))
+            source = arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(tiles)), offset)
+            # All lanes have read what the slot held before the copy may overwrite it.
+            hopper.asm(
+                "{ .reg .pred p, q; setp.ne.b32 p, $4, 0; setp.ne.and.b32 q, $3, 0, p; bar.warp.sync 0xffffffff; "
+                "@p mbarrier.arrive.expect_tx.shared.b64 _, [$1], $5; "
+                "@q cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                f"[$0], [$2], {self.share_bytes}, [$1], $6; }}",
+                "r,r,l,r,r,r,l",
+                [
+                    self._place(slots, thread, slot), self._arrival(arrivals, thread, slot), source, exists,
+                    lane_leads(thread), arith.muli(exists, i32(self.share_bytes)),
+                    hopper.constant(EVICT_FIRST, bits=64),
+                ], [],
+            )  # fmt: skip
             return ()
 
         return cast(Operation, copy)
+
+    def take(self) -> Operation:
+        """``(slots, arrivals, slot, parity, first tile) -> (codes, scales)``: waits for a slot and reads it.
+
+        Behind the last tile the scales are zero, and the codes any.
+        """
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), plgpu.RefType(), self.scalar, self.scalar, self.scalar),
+            return_type=(self.type["codes"], self.type["scales"]),
+        )
+        def read(_: Any, slots: Any, arrivals: Any, slot: Any, parity: Any, first: Any) -> Any:
+            word = ir.IntegerType.get_signless(32)
+            thread, slot = utils.thread_idx(), slot.registers.item()
+            lane, (_, warp) = arith.andi(thread, i32(31)), self._in_team(thread)
+            tile = arith.addi(first.registers.item(), warp)
+            exists = arith.cmpi(arith.CmpIPredicate.slt, tile, i32(self.tiles))
+            hopper.asm(
+                "{ .reg .pred p; again: mbarrier.try_wait.parity.shared.b64 p, [$0], $1; @!p bra again; }",
+                "r,r", [self._arrival(arrivals, thread, slot), parity.registers.item()], [],
+            )  # fmt: skip
+            place = self._place(slots, thread, slot)
+            address = arith.addi(place, arith.muli(lane, i32(16)))
+            codes = hopper.load_shared_x4(address) + hopper.load_shared_x4(address, 512)
+            size = jnp.dtype(self.scale_dtype).itemsize
+            address = arith.addi(place, arith.muli(arith.shrui(lane, i32(2)), i32(2 * size)))
+            scales = []
+            for group in range(self.groups):
+                load = f"ld.shared.{'u16' if size == 1 else 'b32'} $0, [$1+{4 * CODE_WORDS + group * SHARE_N * size}];"
+                [scale] = hopper.asm(load, "=r,r", [address], [word])
+                scales.append(arith.select(exists, scale, i32(0)))
+            return hopper.pack(codes), hopper.pack(scales)
+
+        return cast(Operation, read)
+
+    def _pieces(self) -> list[tuple[ir.Value, ir.Value, ir.Value]]:
+        """The token, the held input and whether there is such a token, for each piece of 32 that a thread stages."""
+        pieces = []
+        for at in range(0, THREADS * self.pieces, THREADS):
+            piece = arith.addi(utils.thread_idx(), i32(at))
+            chunks = i32(self.held * TILE_K // 32)
+            token, column = arith.divui(piece, chunks), arith.muli(arith.remui(piece, chunks), i32(32))
+            pieces.append((token, column, arith.cmpi(arith.CmpIPredicate.ult, token, i32(self.m))))
+        return pieces
+
+    def load_inputs(self) -> Operation:
+        """``(x8, first tile) -> words``: reads the inputs of the tiles from ``first`` on, zeros behind them."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), self.scalar), return_type=self.type["inputs"])
+        def load(_: Any, x: Any, first: Any) -> Any:
+            i64, word = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32)
+            source = llvm.ptrtoint(i64, utils.memref_ptr(x))
+            start = arith.muli(first.registers.item(), i32(TILE_K))
+            words = []
+            for token, column, here in self._pieces():
+                column = arith.addi(start, column)
+                inside = arith.andi(here, arith.cmpi(arith.CmpIPredicate.ult, column, i32(self.k)))
+                row = arith.muli(arith.extui(i64, token), hopper.constant(self.k, bits=64))
+                address = arith.addi(arith.addi(source, row), arith.extui(i64, column))
+                for half in range(2):
+                    words += hopper.asm(
+                        "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; "
+                        f"mov.b32 $3, 0; @p ld.global.nc.v4.u32 {{$0, $1, $2, $3}}, [$4+{16 * half}]; }}",
+                        "=&r,=&r,=&r,=&r,l,r", [address, arith.extui(word, inside)], [word] * 4,
+                    )  # fmt: skip
+            return hopper.pack(words)
+
+        return cast(Operation, load)
+
+    def hold_inputs(self) -> Operation:
+        """``(words, held inputs) -> ()``: puts them into shared memory.
+
+        A lane of the tensor core's operand takes four neighbouring inputs of every sixteen, in the order 0, 2, 1, 3, in
+        which the codes come out of their words. What it takes of 32 (float16) or 128 (e4m3) inputs lies together.
+        """
+
+        @plgpu.inline_mgpu(arg_types=(self.layout["inputs"], plgpu.RefType()), return_type=())
+        def put(_: Any, inputs: Any, held: Any) -> Any:
+            word = ir.IntegerType.get_signless(32)
+            target, words = hopper.shared_address(held), hopper.unpack(inputs)
+            for i, (token, column, here) in enumerate(self._pieces()):
+                if self.cut.halves:
+                    within = arith.muli(column, i32(2))
+                else:
+                    quarter = arith.shrui(arith.andi(column, i32(TILE_K - 1)), i32(2))
+                    tile = arith.shrui(column, i32(TILE_K.bit_length() - 1))
+                    within = arith.addi(arith.muli(tile, i32(TILE_K)), quarter)
+                place = arith.addi(target, arith.addi(arith.muli(token, i32(self.pitch)), within))
+                for lane in range(4):
+                    swapped = [
+                        hopper.pure_asm("prmt.b32 $0, $1, 0, 0x3120;", "=r,r", [words[8 * i + 4 * half + lane]], word)
+                        for half in range(2)
+                    ]
+                    if self.cut.halves:
+                        values = [h for w in swapped for h in to_halves(w)]
+                        store_if(place, 16 * lane, values, arith.extui(word, here))
+                    else:
+                        store_if(place, 32 * lane, swapped, arith.extui(word, here))
+            return ()
+
+        return cast(Operation, put)
 
     def barrier(self) -> Operation:
         """``() -> ()``: waits for all threads of the block."""
@@ -188,11 +249,16 @@ class Steps:
             return_type=self.type["sums"],
         )  # fmt: skip
         def add(_: Any, sums: Any, is_first: Any, codes: Any, scales: Any, held: Any, first: Any) -> Any:
-            word, single = ir.IntegerType.get_signless(32), ir.F32Type.get()
+            single = ir.F32Type.get()
             thread = utils.thread_idx()
-            lane, warp = arith.andi(thread, i32(31)), arith.shrui(thread, i32(5))
+            lane, (_, warp) = arith.andi(thread, i32(31)), self._in_team(thread)
+            loaded: dict[int, list[ir.Value]] = {}
             tile = arith.minui(arith.addi(first.registers.item(), warp), i32(self.held - 1))
-            column = arith.addi(arith.muli(tile, i32(TILE_K)), arith.muli(arith.andi(lane, i32(3)), i32(4)))
+            quad = arith.andi(lane, i32(3))
+            if self.cut.halves:
+                column = arith.addi(arith.muli(tile, i32(2 * TILE_K)), arith.muli(quad, i32(16)))
+            else:
+                column = arith.addi(arith.muli(tile, i32(TILE_K)), arith.muli(quad, i32(32)))
             inputs = []
             for block in range(self.blocks_of_tokens):
                 # Lanes of tokens behind the last repeat it; what they compute is not used.
@@ -210,13 +276,18 @@ class Steps:
                 for u in range(group * per_group, (group + 1) * per_group):
                     a = decode_to_halves(codes[u])
                     for block in range(self.blocks_of_tokens):
-                        [x] = hopper.asm(f"ld.shared.b32 $0, [$1+{16 * u}];", "=r,r", [inputs[block]], [word])
+                        if self.cut.halves:
+                            if u % 2 == 0:
+                                loaded[block] = hopper.load_shared_x4(inputs[block], 32 * u)
+                            x = loaded[block][2 * (u % 2) : 2 * (u % 2) + 2]
+                        else:
+                            if u % 4 == 0:
+                                loaded[block] = hopper.load_shared_x4(inputs[block], 4 * u)
+                            x = to_halves(loaded[block][u % 4])
                         part[4 * block : 4 * block + 4] = hopper.asm(
-                            "{ .reg .b16 l, h; .reg .b32 b0, b1; mov.b32 {l, h}, $8; "
-                            "cvt.rn.f16x2.e4m3x2 b0, l; cvt.rn.f16x2.e4m3x2 b1, h; "
                             "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-                            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {b0, b1}, {$9, $10, $11, $12}; }",
-                            "=f,=f,=f,=f,r,r,r,r,r,f,f,f,f", [*a, x, *part[4 * block : 4 * block + 4]], [single] * 4,
+                            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+                            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [*a, *x, *part[4 * block : 4 * block + 4]], [single] * 4,
                         )  # fmt: skip
                 pair = decode_scales(scales[group], self.scale_dtype)
                 part = by_row(part, list(pair))
@@ -225,95 +296,132 @@ class Steps:
 
         return cast(Operation, add)
 
-    def load_factor(self) -> Operation:
-        """``(token scales, tensor scale) -> factor``: that of the sums of thread 16 t + o, which are token t's."""
+    def _results(self, thread: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
+        """The token and the output of each result that a thread adds up."""
+        in_team = arith.andi(thread, i32(32 * self.team - 1))
+        at = [arith.addi(in_team, i32(i * 32 * self.team)) for i in range(self.results)]
+        return [(arith.shrui(i, i32(4)), arith.andi(i, i32(UNIT - 1))) for i in at]
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=self.type["factor"])
+    def load_factors(self) -> Operation:
+        """``(token scales, tensor scale) -> factors``: those of a thread's results, and one that they share."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=self.type["factors"])
         def load(_: Any, token_scales: Any, tensor_scale: Any) -> Any:
-            token = arith.shrui(utils.thread_idx(), i32(4))
-            exists = arith.cmpi(arith.CmpIPredicate.ult, token, i32(self.m))
-            scale = load_if(float_address(tensor_scale, i32(0)), hopper.constant(1, bits=1))
-            scale = arith.mulf(scale, f32(1 / HALF_CODE_UNIT))
-            return hopper.pack([arith.mulf(load_if(float_address(token_scales, token), exists), scale)])
+            factors = []
+            for token, _ in self._results(utils.thread_idx()):
+                exists = arith.cmpi(arith.CmpIPredicate.ult, token, i32(self.m))
+                factors.append(load_if(float_address(token_scales, token), exists))
+            # Not multiplied here: nothing should wait for these loads yet.
+            return hopper.pack([*factors, load_if(float_address(tensor_scale, i32(0)), hopper.constant(1, bits=1))])
 
         return cast(Operation, load)
 
     def finish(self, has_bias: bool, parts: int) -> Operation:
-        """``(sums, partial sums, factor, bias, y, unit, part[, sums of units, unit of this block]) -> ()``.
+        """``(sums, partial sums, factors, bias, y, first unit, part[, sums of units, turn]) -> ()``.
 
-        Adds up the warps' sums of a unit, in their order, and those of the parts before; of the last part, writes y.
+        Adds up the sums of a team's warps, in their order, and those of the parts before; of the last part, writes y.
         """
         tokens = 8 * self.blocks_of_tokens
 
         @plgpu.inline_mgpu(
             arg_types=(
-                self.layout["sums"], plgpu.RefType(), self.layout["factor"], plgpu.RefType(), plgpu.RefType(),
+                self.layout["sums"], plgpu.RefType(), self.layout["factors"], plgpu.RefType(), plgpu.RefType(),
                 self.scalar, self.scalar, *([plgpu.RefType(), self.scalar] if parts > 1 else []),
             ),
             return_type=(),
         )  # fmt: skip
         def write(
-            _: Any, sums: Any, partial: Any, factor: Any, bias: Any, y: Any, unit: Any, part: Any, *before: Any
+            _: Any, sums: Any, partial: Any, factors: Any, bias: Any, y: Any, unit: Any, part: Any, *before: Any
         ) -> Any:
-            i64, word, single = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32), ir.F32Type.get()
+            word, single = ir.IntegerType.get_signless(32), ir.F32Type.get()
             thread = utils.thread_idx()
             lane, warp = arith.andi(thread, i32(31)), arith.shrui(thread, i32(5))
+            team, _ = self._in_team(thread)
+            unit, part = self._unit(unit, team), part.registers.item()
             base = hopper.shared_address(partial)
-            # [warp][output][token]
-            row = arith.addi(arith.muli(warp, i32(UNIT)), arith.shrui(lane, i32(2)))
-            column = arith.muli(arith.andi(lane, i32(3)), i32(2))
-            address = arith.addi(base, arith.muli(arith.addi(arith.muli(row, i32(tokens)), column), i32(4)))
-            registers = hopper.unpack(sums)
-            for i in range(0, len(registers), 2):
-                offset = 4 * (i // 4 * 8 + i % 4 // 2 * 8 * tokens)
-                hopper.asm(
-                    f"st.shared.v2.f32 [$0+{offset}], {{$1, $2}};", "r,f,f", [address, *registers[i : i + 2]], []
+            row = arith.addi(arith.muli(warp, i32(tokens)), arith.muli(arith.andi(lane, i32(3)), i32(2)))
+            column = arith.shrui(lane, i32(2))
+            address = arith.addi(base, arith.muli(arith.addi(arith.muli(row, i32(SUMS_PITCH)), column), i32(4)))
+            for i, register in enumerate(hopper.unpack(sums)):
+                offset = 4 * ((i // 4 * 8 + i % 2) * SUMS_PITCH + i % 4 // 2 * 8)
+                hopper.asm(f"st.shared.f32 [$0+{offset}], $1;", "r,f", [address, register], [])
+            results = []
+            for token, output in self._results(thread):
+                place = arith.addi(arith.muli(unit, i32(UNIT)), output)
+                here = arith.andi(
+                    arith.cmpi(arith.CmpIPredicate.ult, token, i32(self.m)),
+                    arith.cmpi(arith.CmpIPredicate.ult, place, i32(self.n)),
                 )
-            token, output = arith.shrui(thread, i32(4)), arith.andi(thread, i32(15))
-            place = arith.addi(arith.muli(unit.registers.item(), i32(UNIT)), output)
-            here = arith.andi(
-                arith.cmpi(arith.CmpIPredicate.ult, token, i32(self.m)),
-                arith.cmpi(arith.CmpIPredicate.ult, place, i32(self.n)),
-            )
-            offset_of_output = load_if(float_address(bias, place), here) if has_bias else None
-            hopper.block_barrier()
-            element = arith.addi(arith.muli(output, i32(tokens)), token)
-            address = arith.addi(base, arith.muli(element, i32(4)))
-            flag = arith.extui(word, here)
+                offset_of_output = load_if(float_address(bias, place), here) if has_bias else None
+                results.append((token, output, place, here, offset_of_output))
+            hopper.asm(f"bar.sync $0, {32 * self.team};", "r", [arith.addi(team, i32(1))], [])
             load = "{{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.f32 $0, 0f00000000; @p ld.shared.f32 $0, [$1+{}]; }}"
-            values = [
-                hopper.asm(load.format(w * UNIT * tokens * 4), "=&f,r,r", [address, flag], [single])[0]
-                for w in range(WARPS)
-            ]
-            while len(values) > 1:  # pairwise, for short chains and small errors
-                values = [arith.addf(a, b) for a, b in zip(values[::2], values[1::2], strict=True)]
-            [total] = values
-            last = here
-            if parts > 1:
-                kept, mine = before
-                at = arith.addi(arith.muli(mine.registers.item(), i32(UNIT * tokens)), element)
-                at = arith.addi(hopper.shared_address(kept), arith.muli(at, i32(4)))
-                part = part.registers.item()
-                later = arith.andi(here, arith.cmpi(arith.CmpIPredicate.ne, part, i32(0)))
-                [sum_before] = hopper.asm(load.format(0), "=&f,r,r", [at, arith.extui(word, later)], [single])
-                total = arith.addf(total, sum_before)
-                hopper.asm(
-                    "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.shared.f32 [$0], $1; }", "r,f,r", [at, total, flag], []
-                )
-                last = arith.andi(here, arith.cmpi(arith.CmpIPredicate.eq, part, i32(parts - 1)))
-            result = arith.mulf(total, hopper.unpack(factor)[0])
-            if offset_of_output is not None:
-                result = arith.addf(result, offset_of_output)
-            index = arith.muli(arith.extui(i64, token), hopper.constant(self.n, bits=64))
-            index = arith.addi(index, arith.extui(i64, place))
-            target = arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(y)), arith.muli(index, hopper.constant(2, bits=64)))
-            hopper.asm(
-                "{ .reg .pred p; .reg .b16 b; setp.ne.b32 p, $2, 0; cvt.rn.bf16.f32 b, $1; @p st.global.b16 [$0], b; }",
-                "l,f,r", [target, result, arith.extui(word, last)], [],
-            )  # fmt: skip
+            *of_tokens, of_all = hopper.unpack(factors)
+            of_all = arith.mulf(of_all, f32(1 / HALF_CODE_UNIT))
+            for factor, (token, output, place, here, offset_of_output) in zip(of_tokens, results, strict=True):
+                element = arith.addi(arith.muli(token, i32(SUMS_PITCH)), output)
+                of_team = arith.addi(element, arith.muli(team, i32(self.team * SUMS_PITCH * tokens)))
+                address = arith.addi(base, arith.muli(of_team, i32(4)))
+                flag = arith.extui(word, here)
+                values = [
+                    hopper.asm(load.format(w * SUMS_PITCH * tokens * 4), "=&f,r,r", [address, flag], [single])[0]
+                    for w in range(self.team)
+                ]
+                while len(values) > 1:  # pairwise, for short chains and small errors
+                    values = [arith.addf(a, b) for a, b in zip(values[::2], values[1::2], strict=True)]
+                [total] = values
+                last = here
+                if parts > 1:
+                    kept, turn = before
+                    mine = arith.addi(arith.muli(turn.registers.item(), i32(self.teams)), team)
+                    at = arith.addi(arith.muli(mine, i32(SUMS_PITCH * tokens)), element)
+                    at = arith.addi(hopper.shared_address(kept), arith.muli(at, i32(4)))
+                    later = arith.andi(here, arith.cmpi(arith.CmpIPredicate.ne, part, i32(0)))
+                    [sum_before] = hopper.asm(load.format(0), "=&f,r,r", [at, arith.extui(word, later)], [single])
+                    total = arith.addf(total, sum_before)
+                    hopper.asm(
+                        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.shared.f32 [$0], $1; }",
+                        "r,f,r", [at, total, flag], [],
+                    )  # fmt: skip
+                    last = arith.andi(here, arith.cmpi(arith.CmpIPredicate.eq, part, i32(parts - 1)))
+                result = arith.mulf(total, arith.mulf(factor, of_all))
+                if offset_of_output is not None:
+                    result = arith.addf(result, offset_of_output)
+                self._store(y, token, place, result, last)
             return ()
 
         return cast(Operation, write)
+
+    def _store(self, y: Any, token: ir.Value, place: ir.Value, result: ir.Value, condition: ir.Value) -> None:
+        """Writes an element of y in bf16."""
+        i64, word = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32)
+        index = arith.muli(arith.extui(i64, token), hopper.constant(self.n, bits=64))
+        index = arith.addi(index, arith.extui(i64, place))
+        target = arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(y)), arith.muli(index, hopper.constant(2, bits=64)))
+        hopper.asm(
+            "{ .reg .pred p; .reg .b16 b; setp.ne.b32 p, $2, 0; cvt.rn.bf16.f32 b, $1; @p st.global.b16 [$0], b; }",
+            "l,f,r", [target, result, arith.extui(word, condition)], [],
+        )  # fmt: skip
+
+
+def lane_leads(thread: ir.Value) -> ir.Value:
+    """1 in the first lane of each warp, else 0."""
+    first = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(thread, i32(31)), i32(0))
+    return arith.extui(ir.IntegerType.get_signless(32), first)
+
+
+def to_halves(word: ir.Value) -> list[ir.Value]:
+    """The lower and the upper two of four e4m3 as float16."""
+    convert = "{{ .reg .b16 l, h; mov.b32 {{l, h}}, $1; cvt.rn.f16x2.e4m3x2 $0, {}; }}"
+    return [hopper.pure_asm(convert.format(part), "=r,r", [word], word.type) for part in "lh"]
+
+
+def store_if(address: ir.Value, offset: int, words: Sequence[ir.Value], condition: ir.Value) -> None:
+    """Stores two or four words to shared memory where the condition is not 0."""
+    count = len(words)
+    registers = ", ".join(f"${i + 2}" for i in range(count))
+    ptx = f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.shared.v{count}.b32 [$0+{offset}], {{{registers}}}; }}"
+    hopper.asm(ptx, ",".join(["r"] * (count + 2)), [address, condition, *words], [])
 
 
 def decode_to_halves(word: ir.Value) -> list[ir.Value]:

@@ -2,13 +2,18 @@
 
 import dataclasses
 
-from pallas_kernels.weight_layout import TILE_K, TILE_N
+from pallas_kernels.weight_layout import SHARE_N, TILE_K, TILE_N
 
 WARPGROUPS = 2  # that compute; a third one copies
 BLOCK_N = WARPGROUPS * TILE_N
 SHARED_MEMORY = 232448
 STREAMING_MULTIPROCESSORS = 132
 FEW_TOKENS = 16  # that the matvec kernel takes at most
+UNIT = SHARE_N  # outputs that the matvec kernel's warps make together
+WARPS = 16  # of a block of the matvec kernel
+# Of partial sums, from a token's 16 outputs to the next one's: so that neither who writes nor who adds them up finds
+# many in one bank.
+SUMS_PITCH = 20
 DECODE_ROWS = 16  # query rows per kv head that the decode kernel takes at most
 
 
@@ -58,7 +63,8 @@ def choose_tiling(m: int, n: int, k: int, tile_bytes: int) -> Tiling:
         split = next(s for s in (1, 2, 4) if s == 4 or blocks * s >= 96)
         while split > 1 and steps < 2 * split:
             split //= 2
-        tiling = Tiling(tokens, 8, halves=1, unroll=2, split=split, persistent=False)
+        # What is in flight beyond 80 KB per multiprocessor makes some of them fall behind the others.
+        tiling = Tiling(tokens, 8 if blocks * split <= 96 else 4, halves=1, unroll=2, split=split, persistent=False)
     elif m <= 512 and blocks * -(-m // 256) < 96:
         split = 2 if steps >= 16 and blocks * -(-m // 128) < 96 else 1
         tiling = Tiling(128, 5 if split == 2 else 6, split=split)
@@ -67,3 +73,63 @@ def choose_tiling(m: int, n: int, k: int, tile_bytes: int) -> Tiling:
     while tiling.shared_memory(tile_bytes) > SHARED_MEMORY and tiling.stages > 2:
         tiling = dataclasses.replace(tiling, stages=tiling.stages - 1)
     return tiling
+
+
+@dataclasses.dataclass(frozen=True)
+class Streaming:
+    """How the product is cut into pieces.
+
+    Attributes:
+      slots: shares of tiles that each warp has room for; all but the one it works on are on their way.
+      team: warps that share a unit: 4, 8 or 16.
+      rounds: tiles of each warp, per unit, whose inputs shared memory holds; where that is not all of them, the units
+        are gone through several times.
+      halves: whether shared memory holds the inputs as float16, not e4m3, so that no loop converts them.
+    """
+
+    slots: int
+    team: int
+    rounds: int
+    halves: bool
+
+    def parts(self, k: int) -> int:
+        """How often the units are gone through."""
+        return -(-k // (TILE_K * self.team * self.rounds))
+
+    def inputs_pitch(self, k: int) -> int:
+        """Bytes from a token's inputs to the next one's: so that what a load takes lies in different banks."""
+        tiles = min(self.rounds * self.team, -(-k // TILE_K))
+        return tiles * TILE_K * (2 if self.halves else 1) + (64 if self.halves else 16)
+
+    def turns(self, n: int) -> int:
+        """Units of each team of a block."""
+        return -(-n // (UNIT * STREAMING_MULTIPROCESSORS * WARPS // self.team))
+
+    def shared_memory(self, m: int, n: int, k: int, share: int) -> int:
+        """Bytes of shared memory for a weight of such shares, rounded up array by array as the compiler does."""
+        sums = 4 * SUMS_PITCH * 8 * -(-m // 8)
+        arrays = [
+            m * self.inputs_pitch(k),
+            2 * WARPS * sums,
+            self.slots * WARPS * share,
+            self.slots * WARPS * 8,
+            self.turns(n) * WARPS // self.team * sums if self.parts(k) > 1 else 0,
+        ]
+        return sum(-(-size // 1024) * 1024 for size in arrays)
+
+
+def choose_streaming(m: int, n: int, k: int, share: int) -> Streaming | None:
+    """As few parts as possible, then float16 if that fits, then many slots; None if the kernel takes no such shape."""
+    if not 1 <= m <= FEW_TOKENS:
+        return None
+    units = -(-n // (UNIT * STREAMING_MULTIPROCESSORS))
+    # As many teams as there is work for at a time.
+    team = {1: 16, 3: 4}.get(units, 8)
+    all_rounds = -(-k // (TILE_K * team))
+    for parts in range(1, all_rounds + 1):
+        for halves in (True, False) if m <= 8 else (False,):
+            cut = Streaming(2, team, -(-all_rounds // parts), halves)
+            if cut.shared_memory(m, n, k, share) <= SHARED_MEMORY:
+                # Where many inputs have to be put into shared memory first, the other kernel has them copied.
+                return cut if m <= 8 or (parts == 1 and cut.turns(n) == 1) else None
+    return None

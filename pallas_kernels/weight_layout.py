@@ -1,13 +1,13 @@
 """How INT4 weights lie in memory for the Hopper matmul: tiles that a warpgroup streams and converts in registers.
 
-A tile stands for 64 outputs by 128 inputs and is one contiguous block of memory, codes first:
+A tile stands for 64 outputs by 128 inputs and is one contiguous block of memory, four shares of 16 outputs each:
 
-    [4 warps][2][32 lanes][4 words]   codes, 4 KB
-    [groups][4 warps][8][2]           group scales, e4m3 or bf16
+    [2][32 lanes][4 words]   codes, 1 KB
+    [groups][8][2]           group scales, e4m3 or bf16
 
-Lane 4 r + q of warp w feeds the outputs 16 w + r and 16 w + r + 8 of the tile to the tensor core. Its
-word u carries the codes of its operand registers 2u (bits 7 and 2..0 of each byte) and 2u + 1 (bit 3 of the next byte
-and bits 6..4); operand register 4 b + 2 h + o is, for o = 0 and 1, output 16 w + r + 8 o at inputs
+Lane 4 r + q of warp w, whose share is the w-th, feeds the outputs 16 w + r and 16 w + r + 8 of the tile to the tensor
+core. Its word u carries the codes of its operand registers 2u (bits 7 and 2..0 of each byte) and 2u + 1 (bit 3 of the
+next byte and bits 6..4); operand register 4 b + 2 h + o is, for o = 0 and 1, output 16 w + r + 8 o at inputs
 32 b + 16 h + 4 q + 0..3.
 A code is stored as a sign and, where that is set, its magnitude less one.
 """
@@ -22,7 +22,9 @@ from pallas_kernels.packing import pack_int4, unpack_int4
 
 TILE_N = 64
 TILE_K = 128
-CODE_WORDS = TILE_N * TILE_K // 8
+SHARES = 4
+SHARE_N = TILE_N // SHARES
+CODE_WORDS = SHARE_N * TILE_K // 8  # of a share
 GROUP_SIZES = (32, 64, 128)
 
 
@@ -31,9 +33,14 @@ def can_tile(n: int, group_size: int) -> bool:
     return n % TILE_N == 0 and group_size in GROUP_SIZES
 
 
+def share_bytes(group_size: int, scale_dtype: Any) -> int:
+    """Bytes of a share of a tile; whole 16 bytes."""
+    return 4 * CODE_WORDS + SHARE_N * (TILE_K // group_size) * jnp.dtype(scale_dtype).itemsize
+
+
 def tile_shape(group_size: int, scale_dtype: Any) -> tuple[int, int]:
     """A tile's 32-bit words as a matrix that one tensor-map copy takes: rows of at most 256 words, whole 16 bytes."""
-    words = CODE_WORDS + TILE_N * (TILE_K // group_size) * jnp.dtype(scale_dtype).itemsize // 4
+    words = SHARES * share_bytes(group_size, scale_dtype) // 4
     rows = next(r for r in range(-(-words // 256), words) if words % r == 0 and words // r % 4 == 0)
     return rows, words // rows
 
@@ -67,22 +74,23 @@ def to_tiles(codes: jax.Array, scales: jax.Array) -> jax.Array:
     even, odd = fields[..., 0], fields[..., 1]
     words = jnp.sum(even | odd << 4 | odd >> 28, axis=-1, dtype=jnp.uint32)  # the bytes' bits are disjoint
     # [row tile, step, u // 4, u % 4, warp, lane] -> [row tile, step, warp, u // 4, lane, u % 4]
-    words = words.reshape(rows, steps, 2, 4, 4, 32).transpose(0, 1, 4, 2, 5, 3).reshape(rows, steps, CODE_WORDS)
-    words = jax.lax.bitcast_convert_type(words, jnp.int32)
+    words = words.reshape(rows, steps, 2, 4, 4, 32).transpose(0, 1, 4, 2, 5, 3)
+    words = jax.lax.bitcast_convert_type(words, jnp.int32).reshape(rows, steps, SHARES, CODE_WORDS)
 
     per_tile = TILE_K // g
     behind = ((0, rows * TILE_N - n), (0, steps * per_tile - groups))
     padded = jnp.pad(scales, behind, constant_values=jnp.ones((), scales.dtype))
-    # [row tile, warp, o, r, step, group] -> [row tile, step, group, warp, r, o]
-    padded = padded.reshape(rows, 4, 2, 8, steps, per_tile).transpose(0, 4, 5, 1, 3, 2)
-    padded = jax.lax.bitcast_convert_type(padded.reshape(rows, steps, -1, 4 // scales.dtype.itemsize), jnp.int32)
+    # [row tile, warp, o, r, step, group] -> [row tile, step, warp, group, r, o]
+    padded = padded.reshape(rows, 4, 2, 8, steps, per_tile).transpose(0, 4, 1, 5, 3, 2)
+    padded = padded.reshape(rows, steps, SHARES, -1, 4 // scales.dtype.itemsize)
+    padded = jax.lax.bitcast_convert_type(padded, jnp.int32)
     return jnp.concatenate([words, padded], axis=-1).reshape(rows, steps, *tile)
 
 
 def from_tiles(tiles: jax.Array, n: int, k: int, group_size: int, scale_dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Inverse of :func:`to_tiles`, bit for bit: packed codes ``[n, k / 2]`` and scales ``[n, k / g]``."""
     rows, steps = tiles.shape[:2]
-    flat = tiles.reshape(rows, steps, -1)
+    flat = tiles.reshape(rows, steps, SHARES, -1)
     words = jax.lax.bitcast_convert_type(flat[..., :CODE_WORDS], jnp.uint32)
     words = words.reshape(rows, steps, 4, 2, 32, 4).transpose(0, 1, 3, 5, 2, 4).reshape(rows, steps, 4, 2, 4, 8, 4)
     fields = jnp.stack([words, words >> 4 | words << 28], axis=-1)[..., None, :]
@@ -93,7 +101,7 @@ def from_tiles(tiles: jax.Array, n: int, k: int, group_size: int, scale_dtype: A
     values = values.transpose(0, 4, 8, 5, 1, 2, 3, 6, 7).reshape(rows * TILE_N, steps * TILE_K)
     per_tile = TILE_K // group_size
     scales = jax.lax.bitcast_convert_type(flat[..., CODE_WORDS:], scale_dtype)
-    scales = scales.reshape(rows, steps, per_tile, 4, 8, 2).transpose(0, 3, 5, 4, 1, 2)
+    scales = scales.reshape(rows, steps, SHARES, per_tile, 8, 2).transpose(0, 2, 5, 4, 1, 3)
     scales = scales.reshape(rows * TILE_N, steps * per_tile)
     return pack_int4(values[:n, :k]), scales[:n, : k // group_size]
 

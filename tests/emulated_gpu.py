@@ -3,7 +3,7 @@
 Inside :func:`emulated` the kernels of ``mosaic_matvec`` and ``mosaic_decode`` run as they are written: every operation
 on registers acts on a vector of all threads of a block, inline PTX is executed instruction by instruction, blocks run
 one after another. Shared memory is watched: a word that one warp wrote and another reads or writes before the next
-barrier is a race. Not known: asynchronous copies, mbarriers, clusters, wgmma.
+barrier is a race. What a bulk copy brings is garbage until its mbarrier was waited for. Not known: clusters, wgmma.
 """
 
 import re
@@ -18,6 +18,8 @@ import numpy as np
 
 U32, U64, F32, PRED, B16 = np.uint32, np.uint64, np.float32, np.bool_, np.uint16
 SHARED_BYTES = 232448
+# Who touched a word of shared memory last: a warp's number, or one of these and a team's number.
+MEMBERS, DONE, STRANGERS = 1000, 2000, 3000
 
 
 class RaceError(AssertionError):
@@ -62,6 +64,8 @@ class Block:
         self.warp = np.arange(threads) // 32
         self.writer = np.full(SHARED_BYTES // 4, -1)
         self.reader = np.full(SHARED_BYTES // 4, -1)
+        self.arrivals = {}
+        self.team = np.zeros(threads // 32, np.int64)
 
     def allocate(self, shape, dtype):
         self.used = -(-self.used // 1024) * 1024
@@ -76,20 +80,58 @@ class Block:
         self.writer[:] = -1
         self.reader[:] = -1
 
+    def team_barrier(self, team):
+        """A barrier of each team of warps: what its members did is in order for them, not for the others."""
+        self.team = team[::32]
+        for owner in (self.writer, self.reader):
+            known = (owner >= 0) & (owner < MEMBERS)
+            owner[known] = DONE + self.team[owner[known]]
+            within = (owner >= MEMBERS) & (owner < DONE)
+            owner[within] += DONE - MEMBERS
+
+    def apart(self, owner, warps):
+        """Whether a warp may not touch a word because of ``owner``."""
+        other = (owner >= 0) & (owner < MEMBERS) & (owner != warps)
+        others = (owner >= MEMBERS) & (owner < DONE)
+        strangers = (owner >= DONE) & (owner != DONE + self.team[warps])
+        return other | others | strangers
+
     def touch(self, addresses, active, size, writing):
         for byte in range(0, size, 4):
             words, warps = (addresses[active] + byte) // 4, self.warp[active]
             owner = self.writer[words]
-            if np.any((owner >= 0) & (owner != warps)):
+            if np.any(self.apart(owner, warps)):
                 raise RaceError("a word that another warp wrote")
             if writing:
-                reader = self.reader[words]
-                if np.any((reader >= 0) & (reader != warps)):
+                if np.any(self.apart(self.reader[words], warps)):
                     raise RaceError("a word that another warp reads")
                 self.writer[words] = warps
             else:
                 first = self.reader[words]
-                self.reader[words] = np.where((first < 0) | (first == warps), warps, 1 << 20)
+                team = self.team[warps]
+                same = (first < 0) | (first == warps) | (first == DONE + team)
+                in_team = (first == MEMBERS + team) | (
+                    (first < MEMBERS) & (self.team[np.clip(first, 0, len(self.team) - 1)] == team)
+                )
+                self.reader[words] = np.where(same, warps, np.where(in_team, MEMBERS + team, STRANGERS))
+
+
+class Arrival:
+    """An mbarrier that one thread arrives at, and the copies of its present phase."""
+
+    def __init__(self):
+        self.phase = 0
+        self.expected = None
+        self.copies = []
+
+    def complete(self):
+        """Delivers the copies, if the phase's thread has arrived."""
+        if self.expected is None:
+            return
+        assert sum(len(data) for _, data in self.copies) == self.expected, "not the bytes that were announced"
+        for target, data in self.copies:
+            target[:] = data
+        self.phase, self.expected, self.copies = self.phase + 1, None, []
 
 
 class Machine:
@@ -152,9 +194,10 @@ class Machine:
             if not line or line.startswith(".reg"):
                 continue
             active = np.ones(self.block.threads, bool)
+            line = re.sub(r"^\w+:\s*", "", line)  # a label, of a loop that waits
             if line.startswith("@"):
                 predicate, line = line[1:].split(None, 1)
-                active = names[predicate]
+                active = ~names[predicate[1:]] if predicate[0] == "!" else names[predicate]
             self.instruction(line, names, active)
         return [names[f"${i}"].view(kind) if names[f"${i}"].dtype.itemsize == np.dtype(kind).itemsize
                 else names[f"${i}"].astype(kind) for i, kind in enumerate(results)]  # fmt: skip
@@ -186,7 +229,13 @@ class Machine:
             names[name] = new
 
         kind = opcode.split(".")
-        if kind[0] in ("ld", "st"):
+        if opcode == "bar.warp.sync" or kind[0] == "fence":
+            pass  # warps run in step
+        elif kind[0] == "mbarrier" or opcode.startswith("cp.async.bulk"):
+            self.asynchronous(kind, arguments, names, active, value, address)
+        elif kind[0] == "bra":
+            assert not active.any(), "a wait for what nobody announced"
+        elif kind[0] in ("ld", "st"):
             space = kind[1]
             count = next((int(k[1:]) for k in kind if k in ("v2", "v4")), 1)
             size = 2 if kind[-1] in ("u16", "b16") else 4
@@ -205,8 +254,14 @@ class Machine:
                 words = [value(s, U32) if size == 4 else value(s, B16) for s in sources]
                 data = np.stack(words, axis=1).view(np.uint8)
                 self.store(space, address(arguments[0]), active, data)
+        elif kind[0] == "bar" and len(arguments) == 2:
+            team = value(arguments[0]).astype(np.int64)
+            assert np.all(np.unique(team, return_counts=True)[1] == int(arguments[1])), "not as many threads"
+            self.block.team_barrier(team)
         elif kind[0] == "bar":
             self.block.barrier()
+        elif opcode == "setp.ne.and.b32":
+            names[arguments[0]] = (value(arguments[1]) != value(arguments[2])) & names[arguments[3]]
         elif kind[0] == "setp":
             names[arguments[0]] = value(arguments[1]) != value(arguments[2])
         elif kind[0] == "mov" and arguments[0].startswith("{"):
@@ -257,6 +312,41 @@ class Machine:
             )
         else:
             raise NotImplementedError(line)
+
+    def asynchronous(self, kind, arguments, names, active, value, address):
+        """mbarriers, and copies from global to shared memory that complete them."""
+        threads = np.flatnonzero(active)
+        if kind[1] == "init":
+            for thread in threads:
+                self.block.arrivals[int(address(arguments[0])[thread])] = Arrival()
+        elif kind[1] == "arrive":
+            for thread in threads:
+                arrival = self.block.arrivals[int(address(arguments[1])[thread])]
+                assert arrival.expected is None, "an arrival before the phase was waited for"
+                arrival.expected = int(value(arguments[2])[thread])
+        elif kind[1] == "try_wait":
+            done = np.zeros(self.block.threads, bool)
+            for thread in threads:
+                arrival = self.block.arrivals[int(address(arguments[1])[thread])]
+                parity = int(value(arguments[2])[thread])
+                if arrival.phase & 1 == parity:
+                    arrival.complete()
+                done[thread] = arrival.phase & 1 != parity
+            names[arguments[0]] = done
+        else:
+            size = int(arguments[2])
+            for thread in threads:
+                target, source = int(address(arguments[0])[thread]), int(address(arguments[1])[thread])
+                assert target % 16 == source % 16 == size % 16 == 0, "a misaligned copy"
+                memory, at = self.arrays[(source >> 40) - 1], source & ((1 << 40) - 1)
+                assert at + size <= memory.size, "an address outside the array"
+                one = np.arange(self.block.threads) == thread
+                self.block.touch(address(arguments[0]).astype(np.int64), one, size, True)
+                place = self.block.shared[target : target + size]
+                place[:] = 0xA5
+                self.block.arrivals[int(address(arguments[3])[thread])].copies.append(
+                    (place, memory[at : at + size].copy())
+                )
 
     def mma(self, kind, targets, a, b, c, names):
         """m16n8k16 of every warp: fragments to matrices, product, and back."""
@@ -336,7 +426,7 @@ def emulated(*modules):
         return Register(machine.full(value & mask, widths[bits]))
 
     hopper_functions = {
-        "asm": asm, "pure_asm": pure_asm, "constant": constant,
+        "asm": asm, "pure_asm": pure_asm, "constant": constant, "ir": ir,
         "i32": lambda value: constant(value, 32), "f32": lambda value: Register(machine.full(value, F32)),
         "pack": list, "unpack": list,
         "shared_address": lambda ref: Register(machine.full(ref.address, U32)),

@@ -8,7 +8,7 @@ from test_matmul_kernel import BF16, E4M3, frobenius, product, random_tokens, ra
 
 import pallas_kernels as pk
 from pallas_kernels import decode_steps, matmul_steps, matvec_steps, mosaic_decode, mosaic_matvec
-from pallas_kernels.matvec_steps import Streaming
+from pallas_kernels.tiling import Streaming
 
 
 @pytest.mark.parametrize(
@@ -17,9 +17,12 @@ from pallas_kernels.matvec_steps import Streaming
         (1, 64, 32, 32, E4M3, None),
         (3, 192, 576, 64, BF16, None),
         (8, 2176, 256, 128, E4M3, None),  # two units for some blocks
-        (9, 64, 2432, 32, E4M3, Streaming(3, 2)),  # two rounds, the second one not full
-        (2, 2176, 4480, 128, E4M3, Streaming(4, 1)),  # inputs in three parts
-        (16, 128, 2176, 64, BF16, Streaming(1, 1)),
+        (9, 64, 2432, 32, E4M3, Streaming(3, 16, 2, True)),  # two rounds, the second one not full
+        (2, 2176, 4480, 128, E4M3, Streaming(4, 16, 1, False)),  # inputs in three parts
+        (16, 128, 2176, 64, BF16, Streaming(1, 16, 1, True)),
+        (13, 64, 416, 32, BF16, Streaming(2, 4, 1, False)),  # one unit for four teams
+        (5, 10624, 384, 128, E4M3, Streaming(2, 8, 1, True)),  # units for one team more than for the other
+        (12, 4288, 1088, 64, E4M3, Streaming(1, 4, 2, False)),  # several teams, and inputs in two parts
     ],
 )
 def test_matvec(m, n, k, group_size, scale_dtype, cut):
