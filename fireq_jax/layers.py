@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pallas_kernels
 from fireq_jax.config import LlamaConfig
 from fireq_jax.kv_cache import Int4LayerCache, LayerCache
-from fireq_jax.qtensor import Int4Weight, TiledInt4Weight, is_int4
+from fireq_jax.qtensor import Fp8Activations, Int4Weight, TiledInt4Weight, is_int4, takes_fp8
 
 # How new tokens find keys and values:
 #   "prefill"   they are the first of their sequences and attend to each other, to unquantised or e4m3 values
@@ -20,46 +20,51 @@ AttentionMode = Literal["prefill", "continue", "cached"]
 
 
 def apply_linear(
-    x: jax.Array,
+    x: jax.Array | Fp8Activations,
     weight: jax.Array | Int4Weight | TiledInt4Weight,
     bias: jax.Array | None = None,
     *,
     input_axes: int = 1,
-    out_dtype: Any = None,
+    out_dtype: Any,
     implementation: str | None = None,
 ) -> jax.Array:
     """``y = x · Wᵀ + bias`` over the last ``input_axes`` axes of x, sums in float32.
 
     Args:
-      x: ``[..., *in_shape]`` float.
+      x: ``[..., *in_shape]`` float, or rounded to e4m3 for a weight that takes that.
       weight: ``[*out_shape, *in_shape]`` float, or an int4 weight of those shapes.
       bias: ``out_shape`` or None.
       input_axes: number of axes in ``in_shape``.
-      out_dtype: dtype of the result; x's if None.
+      out_dtype: dtype of the result.
       implementation: of the int4 product, see :mod:`pallas_kernels.dispatch`.
 
     Returns:
       ``[..., *out_shape]``.
     """
-    batch_shape, in_shape = x.shape[:-input_axes], x.shape[-input_axes:]
+    shape = x.values.shape if isinstance(x, Fp8Activations) else x.shape
+    batch_shape, in_shape = shape[:-input_axes], shape[-input_axes:]
     out_shape = weight.shape[:-input_axes]
     m, n, k = math.prod(batch_shape), math.prod(out_shape), math.prod(in_shape)
     flat_bias = None if bias is None else bias.reshape(n)
-    out_dtype = x.dtype if out_dtype is None else out_dtype
+
+    def rounded() -> tuple[jax.Array, jax.Array]:
+        if isinstance(x, Fp8Activations):
+            return x.values.reshape(m, k), x.scale.reshape(m)
+        return pallas_kernels.quantize_rows(x.reshape(m, k), implementation=implementation)
+
     if isinstance(weight, TiledInt4Weight):
-        x8, x_scale = pallas_kernels.quantize_fp8(x.reshape(m, k))
         y = pallas_kernels.int4_fp8_matmul_tiled(
-            x8, x_scale, weight.tiles, weight.tensor_scale, flat_bias,
+            *rounded(), weight.tiles, weight.tensor_scale, flat_bias,
             n=n, group_size=weight.group_size, scale_dtype=weight.scale_dtype, out_dtype=out_dtype,
             implementation=implementation,
         )  # fmt: skip
     elif isinstance(weight, Int4Weight) and weight.activations == "fp8":
-        x8, x_scale = pallas_kernels.quantize_fp8(x.reshape(m, k))
         y = pallas_kernels.int4_fp8_matmul(
-            x8, x_scale, weight.codes, weight.scales, weight.tensor_scale, flat_bias,
+            *rounded(), weight.codes, weight.scales, weight.tensor_scale, flat_bias,
             numerics=weight.numerics, out_dtype=out_dtype, implementation=implementation,
         )  # fmt: skip
     else:
+        assert isinstance(x, jax.Array)  # who rounds asks takes_fp8 first
         w = weight.astype(x.dtype) if isinstance(weight, jax.Array) else weight.dequantize(x.dtype)
         contract = (((1,), (1,)), ((), ()))
         y = jax.lax.dot_general(x.reshape(m, k), w.reshape(n, k), contract, preferred_element_type=jnp.float32)
@@ -85,21 +90,24 @@ class Linear(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array | Fp8Activations) -> jax.Array:
         """Applies the layer.
 
         Raises:
           ValueError: the quantised weight in the pytree has other shapes than this layer.
         """
         kernel = self._kernel()
-        # Only collected by a caller who asks for this collection (calibration).
-        self.sow("statistics", "input", x)
+        if not isinstance(x, Fp8Activations):
+            # Only collected by a caller who asks for this collection (calibration).
+            self.sow("statistics", "input", x)
+            x = x.astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, self.out_shape) if self.use_bias else None
         return apply_linear(
-            x.astype(self.dtype),
+            x,
             kernel,
             bias,
             input_axes=len(self.in_shape),
+            out_dtype=self.dtype,
             implementation=self.implementation,
         )
 
@@ -130,6 +138,31 @@ class RMSNorm(nn.Module):
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
         return (x * scale.astype(jnp.float32)).astype(self.dtype)
+
+
+class NormToFp8(nn.Module):
+    """A residual sum and its :class:`RMSNorm`, with the same leaf, rounded to e4m3 for INT4 products."""
+
+    eps: float
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, addend: jax.Array | None) -> tuple[jax.Array, Fp8Activations]:
+        """``x + addend`` and its norm, both ``[..., hidden]``; an addend of None stands for zeros."""
+        gain = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        rows = None if addend is None else addend.reshape(-1, x.shape[-1])
+        total, x8, x_scale = pallas_kernels.norm_quantize(
+            x.reshape(-1, x.shape[-1]), rows, gain, eps=self.eps, implementation=self.implementation
+        )
+        return total.reshape(x.shape), Fp8Activations(x8.reshape(x.shape), x_scale.reshape(x.shape[:-1]))
+
+
+def rounds_input(module: nn.Module, *path: str) -> bool:
+    """Whether the weight that a module holds under ``path`` takes e4m3, and nobody wants to see what it is given."""
+    leaf: Any = module.variables.get("params", {})
+    for name in (*path, "kernel"):
+        leaf = leaf.get(name, {})
+    return takes_fp8(leaf) and not module.is_mutable_collection("statistics")
 
 
 def rope_tables(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -182,7 +215,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
+        x: jax.Array | Fp8Activations,
         rope: tuple[jax.Array, jax.Array],
         cache: LayerCache | None,
         starts: jax.Array,
@@ -192,7 +225,7 @@ class Attention(nn.Module):
         """Attends t new tokens.
 
         Args:
-          x: ``[batch, t, hidden]``.
+          x: ``[batch, t, hidden]``, rounded already where q, k and v all take that.
           rope: tables for the new tokens' positions.
           cache: this layer's, or None for plain attention among the new tokens.
           starts: ``[batch]`` int32, tokens already in the cache.
@@ -218,7 +251,7 @@ class Attention(nn.Module):
         self.sow("statistics", "queries", q)
         self.sow("statistics", "keys", k)
         updated = None if cache is None else cache.append(k, v, starts, lengths)
-        positions = starts[:, None] + jnp.arange(x.shape[1])
+        positions = starts[:, None] + jnp.arange(q.shape[1])
         if isinstance(updated, Int4LayerCache):
             out = self._int4_attention(q, k, v, updated, positions, lengths, mode)
         elif updated is None or mode == "prefill":
@@ -295,16 +328,20 @@ class MLP(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the block to ``[..., hidden]``."""
+    def __call__(self, x: jax.Array | Fp8Activations) -> jax.Array:
+        """Applies the block to ``[..., hidden]``, rounded already where gate and up both take that."""
 
         def linear(name: str, in_size: int, out_size: int) -> Linear:
             bias = self.config.mlp_bias
             return Linear((in_size,), (out_size,), bias, self.dtype, self.implementation, name=name)
 
         hidden, wide = self.config.hidden_size, self.config.intermediate_size
-        gated = nn.silu(linear("gate", hidden, wide)(x)) * linear("up", hidden, wide)(x)
-        return linear("down", wide, hidden)(gated)
+        gate, up, down = linear("gate", hidden, wide)(x), linear("up", hidden, wide)(x), linear("down", wide, hidden)
+        if not rounds_input(self, "down"):
+            return down(nn.silu(gate) * up)
+        rows = (gate.reshape(-1, wide), up.reshape(-1, wide))
+        values, scale = pallas_kernels.gate_quantize(*rows, implementation=self.implementation)
+        return down(Fp8Activations(values.reshape(gate.shape), scale.reshape(gate.shape[:-1])))
 
 
 class DecoderBlock(nn.Module):
@@ -326,8 +363,19 @@ class DecoderBlock(nn.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """Applies the block to ``[batch, t, hidden]``; arguments as for :class:`Attention`."""
         shared = (self.config, self.dtype, self.implementation)
-        eps = self.config.rms_norm_eps
-        normed = RMSNorm(eps, self.dtype, name="input_norm")(x)
+        normed: jax.Array | Fp8Activations
+        x, normed = self._norm("input_norm", x, None, ("attention", ("q", "k", "v")))
         attended, cache = Attention(*shared, name="attention")(normed, rope, cache, starts, lengths, mode)
-        x = x + attended
-        return x + MLP(*shared, name="mlp")(RMSNorm(eps, self.dtype, name="post_attention_norm")(x)), cache
+        x, normed = self._norm("post_attention_norm", x, attended, ("mlp", ("gate", "up")))
+        return x + MLP(*shared, name="mlp")(normed), cache
+
+    def _norm(
+        self, name: str, x: jax.Array, addend: jax.Array | None, readers: tuple[str, tuple[str, ...]]
+    ) -> tuple[jax.Array, jax.Array | Fp8Activations]:
+        """A residual sum and its norm, in the form that the ``readers`` (a half's projections) take."""
+        half, projections = readers
+        eps = self.config.rms_norm_eps
+        if all(rounds_input(self, half, projection) for projection in projections):
+            return NormToFp8(eps, self.implementation, name=name)(x, addend)
+        total = x if addend is None else x + addend
+        return total, RMSNorm(eps, self.dtype, name=name)(total)

@@ -2,11 +2,14 @@
 
 from pallas_kernels.dispatch import (
     decode_attention,
+    gate_quantize,
     has_hopper_gpu,
     implementations,
     int4_fp8_matmul,
     int4_fp8_matmul_tiled,
+    norm_quantize,
     prefill_attention,
+    quantize_rows,
 )
 from pallas_kernels.packing import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
 from pallas_kernels.reference import (
@@ -30,14 +33,17 @@ __all__ = [
     "decode_attention",
     "dequantize_int4",
     "from_tiles",
+    "gate_quantize",
     "has_hopper_gpu",
     "implementations",
     "int4_fp8_matmul",
     "int4_fp8_matmul_tiled",
+    "norm_quantize",
     "pack_int4",
     "prefill_attention",
     "quantize_fp8",
     "quantize_kv",
+    "quantize_rows",
     "round_to_bf16",
     "round_to_e4m3",
     "to_tiles",

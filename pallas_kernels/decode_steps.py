@@ -18,6 +18,7 @@ from pallas_kernels.tiling import DECODE_ROWS, STREAMING_MULTIPROCESSORS
 ROWS = DECODE_ROWS  # of a tensor core's tile
 WARPS = 4
 TILE = 32  # slots that a warp takes at a time
+AT_ONCE = 16  # splits whose results are on their way together
 LOG2_E = math.log2(math.e)
 MASKED = -1e30  # finite, so that differences of two of them are no NaN
 
@@ -169,6 +170,7 @@ class Steps:
             "limits": (2, jnp.int32),
             # 4 x keys of 8 slots, 8 x value words of a slot (half as long), scales of keys and of values
             "tile": (4 * self.words + 8 * self.words // 2 + 8, jnp.int32),
+            "row": (3, jnp.float32),
             # maximum and sum of two rows, then outputs
             "state": (4 + 4 * (shape.head_dim // 8), jnp.float32),
         }
@@ -264,12 +266,12 @@ class Steps:
 
         return cast(Operation, load)
 
-    def start(self) -> Operation:
-        """``zeros -> state`` of rows that have seen nothing."""
+    def start(self, kind: str, maxima: int) -> Operation:
+        """``zeros -> state`` of that kind of rows that have seen nothing; maxima come first."""
 
-        @plgpu.inline_mgpu(arg_types=(self.layout["state"],), return_type=self.type["state"])
+        @plgpu.inline_mgpu(arg_types=(self.layout[kind],), return_type=self.type[kind])
         def begin(_: Any, zeros: Any) -> Any:
-            return hopper.pack([f32(MASKED), f32(MASKED), *hopper.unpack(zeros)[2:]])
+            return hopper.pack([f32(MASKED)] * maxima + hopper.unpack(zeros)[maxima:])
 
         return cast(Operation, begin)
 
@@ -425,6 +427,75 @@ class Steps:
                     f"@p st.global.f32 [$0+{4 * d}], $1; @p st.global.f32 [$0+{4 * d + 4}], $2; }}",
                     "l,f,f,r", [target, largest, total, leads], [],
                 )  # fmt: skip
+            return ()
+
+        return cast(Operation, write)
+
+    def collect(self) -> Operation:
+        """``(state, partial, row of results, first split) -> state``: takes ``AT_ONCE`` splits' results of a row.
+
+        A thread's state is the maximum, the sum and its element of the output. Query rows are counted over all
+        sequences and kv heads.
+        """
+        s = self.shape
+        pitch = s.head_dim + 2
+
+        @plgpu.inline_mgpu(
+            arg_types=(self.layout["row"], plgpu.RefType(), self.scalar, self.scalar), return_type=self.type["row"]
+        )
+        def add(_: Any, state: Any, partial: Any, row: Any, first: Any) -> Any:
+            single = ir.F32Type.get()
+            largest, total, out = hopper.unpack(state)
+            row, element = row.registers.item(), arith.andi(utils.thread_idx(), i32(s.head_dim - 1))
+            pair, row = arith.divui(row, i32(s.rows)), arith.remui(row, i32(s.rows))
+            parts = []
+            for i in range(AT_ONCE):
+                split = arith.addi(first.registers.item(), i32(i))
+                exists = arith.cmpi(arith.CmpIPredicate.slt, split, i32(s.splits))
+                block = arith.addi(arith.muli(pair, i32(s.splits)), split)
+                address = _pointer(partial, 4, (block, ROWS * pitch), (row, pitch))
+                mine = arith.addi(address, arith.extui(_int(64), arith.muli(element, i32(4))))
+                words = [_load(1, mine, exists), *(_load(1, address, exists, 4 * (s.head_dim + j)) for j in (0, 1))]
+                value, peak, weight = (arith.bitcast(single, word) for [word] in words)
+                parts.append((value, arith.select(exists, peak, f32(MASKED)), weight))
+            highest = largest
+            for _value, peak, _weight in parts:
+                highest = _maximum(highest, peak)
+            shrink = _exp2(arith.subf(largest, highest))
+            total, out = arith.mulf(total, shrink), arith.mulf(out, shrink)
+            for value, peak, weight in parts:
+                factor = _exp2(arith.subf(peak, highest))
+                total = arith.addf(total, arith.mulf(weight, factor))
+                out = arith.addf(out, arith.mulf(value, factor))
+            return hopper.pack([highest, total, out])
+
+        return cast(Operation, add)
+
+    def finish_row(self, out_dtype: Any) -> Operation:
+        """``(state, y, row of results) -> ()``: divides by the sum and writes a row of ``[b, t, h, d]``."""
+        s = self.shape
+        size = jnp.dtype(out_dtype).itemsize
+
+        @plgpu.inline_mgpu(arg_types=(self.layout["row"], plgpu.RefType(), self.scalar), return_type=())
+        def write(_: Any, state: Any, y: Any, row: Any) -> Any:
+            _largest, total, out = hopper.unpack(state)
+            row, element = row.registers.item(), utils.thread_idx()
+            pair, row = arith.divui(row, i32(s.rows)), arith.remui(row, i32(s.rows))
+            sequence, kv_head = arith.divui(pair, i32(s.kv_heads)), arith.remui(pair, i32(s.kv_heads))
+            token, member = arith.divui(row, i32(s.group)), arith.remui(row, i32(s.group))
+            place = _pointer(
+                y, size, (sequence, s.tokens * s.heads * s.head_dim), (token, s.heads * s.head_dim),
+                (kv_head, s.group * s.head_dim), (member, s.head_dim), (element, 1),
+            )  # fmt: skip
+            exists = arith.extui(_int(32), arith.cmpi(arith.CmpIPredicate.ult, element, i32(s.head_dim)))
+            store = {
+                4: "@p st.global.f32 [$0], q;",
+                2: "cvt.rn.bf16.f32 b, q; @p st.global.b16 [$0], b;",
+            }[size]
+            hopper.asm(
+                "{ .reg .pred p; .reg .b16 b; .reg .f32 q; setp.ne.b32 p, $3, 0; div.rn.f32 q, $1, $2; " + store + " }",
+                "l,f,f,r", [place, out, total, exists], [],
+            )  # fmt: skip
             return ()
 
         return cast(Operation, write)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import reference, weight_layout
 from pallas_kernels.reference import Numerics
-from pallas_kernels.tiling import DECODE_ROWS, choose_streaming
+from pallas_kernels.tiling import DECODE_ROWS, MAX_ROW, choose_streaming
 
 
 # Mosaic takes a second to import, which only who runs a kernel should pay.
@@ -36,14 +36,26 @@ def _mosaic_decode(*arrays: jax.Array, **options: Any) -> jax.Array:
     return mosaic_decode.decode_attention(*arrays, **options)
 
 
+def _mosaic_rows(name: str) -> Callable[..., Any]:
+    def compute(*arrays: Any, **options: Any) -> Any:
+        from pallas_kernels import mosaic_rows
+
+        return getattr(mosaic_rows, name)(*arrays, **options)
+
+    return compute
+
+
 # Per operation, the implementations from the most to the least specialised; None takes the first that fits.
-_IMPLEMENTATIONS: dict[str, dict[str, Callable[..., jax.Array]]] = {
+_IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "int4_fp8_matmul": {"reference": reference.int4_fp8_matmul},
     "int4_fp8_matmul_tiled": {
         "mosaic_gpu_matvec": _mosaic_matvec,
         "mosaic_gpu": _mosaic_matmul,
         "reference": reference.int4_fp8_matmul_tiled,
     },
+    "quantize_rows": {"mosaic_gpu": _mosaic_rows("quantize_rows"), "reference": reference.quantize_fp8},
+    "norm_quantize": {"mosaic_gpu": _mosaic_rows("norm_quantize"), "reference": reference.norm_quantize},
+    "gate_quantize": {"mosaic_gpu": _mosaic_rows("gate_quantize"), "reference": reference.gate_quantize},
     "prefill_attention": {"reference": reference.prefill_attention},
     "decode_attention": {"mosaic_gpu": _mosaic_decode, "reference": reference.decode_attention},
 }
@@ -60,7 +72,7 @@ def implementations(op: str) -> tuple[str, ...]:
     return tuple(_IMPLEMENTATIONS[op])
 
 
-def select(op: str, implementation: str | None, refusals: Mapping[str, str] | None = None) -> Callable[..., jax.Array]:
+def select(op: str, implementation: str | None, refusals: Mapping[str, str] | None = None) -> Callable[..., Any]:
     """The function that computes ``op``.
 
     Args:
@@ -222,6 +234,66 @@ def int4_fp8_matmul_tiled(
     )  # fmt: skip
 
 
+def _row_refusals(op: str, *rows: jax.Array) -> dict[str, str]:
+    """Why the Hopper kernels cannot take such rows, if they cannot; they must be matrices of one shape and dtype.
+
+    Raises:
+      ValueError: they are not.
+    """
+    first = rows[0]
+    for other in rows:
+        if other.ndim != 2 or other.shape != first.shape or other.dtype != first.dtype:
+            raise ValueError(
+                f"{op}: the rows must be matrices of one shape and dtype, got "
+                + " and ".join(f"{r.dtype} {r.shape}" for r in rows)
+            )
+    reason, (m, k) = _no_hopper(), first.shape
+    if first.dtype != jnp.bfloat16:
+        reason = f"the rows are {first.dtype}, not bfloat16"
+    elif k % 8 or k > MAX_ROW:
+        reason = f"{k} columns are no multiple of 8 up to {MAX_ROW}"
+    elif m == 0:
+        reason = "there are no rows"
+    return _named({"mosaic_gpu": reason})
+
+
+def quantize_rows(x: jax.Array, *, implementation: str | None = None) -> tuple[jax.Array, jax.Array]:
+    """:func:`pallas_kernels.quantize_fp8` of the rows of ``[m, k]``.
+
+    Raises:
+      ValueError: x is no matrix.
+      NotImplementedError: ``implementation`` does not exist, or takes no such rows or device.
+    """
+    op = "quantize_rows"
+    return select(op, implementation, _row_refusals(op, x))(x)
+
+
+def norm_quantize(
+    x: jax.Array, addend: jax.Array | None, gain: jax.Array, *, eps: float, implementation: str | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A residual sum, and its RMS norm in e4m3; see :func:`pallas_kernels.reference.norm_quantize`.
+
+    Raises:
+      ValueError: shapes or dtypes do not belong together.
+      NotImplementedError: ``implementation`` does not exist, or takes no such rows or device.
+    """
+    op = "norm_quantize"
+    refusals = _row_refusals(op, x, x if addend is None else addend)
+    _require(op, "gain", gain, x.shape[1:], (jnp.bfloat16, jnp.float32))
+    return select(op, implementation, refusals)(x, addend, gain, eps=eps)
+
+
+def gate_quantize(gate: jax.Array, up: jax.Array, *, implementation: str | None = None) -> tuple[jax.Array, jax.Array]:
+    """``silu(gate) · up`` in e4m3; see :func:`pallas_kernels.reference.gate_quantize`.
+
+    Raises:
+      ValueError: shapes or dtypes do not belong together.
+      NotImplementedError: ``implementation`` does not exist, or takes no such rows or device.
+    """
+    op = "gate_quantize"
+    return select(op, implementation, _row_refusals(op, gate, up))(gate, up)
+
+
 def _check_queries(op: str, q8: jax.Array, q_scale: jax.Array, kv_heads: int, head_dim: int) -> None:
     if q8.ndim != 4:
         raise ValueError(f"{op}: q8 must be [batch, tokens, heads, head_dim], got {q8.shape}")
@@ -287,7 +359,7 @@ def prefill_attention(
     )  # fmt: skip
 
 
-def _decode_refusals(queries: tuple[int, ...], codes: tuple[int, ...]) -> dict[str, str]:
+def _decode_refusals(queries: tuple[int, ...], codes: tuple[int, ...], out_dtype: Any) -> dict[str, str]:
     """Why the Hopper kernel cannot attend with such queries to such a cache, if it cannot."""
     (_, tokens, heads, head_dim), (_, kv_heads, slots, _) = queries, codes
     reason = _no_hopper()
@@ -297,6 +369,8 @@ def _decode_refusals(queries: tuple[int, ...], codes: tuple[int, ...]) -> dict[s
         reason = f"{tokens} tokens of {heads // kv_heads} heads are more than {DECODE_ROWS} rows"
     elif slots % 2:
         reason = f"{slots} slots are no even number"
+    elif jnp.dtype(out_dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
+        reason = f"out_dtype={jnp.dtype(out_dtype).name} is not bfloat16 or float32"
     return _named({"mosaic_gpu": reason})
 
 
@@ -324,5 +398,5 @@ def decode_attention(
     _check_cache(op, cache, q8.shape[0])
     _check_queries(op, q8, q_scale, k_codes.shape[1], 2 * k_codes.shape[3])
     _require(op, "query_positions", query_positions, q8.shape[:2], (jnp.int32,))
-    compute = select(op, implementation, _decode_refusals(q8.shape, k_codes.shape))
+    compute = select(op, implementation, _decode_refusals(q8.shape, k_codes.shape, out_dtype))
     return compute(q8, q_scale, *cache, query_positions, softmax_scale=softmax_scale, out_dtype=out_dtype)

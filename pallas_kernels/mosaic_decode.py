@@ -3,13 +3,14 @@
 Per sequence and kv head up to 16 query rows (new tokens x query heads of the kv head) attend to every slot up to their
 position. The slots are cut into splits, one per block; inside a block its four warps take every fourth tile of 32
 slots, straight from memory into registers and one tile ahead, each with a running maximum, sum and output of its own.
-The warps' results are merged in shared memory, those of the splits by :func:`combine`.
+The warps' results are merged in shared memory, those of the splits by a second kernel, a block per query row.
 
 Products are ``mma.sync`` m16n8k16 in float32: queries (e4m3, exact in float16) with key codes (exact in float16), and
 ``exp(score - max) · v_scale``, rounded to bf16, with value codes (exact in bf16). Which element of a head a lane's
 codes belong to follows from how codes lie in memory; queries are permuted to match, outputs permuted back.
 """
 
+import functools
 from typing import Any, cast
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.decode_steps import ROWS, TILE, WARPS, DecodeShape, Steps, choose_splits
+from pallas_kernels.decode_steps import AT_ONCE, ROWS, TILE, WARPS, DecodeShape, Steps, choose_splits
 from pallas_kernels.matmul_steps import Operation
 
 
@@ -55,7 +56,7 @@ def make_kernel(shape: DecodeShape, softmax_scale: float) -> Operation:
 
         count = 4 + 4 * (shape.head_dim // 8)
         state = plgpu.layout_cast(jnp.zeros((hopper.WARPGROUP * count,), jnp.float32), ops.layout["state"])
-        state = ops.start()(state)
+        state = ops.start("state", 2)(state)
         state, _ = jax.lax.fori_loop(0, mine, step, (state, fetch(jnp.int32(0))))
         ops.merge()(state, shared, partial, block)
 
@@ -72,24 +73,32 @@ def make_kernel(shape: DecodeShape, softmax_scale: float) -> Operation:
     return cast(Operation, kernel)
 
 
-def combine(partial: jax.Array, shape: DecodeShape, out_dtype: Any) -> jax.Array:
-    """The splits' results as one, ``[b, t, h, d]``.
+def make_combine(shape: DecodeShape, out_dtype: Any) -> Operation:
+    """The kernel that merges the splits' results: ``partial -> [b, t, h, d]``, a block per row."""
+    ops = Steps(shape, 1.0)
 
-    Args:
-      partial: ``[b · kv · splits, 16, d + 2]``, what the kernel wrote.
-      shape: its sizes.
-      out_dtype: of the result.
-    """
-    s, d = shape, shape.head_dim
-    parts = partial.reshape(s.batch, s.kv_heads, s.splits, ROWS, d + 2)[:, :, :, : s.rows]
-    peak = parts[..., d]
-    weight = jnp.exp2(peak - jnp.max(peak, axis=2, keepdims=True))
-    total = jnp.sum(parts[..., d + 1] * weight, axis=2)
-    out = jnp.sum(parts[..., :d] * weight[..., None], axis=2) / total[..., None]
-    out = out.reshape(s.batch, s.kv_heads, s.tokens, s.group, d).transpose(0, 2, 1, 3, 4)
-    return out.reshape(s.batch, s.tokens, s.heads, d).astype(out_dtype)
+    def body(partial: Any, y: Any) -> None:
+        row = jax.lax.axis_index("row")
+        zeros = jnp.zeros((hopper.WARPGROUP * 3,), jnp.float32)
+        state = ops.start("row", 1)(plgpu.layout_cast(zeros, ops.layout["row"]))
+        state = jax.lax.fori_loop(
+            0, -(-shape.splits // AT_ONCE), lambda i, state: ops.collect()(state, partial, row, i * AT_ONCE), state
+        )
+        ops.finish_row(out_dtype)(state, y, row)
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((shape.batch, shape.tokens, shape.heads, shape.head_dim), out_dtype),
+        grid=(shape.batch * shape.kv_heads * shape.rows,),
+        grid_names=("row",),
+        num_threads=1,
+        thread_name="warpgroup",
+        compiler_params=hopper.COMPILER_PARAMS,
+    )
+    return cast(Operation, kernel)
 
 
+@functools.partial(jax.jit, static_argnames=("softmax_scale", "out_dtype", "splits"))
 def decode_attention(
     q8: jax.Array,
     q_scale: jax.Array,
@@ -114,7 +123,7 @@ def decode_attention(
       v_scales: as k_scales.
       query_positions: ``[b, t]`` int32.
       softmax_scale: usually ``d ** -0.5``.
-      out_dtype: dtype of the result.
+      out_dtype: bf16 or float32.
       splits: blocks that share a sequence's slots; chosen by :func:`choose_splits` if None.
 
     Returns:
@@ -127,4 +136,4 @@ def decode_attention(
     kernel = make_kernel(shape, softmax_scale)
     ends = jnp.max(query_positions, axis=1) + 1
     partial = kernel(q8, q_scale, k_codes, k_scales, v_codes, v_scales, query_positions, ends)
-    return combine(partial, shape, out_dtype)
+    return make_combine(shape, out_dtype)(partial)

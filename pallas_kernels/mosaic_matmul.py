@@ -5,6 +5,7 @@ e4m3 in registers, and activations the second, read from shared memory. So it se
 ``docs/kernels.md`` says what was tried and measured.
 """
 
+import functools
 import math
 from typing import Any, cast
 
@@ -215,6 +216,7 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
     return cast(Operation, kernel)
 
 
+@functools.partial(jax.jit, static_argnames=("n", "group_size", "scale_dtype", "tiling"))
 def matmul(
     x8: jax.Array,
     x_scale: jax.Array,

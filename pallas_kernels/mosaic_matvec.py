@@ -8,6 +8,7 @@ warp waits for another one but where a team's partial sums are added up.
 ``docs/kernels.md`` says what was tried and measured.
 """
 
+import functools
 from typing import Any, cast
 
 import jax
@@ -113,6 +114,7 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
     return cast(Operation, kernel)
 
 
+@functools.partial(jax.jit, static_argnames=("n", "group_size", "scale_dtype", "cut"))
 def matvec(
     x8: jax.Array,
     x_scale: jax.Array,

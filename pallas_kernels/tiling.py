@@ -14,6 +14,7 @@ WARPS = 16  # of a block of the matvec kernel
 # Of partial sums, from a token's 16 outputs to the next one's: so that neither who writes nor who adds them up finds
 # many in one bank.
 SUMS_PITCH = 20
+MAX_ROW = 32768  # elements of a row that a block of the row kernels holds in registers
 DECODE_ROWS = 16  # query rows per kv head that the decode kernel takes at most
 
 

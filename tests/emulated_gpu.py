@@ -268,6 +268,9 @@ class Machine:
             low, high = group(arguments[0])
             word = value(arguments[1])
             names[low], names[high] = (word & U32(0xFFFF)).astype(B16), (word >> U32(16)).astype(B16)
+        elif kind[0] == "mov" and arguments[1].startswith("{"):
+            low, high = (names[part].astype(U32) for part in group(arguments[1]))
+            assign(arguments[0], high << U32(16) | low)
         elif kind[0] == "mov":
             assign(arguments[0], value(arguments[1]))
         elif opcode == "cvt.rn.f16x2.e4m3x2":
@@ -297,8 +300,23 @@ class Machine:
             a, *others = (value(x).view(B16).view(half).astype(np.float64) for x in arguments[1:])
             exact = a + others[0] if kind[0] == "add" else a * others[0] + others[1]
             assign(arguments[0], exact.astype(half).view(B16).view(U32))
-        elif kind[0] == "max":
-            assign(arguments[0], np.maximum(value(arguments[1], F32), value(arguments[2], F32)))
+        elif kind[0] == "max":  # of a NaN and a number, with .NaN NaN, else the number
+            larger = np.maximum if "NaN" in kind else np.fmax
+            assign(arguments[0], larger(value(arguments[1], F32), value(arguments[2], F32)))
+        elif kind[0] == "abs":
+            assign(arguments[0], np.abs(value(arguments[1], F32)))
+        elif kind[0] == "div":
+            with np.errstate(invalid="ignore"):
+                assign(arguments[0], value(arguments[1], F32) / value(arguments[2], F32))
+        elif kind[0] in ("rsqrt", "rcp"):
+            x = value(arguments[1], F32)
+            assign(arguments[0], F32(1) / (np.sqrt(x) if kind[0] == "rsqrt" else x))
+        elif opcode == "cvt.rn.satfinite.e4m3x2.f32":
+            high, low = (
+                np.clip(value(a, F32), -448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8).astype(B16)
+                for a in arguments[1:]
+            )
+            names[arguments[0]] = high << B16(8) | low
         elif kind[0] == "ex2":
             with np.errstate(under="ignore"):
                 assign(arguments[0], np.exp2(value(arguments[1], F32)))
@@ -389,7 +407,7 @@ def emulated(*modules):
 
     comparisons = {
         "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "slt": lambda a, b: signed(a) < signed(b),
-        "ult": lambda a, b: a < b, "OLE": lambda a, b: a <= b,
+        "ult": lambda a, b: a < b, "OLE": lambda a, b: a <= b, "OEQ": lambda a, b: a == b,
     }  # fmt: skip
     arith = SimpleNamespace(
         addi=binary(np.add), subi=binary(np.subtract), muli=binary(np.multiply), andi=binary(np.bitwise_and),
@@ -402,7 +420,7 @@ def emulated(*modules):
         extui=lambda kind, a: Register(a.values.astype(kind)),
         bitcast=lambda kind, a: Register(a.values.view(kind)),
         CmpIPredicate=SimpleNamespace(eq="eq", ne="ne", slt="slt", ult="ult"),
-        CmpFPredicate=SimpleNamespace(OLE="OLE"),
+        CmpFPredicate=SimpleNamespace(OLE="OLE", OEQ="OEQ"),
     )  # fmt: skip
     widths = {1: PRED, 16: B16, 32: U32, 64: U64}
     ir = SimpleNamespace(
@@ -448,15 +466,21 @@ def emulated(*modules):
         count = array.size // 128
         return [Register(machine.full(0, F32)) for _ in range(count)]
 
-    def kernel(body, *, out_type, scratch_types, grid, num_threads, **_):
+    def kernel(body, *, out_type, grid, scratch_types=(), num_threads, **_):
         def launch(*arrays):
             refs = [machine.publish(np.asarray(x)) for x in arrays]
-            out = machine.publish(np.zeros(out_type.shape, out_type.dtype))
+            several = isinstance(out_type, tuple)
+            types = out_type if several else (out_type,)
+            outs = [machine.publish(np.zeros(t.shape, t.dtype)) for t in types]
             for index in range(grid[0]):
                 machine.block = Block(128 * num_threads, index)
                 shared = [machine.block.allocate(s.shape, s.dtype) for s in scratch_types]
-                body(*refs, out, *shared)
-            return jnp.asarray(machine.arrays[(out.address >> 40) - 1].view(out_type.dtype).reshape(out_type.shape))
+                body(*refs, *outs, *shared)
+            results = [
+                jnp.asarray(machine.arrays[(out.address >> 40) - 1].view(t.dtype).reshape(t.shape))
+                for out, t in zip(outs, types, strict=True)
+            ]
+            return tuple(results) if several else results[0]
 
         return launch
 
@@ -475,6 +499,7 @@ def emulated(*modules):
         Layout=SimpleNamespace(WG_SPLAT=lambda shape: None),
     )  # fmt: skip
     with (
+        jax.disable_jit(),
         mock.patch.multiple(jax.lax, axis_index=lambda name: jnp.int32(machine.block.index), fori_loop=loop),
         mock.patch.multiple(modules[0].hopper, **hopper_functions),
     ):

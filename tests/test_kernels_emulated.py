@@ -46,6 +46,7 @@ def test_matvec(m, n, k, group_size, scale_dtype, cut):
         (1, 9, 3, 64, 200, [199, 128], 1),  # a query group of three, slots that are no multiple of a tile
         (1, 8, 1, 128, 320, [300], 3),  # splits of which one has less to do
         (1, 4, 1, 128, 512, [5], 4),  # and of which three have nothing
+        (1, 2, 1, 64, 2304, [2300], 18),  # more splits than are merged at once
         (2, 16, 2, 128, 160, [[150, 151]], 2),  # two tokens: sixteen rows
         (3, 4, 4, 64, 256, [[0, 1, 2], [253, 254, 255]], None),
     ],

@@ -1,0 +1,94 @@
+"""Kernels that make the e4m3 activations of a product in one pass over their rows, in Pallas:Mosaic GPU.
+
+A block holds a row in its registers: it is read once and written once, whatever precedes the rounding. XLA needs a
+kernel per reduction, three to four for a norm and its rounding.
+"""
+
+import functools
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import hopper
+from pallas_kernels.matmul_steps import Operation
+from pallas_kernels.row_steps import MAX_WARPGROUPS, VECTOR, Steps
+from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS
+
+
+def _launch(body: Any, ops: Steps, m: int, outputs: list[tuple[tuple[int, ...], Any]]) -> Operation:
+    kernel = plgpu.kernel(
+        body,
+        out_type=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs),
+        scratch_types=[plgpu.SMEM((ops.warps,), jnp.float32), plgpu.SMEM((ops.warps,), jnp.float32)],
+        grid=(m,),
+        grid_names=("row",),
+        num_threads=ops.warps // 4,
+        thread_name="warpgroup",
+        compiler_params=hopper.COMPILER_PARAMS,
+    )
+    return cast(Operation, kernel)
+
+
+def _steps(m: int, k: int) -> Steps:
+    """For few rows as many threads as have work, for many rows four vectors per thread."""
+    each = 1 if m <= 4 * STREAMING_MULTIPROCESSORS else 4
+    return Steps(k, min(MAX_WARPGROUPS, -(-k // (VECTOR * each * hopper.WARPGROUP))))
+
+
+def _rounded(m: int, k: int) -> list[tuple[tuple[int, ...], Any]]:
+    return [((m, k), jnp.float8_e4m3fn), ((m,), jnp.float32)]
+
+
+@jax.jit
+def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """:func:`pallas_kernels.reference.quantize_fp8` of the rows of ``[m, k]`` bf16, k a multiple of 8."""
+    m, k = x.shape
+    ops = _steps(m, k)
+
+    def body(x: Any, x8: Any, x_scale: Any, scratch: Any, _: Any) -> None:
+        row = jax.lax.axis_index("row")
+        ops.quantize()(ops.load()(x, row), x8, x_scale, scratch, row)
+
+    return _launch(body, ops, m, _rounded(m, k))(x)
+
+
+@functools.partial(jax.jit, static_argnames=("eps",))
+def norm_quantize(
+    x: jax.Array, addend: jax.Array | None, gain: jax.Array, *, eps: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """:func:`pallas_kernels.reference.norm_quantize` of ``[m, k]`` bf16, k a multiple of 8."""
+    m, k = x.shape
+    ops, gain_dtype = _steps(m, k), gain.dtype
+
+    if addend is None:
+
+        def body(x: Any, gain: Any, x8: Any, x_scale: Any, sums: Any, peaks: Any) -> None:
+            row = jax.lax.axis_index("row")
+            values = ops.normalize(eps, gain_dtype)(ops.load()(x, row), gain, sums)
+            ops.quantize()(values, x8, x_scale, peaks, row)
+
+        return x, *_launch(body, ops, m, _rounded(m, k))(x, gain)
+
+    def body_adding(
+        x: Any, addend: Any, gain: Any, total: Any, x8: Any, x_scale: Any, sums: Any, peaks: Any
+    ) -> None:  # fmt: skip
+        row = jax.lax.axis_index("row")
+        values = ops.add()(ops.load()(x, row), addend, total, row)
+        ops.quantize()(ops.normalize(eps, gain_dtype)(values, gain, sums), x8, x_scale, peaks, row)
+
+    return _launch(body_adding, ops, m, [((m, k), jnp.bfloat16), *_rounded(m, k)])(x, addend, gain)
+
+
+@jax.jit
+def gate_quantize(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """:func:`pallas_kernels.reference.gate_quantize` of ``[m, k]`` bf16, k a multiple of 8."""
+    m, k = gate.shape
+    ops = _steps(m, k)
+
+    def body(gate: Any, up: Any, x8: Any, x_scale: Any, scratch: Any, _: Any) -> None:
+        row = jax.lax.axis_index("row")
+        ops.quantize()(ops.gate()(ops.load()(gate, row), up, row), x8, x_scale, scratch, row)
+
+    return _launch(body, ops, m, _rounded(m, k))(gate, up)

@@ -1,0 +1,218 @@
+"""The register-level steps of the kernels that make e4m3 activations, :mod:`pallas_kernels.mosaic_rows`."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from pallas_kernels import hopper
+from pallas_kernels.hopper import f32, i32
+from pallas_kernels.matmul_steps import Operation
+from pallas_kernels.reference import E4M3_MAX
+
+VECTOR = 8  # bf16 that a thread reads at once
+MAX_WARPGROUPS = 4
+
+
+class Steps:
+    """The steps for rows of k elements, one row per block; a thread holds every so manieth vector of the row."""
+
+    def __init__(self, k: int, warpgroups: int) -> None:
+        self.k, self.warps = k, 4 * warpgroups
+        self.threads = 32 * self.warps
+        self.vectors = -(-k // (VECTOR * self.threads))  # of a thread
+        scalar = plgpu.Layout.WG_SPLAT(())
+        self.scalar = scalar
+        count = VECTOR * self.vectors
+        self.layout = hopper.container_layout(count)
+        self.type = hopper.container_type(count, jnp.float32)
+
+    def _places(self) -> list[tuple[ir.Value, ir.Value]]:
+        """The column of each of a thread's vectors, and whether the row has it."""
+        columns = [
+            arith.muli(arith.addi(utils.thread_idx(), i32(i * self.threads)), i32(VECTOR)) for i in range(self.vectors)
+        ]
+        return [(c, arith.cmpi(arith.CmpIPredicate.ult, c, i32(self.k))) for c in columns]
+
+    def _address(self, ref: Any, row: ir.Value | None, column: ir.Value, size: int) -> ir.Value:
+        i64 = ir.IntegerType.get_signless(64)
+        index = arith.extui(i64, column)
+        if row is not None:
+            index = arith.addi(index, arith.muli(arith.extui(i64, row), hopper.constant(self.k, bits=64)))
+        return arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(ref)), arith.muli(index, hopper.constant(size, bits=64)))
+
+    def _read(self, ref: Any, row: ir.Value | None, dtype: Any = jnp.bfloat16) -> list[ir.Value]:
+        """A thread's elements of a row of bf16 or float32, zeros behind its end."""
+        word, size = ir.IntegerType.get_signless(32), jnp.dtype(dtype).itemsize
+        words = []
+        for column, exists in self._places():
+            for offset in range(0, VECTOR * size, 16):
+                words += hopper.asm(
+                    "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; "
+                    f"mov.b32 $3, 0; @p ld.global.v4.u32 {{$0, $1, $2, $3}}, [$4+{offset}]; }}",
+                    "=&r,=&r,=&r,=&r,l,r",
+                    [self._address(ref, row, column, size), arith.extui(word, exists)], [word] * 4,
+                )  # fmt: skip
+        if size == 4:
+            return [arith.bitcast(ir.F32Type.get(), w) for w in words]
+        return [value for w in words for value in from_bf16x2(w)]
+
+    def _write(self, ref: Any, row: ir.Value, words: Sequence[ir.Value], size: int) -> None:
+        """Writes packed words, ``VECTOR * size`` bytes per vector."""
+        word = ir.IntegerType.get_signless(32)
+        count = VECTOR * size // 4
+        registers = ", ".join(f"${i + 2}" for i in range(count))
+        for i, (column, exists) in enumerate(self._places()):
+            hopper.asm(
+                f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.global.v{count}.b32 [$0], {{{registers}}}; }}",
+                ",".join(["l"] + ["r"] * (count + 1)),
+                [self._address(ref, row, column, size), arith.extui(word, exists), *words[count * i : count * (i + 1)]],
+                [],
+            )
+
+    def _across_block(self, value: ir.Value, scratch: Any, combine: Any) -> ir.Value:
+        """Combines a value of every thread; ``scratch`` is used once."""
+        for distance in (1, 2, 4, 8, 16):
+            shuffle = f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;"
+            value = combine(value, hopper.asm(shuffle, "=f,f", [value], [value.type])[0])
+        thread = utils.thread_idx()
+        base = hopper.shared_address(scratch)
+        first = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(thread, i32(31)), i32(0))
+        hopper.asm(
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.shared.f32 [$0], $1; }", "r,f,r",
+            [
+                arith.addi(base, arith.muli(arith.shrui(thread, i32(5)), i32(4))), value,
+                arith.extui(ir.IntegerType.get_signless(32), first),
+            ], [],
+        )  # fmt: skip
+        hopper.block_barrier()
+        values = [
+            hopper.asm(f"ld.shared.f32 $0, [$1+{4 * w}];", "=f,r", [base], [value.type])[0] for w in range(self.warps)
+        ]
+        return balanced(values, combine)
+
+    def load(self) -> Operation:
+        """``(x, row) -> values``: a row in float32."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), self.scalar), return_type=self.type)
+        def read(_: Any, x: Any, row: Any) -> Any:
+            return hopper.pack(self._read(x, row.registers.item()))
+
+        return cast(Operation, read)
+
+    def add(self) -> Operation:
+        """``(values, addend, total, row) -> values``: adds a row, rounds to bf16 and writes that to ``total``, too."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(self.layout, plgpu.RefType(), plgpu.RefType(), self.scalar), return_type=self.type
+        )
+        def add(_: Any, values: Any, addend: Any, total: Any, row: Any) -> Any:
+            other = self._read(addend, row.registers.item())
+            sums = [arith.addf(a, b) for a, b in zip(hopper.unpack(values), other, strict=True)]
+            words = to_words(sums)
+            self._write(total, row.registers.item(), words, 2)
+            return hopper.pack([value for w in words for value in from_bf16x2(w)])
+
+        return cast(Operation, add)
+
+    def normalize(self, eps: float, gain_dtype: Any) -> Operation:
+        """``(values, gain, scratch) -> values``: ``x / sqrt(mean(x²) + eps) · gain``, rounded to bf16."""
+
+        @plgpu.inline_mgpu(arg_types=(self.layout, plgpu.RefType(), plgpu.RefType()), return_type=self.type)
+        def normalize(_: Any, values: Any, gain: Any, scratch: Any) -> Any:
+            registers, gains = hopper.unpack(values), self._read(gain, None, gain_dtype)
+            squares = balanced([arith.mulf(r, r) for r in registers], arith.addf)
+            total = self._across_block(squares, scratch, arith.addf)
+            mean = arith.addf(arith.mulf(total, f32(1 / self.k)), f32(eps))
+            inverse = hopper.pure_asm("rsqrt.approx.f32 $0, $1;", "=f,f", [mean], mean.type)
+            scaled = [arith.mulf(arith.mulf(r, inverse), g) for r, g in zip(registers, gains, strict=True)]
+            return hopper.pack([value for w in to_words(scaled) for value in from_bf16x2(w)])
+
+        return cast(Operation, normalize)
+
+    def gate(self) -> Operation:
+        """``(values, up, row) -> values``: ``silu(values) · up``, in float32."""
+
+        @plgpu.inline_mgpu(arg_types=(self.layout, plgpu.RefType(), self.scalar), return_type=self.type)
+        def gate(_: Any, values: Any, up: Any, row: Any) -> Any:
+            results = []
+            for g, u in zip(hopper.unpack(values), self._read(up, row.registers.item()), strict=True):
+                power = arith.mulf(g, f32(-1 / math.log(2)))
+                power = hopper.pure_asm("ex2.approx.ftz.f32 $0, $1;", "=f,f", [power], g.type)
+                sigmoid = arith.addf(power, f32(1))
+                sigmoid = hopper.pure_asm("rcp.approx.ftz.f32 $0, $1;", "=f,f", [sigmoid], g.type)
+                results.append(arith.mulf(arith.mulf(g, sigmoid), u))
+            return hopper.pack(results)
+
+        return cast(Operation, gate)
+
+    def quantize(self) -> Operation:
+        """``(values, x8, x_scale, scratch, row) -> ()``: writes e4m3 with the scale ``max|x| / 448``, or 1 of zeros."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(self.layout, plgpu.RefType(), plgpu.RefType(), plgpu.RefType(), self.scalar), return_type=()
+        )
+        def quantize(_: Any, values: Any, x8: Any, x_scale: Any, scratch: Any, row: Any) -> Any:
+            i64, word, single = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32), ir.F32Type.get()
+            registers, row = hopper.unpack(values), row.registers.item()
+            magnitudes = [hopper.pure_asm("abs.f32 $0, $1;", "=f,f", [r], single) for r in registers]
+            peak = self._across_block(balanced(magnitudes, maximum), scratch, maximum)
+            scale = divide(peak, f32(E4M3_MAX))
+            zero = arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0))
+            scale = arith.select(zero, f32(1), scale)
+            packed = []
+            for i in range(0, len(registers), 4):
+                quotients = [divide(r, scale) for r in registers[i : i + 4]]
+                convert = (
+                    "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; "
+                    "mov.b32 $0, {l, h}; }"
+                )
+                packed.append(hopper.pure_asm(convert, "=r,f,f,f,f", quotients, word))
+            self._write(x8, row, packed, 1)
+            place = arith.addi(
+                llvm.ptrtoint(i64, utils.memref_ptr(x_scale)),
+                arith.muli(arith.extui(i64, row), hopper.constant(4, bits=64)),
+            )
+            first = arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), i32(0))
+            hopper.asm(
+                "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }", "l,f,r",
+                [place, scale, arith.extui(word, first)], [],
+            )  # fmt: skip
+            return ()
+
+        return cast(Operation, quantize)
+
+
+def from_bf16x2(word: ir.Value) -> list[ir.Value]:
+    """Two bf16 as float32."""
+    single = ir.F32Type.get()
+    low, high = arith.shli(word, i32(16)), arith.andi(word, i32(0xFFFF0000))
+    return [arith.bitcast(single, low), arith.bitcast(single, high)]
+
+
+def to_words(values: Sequence[ir.Value]) -> list[ir.Value]:
+    """float32 to packed bf16."""
+    return [hopper.to_bf16x2(values[i], values[i + 1]) for i in range(0, len(values), 2)]
+
+
+def maximum(a: ir.Value, b: ir.Value) -> ir.Value:
+    """The larger one, or NaN if one of them is."""
+    return hopper.pure_asm("max.NaN.f32 $0, $1, $2;", "=f,f,f", [a, b], a.type)
+
+
+def divide(a: ir.Value, b: ir.Value) -> ir.Value:
+    """The quotient, correctly rounded."""
+    return hopper.pure_asm("div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], a.type)
+
+
+def balanced(values: Sequence[ir.Value], combine: Any) -> ir.Value:
+    """Combines values pairwise, for short chains and small errors."""
+    values = list(values)
+    while len(values) > 1:
+        values = [combine(*values[i : i + 2]) if i + 1 < len(values) else values[i] for i in range(0, len(values), 2)]
+    return values[0]
