@@ -1,4 +1,4 @@
-"""Times the INT4 x FP8 matmul on a Hopper GPU beside cuBLASLt; raw numbers go to docs/results/matmul.json.
+"""Times the INT4 x FP8 product on a Hopper GPU beside cuBLASLt; raw numbers go to docs/results/matmul.json.
 
     python examples/matmul_benchmark.py --commit HASH
     uv run --group plots python examples/matmul_report.py
@@ -25,14 +25,14 @@ import torch
 from jax._src.lib import mosaic_gpu as mosaic_gpu_library
 
 from pallas_kernels import int4_fp8_matmul_tiled, pack_int4, to_tiles, unpack_int4
-from pallas_kernels.tiling import choose_tiling
-from pallas_kernels.weight_layout import tile_shape, tiled_bytes, tiles_shape
+from pallas_kernels.tiling import choose_streaming, choose_tiling
+from pallas_kernels.weight_layout import SHARES, share_bytes, tiled_bytes, tiles_shape
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "matmul.json"
 # n x k of Llama-3-8B's qkv, o, gate and up, down, and of Llama-2-7B's feed-forward layers.
 SHAPES = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]
-TOKENS = [1, 16, 64, 256, 1024, 4096, 8192]
+TOKENS = [1, 4, 16, 64, 256, 1024, 4096, 8192]
 GROUP_SIZE, SCALE_TYPE, E4M3 = 128, jnp.float8_e4m3fn, jnp.float8_e4m3fn
 L2_BYTES = 50 << 20
 TOLERANCE = 4e-3
@@ -78,9 +78,7 @@ def error(y: jax.Array, x: jax.Array, x_scale: jax.Array, codes: jax.Array, scal
 
 
 def compiled(n: int, k: int, m: int) -> Any:
-    product = functools.partial(
-        int4_fp8_matmul_tiled, n=n, group_size=GROUP_SIZE, scale_dtype=SCALE_TYPE, implementation="mosaic_gpu"
-    )
+    product = functools.partial(int4_fp8_matmul_tiled, n=n, group_size=GROUP_SIZE, scale_dtype=SCALE_TYPE)
     shape = jax.ShapeDtypeStruct
     tiles = shape(tiles_shape(n, k, GROUP_SIZE, SCALE_TYPE), jnp.int32)
     return (
@@ -88,23 +86,36 @@ def compiled(n: int, k: int, m: int) -> Any:
     )
 
 
-def torch_candidates(m: int, n: int, k: int) -> dict[str, Candidate]:
+def chosen(m: int, n: int, k: int) -> dict[str, Any]:
+    """Which kernel runs, and how it cuts the product."""
+    share = share_bytes(GROUP_SIZE, SCALE_TYPE)
+    streaming = choose_streaming(m, n, k, share)
+    if streaming is not None:
+        return {"kernel": "matvec", **vars(streaming)}
+    return {"kernel": "matmul", **vars(choose_tiling(m, n, k, SHARES * share))}
+
+
+def torch_weights(n: int, k: int) -> tuple[list[Any], list[Any]]:
+    """In bf16 and in e4m3."""
+    weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies(n * k))]
+    return weights[: copies(2 * n * k)], [w.to(torch.float8_e4m3fn) for w in weights]
+
+
+def torch_candidates(m: int, weights: list[Any], weights8: list[Any]) -> dict[str, Candidate]:
     """Torch, that is cuBLASLt: bf16, and fp8 with a scale per tensor or row, both ways of accumulating."""
-    count = copies(n * k)
+    n, k = weights[0].shape
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies(2 * n * k))]
     result: dict[str, Candidate] = {"bf16": lambda i: torch.matmul(x, weights[i % len(weights)].t())}
     if m % 16:
         return result
     x8 = x.to(torch.float8_e4m3fn)
-    weights8 = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16).to(torch.float8_e4m3fn) for _ in range(count)]
     one = torch.ones((), device="cuda")
     rows, columns = torch.ones(m, 1, device="cuda"), torch.ones(1, n, device="cuda")
     for name, a, b in (("fp8 per tensor", one, one), ("fp8 per row", rows, columns)):
         for fast in (False, True):
 
             def call(i: int, a: Any = a, b: Any = b, fast: bool = fast) -> Any:
-                w = weights8[i % count].t()
+                w = weights8[i % len(weights8)].t()
                 return torch._scaled_mm(x8, w, scale_a=a, scale_b=b, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
             result[name + (", fast" if fast else "")] = call
@@ -124,6 +135,7 @@ def measure(seconds: float) -> Iterator[dict[str, Any]]:
         bytes_read = tiled_bytes(n, k, GROUP_SIZE, SCALE_TYPE)
         pairs = [weight(jax.random.key(i), n, k) for i in range(copies(bytes_read))]
         tiles = [jax.jit(to_tiles)(*pair) for pair in pairs]
+        others = torch_weights(n, k)
         for m in TOKENS:
             kernel = kernels[n, k, m]
             x = jnp.clip(60 * jax.random.normal(jax.random.key(m), (m, k)), -448, 448).astype(E4M3)
@@ -137,15 +149,14 @@ def measure(seconds: float) -> Iterator[dict[str, Any]]:
             def ours(i: int, kernel: Any = kernel, x: Any = x, x_scale: Any = x_scale, tiles: Any = tiles) -> Any:
                 return kernel(x, x_scale, tiles[i % len(tiles)], one)
 
-            times = kernel_times({"int4": ours, **torch_candidates(m, n, k)})
+            times = kernel_times({"int4": ours, **torch_candidates(m, *others)})
             print(n, k, m, f"error {found:.2e}", {name: round(us, 1) for name, us in times.items()}, flush=True)
-            row_shape = tile_shape(GROUP_SIZE, SCALE_TYPE)
-            tiling = choose_tiling(m, n, k, 4 * row_shape[0] * row_shape[1])
             yield {
                 "n": n, "k": k, "m": m, "error": found, "weight_bytes": bytes_read, "microseconds": times,
-                "tiling": vars(tiling),
+                "cut": chosen(m, n, k),
             }  # fmt: skip
-            torch.cuda.empty_cache()
+        del others
+        torch.cuda.empty_cache()
 
 
 def copy_bandwidth() -> float:

@@ -16,6 +16,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 WARPGROUP = 128
+FREE_BARRIER = 8  # the first of the block's 16 barriers that the compiler leaves alone: it has one per warpgroup
 # Of kernels whose steps are instructions: every barrier that is needed is written out.
 COMPILER_PARAMS = plgpu.CompilerParams(
     unsafe_no_auto_barriers=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Lane

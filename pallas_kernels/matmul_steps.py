@@ -245,14 +245,27 @@ class Steps:
 
         return cast(Operation, write)
 
-    def send(self, half: int) -> Operation:
-        """``(accumulator, scales, received) -> ()``: a partial sum, to the first block of the cluster."""
+    def meet(self) -> Operation:
+        """``(pair) -> ()``: waits for both of two warpgroups, with a barrier that nothing else uses."""
+
+        @plgpu.inline_mgpu(arg_types=(self.scalar,), return_type=())
+        def wait(_: Any, pair: Any) -> Any:
+            barrier = arith.addi(pair.registers.item(), i32(hopper.FREE_BARRIER))
+            hopper.asm(f"bar.sync $0, {2 * hopper.WARPGROUP};", "r", [barrier], [])
+            return ()
+
+        return cast(Operation, wait)
+
+    def send(self, half: int, within_block: bool = False) -> Operation:
+        """``(accumulator, scales, received) -> ()``: a partial sum, to the cluster's first block or to this one."""
 
         @plgpu.inline_mgpu(arg_types=(self.layout["accumulator"], self.layout["pair"], plgpu.RefType()), return_type=())
         def write(_: Any, accumulator: Any, scales: Any, received: Any) -> Any:
             registers = by_row(hopper.unpack(accumulator), hopper.unpack(scales))
             address = arith.muli(hopper.thread_in_warpgroup(), i32(16))
-            address = hopper.in_block(arith.addi(hopper.shared_address(received), address), 0)
+            address = arith.addi(hopper.shared_address(received), address)
+            if not within_block:
+                address = hopper.in_block(address, 0)
             for i in range(0, self.registers, 4):
                 offset = (half * self.registers + i) * 512
                 hopper.asm(
@@ -263,8 +276,8 @@ class Steps:
 
         return cast(Operation, write)
 
-    def gather(self, half: int) -> Operation:
-        """``(accumulator, scales, received) -> accumulator``: adds what the other blocks sent, in their order."""
+    def gather(self, half: int, senders: int) -> Operation:
+        """``(accumulator, scales, received) -> accumulator``: adds what the others sent, in their order."""
 
         @plgpu.inline_mgpu(
             arg_types=(self.layout["accumulator"], self.layout["pair"], plgpu.RefType()),
@@ -274,9 +287,9 @@ class Steps:
             registers = by_row(hopper.unpack(accumulator), hopper.unpack(scales))
             address = arith.muli(hopper.thread_in_warpgroup(), i32(16))
             address = arith.addi(hopper.shared_address(received), address)
-            for block in range(self.tiling.split - 1):
+            for sender in range(senders):
                 for i in range(0, self.registers, 4):
-                    offset = block * self.tiling.tokens * BLOCK_N * 4 + (half * self.registers + i) * 512
+                    offset = sender * self.tiling.tokens * BLOCK_N * 4 + (half * self.registers + i) * 512
                     part = hopper.asm(
                         f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4+{offset}];", "=f,=f,=f,=f,r",
                         [address], [ir.F32Type.get()] * 4,

@@ -24,12 +24,13 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
     """The kernel for one shape: ``(x8, x_scale, tiles, tensor_scale [1], bias [n] or [1]) -> y [m, n]`` bf16."""
     ops = Steps(m, n, group_size, scale_dtype, t)
     steps = -(-k // TILE_K)
-    if t.split > 1:  # every block takes as many steps; those behind the last one read zeros
-        steps = math.ceil(steps / (t.split * t.unroll)) * t.unroll
+    parts = t.split * t.teams
+    if parts > 1:  # every part takes as many steps; those behind the last one read zeros
+        steps = math.ceil(steps / (parts * t.unroll)) * t.unroll
     rows, token_tiles = -(-n // BLOCK_N), -(-m // t.tokens)
     row_groups = -(-rows // t.share)
     tiles = row_groups * token_tiles
-    persistent = t.persistent and t.split == 1
+    persistent = t.persistent and parts == 1
     blocks = min(STREAMING_MULTIPROCESSORS // t.share, tiles) if persistent else tiles
     cluster = t.share * t.split
 
@@ -39,7 +40,8 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
     ) -> None:  # fmt: skip
         block, warpgroup = jax.lax.axis_index("block"), jax.lax.axis_index("warpgroup")
         peer = jax.lax.axis_index("peer") if cluster > 1 else jnp.int32(0)
-        first_step = peer * steps if t.split > 1 else 0
+        side, team = jax.lax.rem(warpgroup, jnp.int32(WARPGROUPS)), jax.lax.div(warpgroup, jnp.int32(WARPGROUPS))
+        first_step = peer * (steps * t.teams) if t.split > 1 else 0
         mine = jax.lax.div(tiles - block + blocks - 1, jnp.int32(blocks))
         if cluster > 1:
             hopper.cluster_arrive()
@@ -52,9 +54,10 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
             return row * t.share + (peer if t.share > 1 else 0), token
 
         def slot_of(i: Any, s: Any) -> Any:
-            return jax.lax.rem(i * steps + s, t.stages)
+            """Where step s of the block's tile i is; a team's slots are always the same ones."""
+            return jax.lax.rem(i * (steps * t.teams) + s, t.stages)
 
-        @pl.when(warpgroup == WARPGROUPS)
+        @pl.when(team == t.teams)
         def produce() -> None:
             if persistent:
                 plgpu.set_max_registers(40, action="decrease")
@@ -67,7 +70,7 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
                 def produce_step(s: Any, _: None) -> None:
                     slot, at = slot_of(i, s), first_step + s
 
-                    @pl.when(i * steps + s >= t.stages)
+                    @pl.when(i * (steps * t.teams) + s >= t.stages)
                     def reuse() -> None:
                         plgpu.barrier_wait(empty.at[slot])
 
@@ -79,7 +82,7 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
                         w.at[pl.ds(row * WARPGROUPS, WARPGROUPS), at], w_smem.at[slot], full.at[slot]
                     )
 
-                jax.lax.fori_loop(0, steps, produce_step, None)
+                jax.lax.fori_loop(0, steps * t.teams, produce_step, None)
 
             jax.lax.fori_loop(0, mine, produce_tile, None)
             if t.split > 1:
@@ -93,18 +96,21 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
 
         def compute_tile(i: Any, _: None) -> None:
             row, token = tile_of(i)
-            output = row * BLOCK_N + warpgroup * TILE_N
+            output = row * BLOCK_N + side * TILE_N
             factors = ops.load_factors()(x_scale, tensor_scale, token * t.tokens)
             ones = plgpu.layout_cast(jnp.ones((256,), jnp.float32), ops.layout["pair"])
 
+            def slot(s: Any) -> Any:
+                return slot_of(i, s * t.teams + team if t.teams > 1 else s)
+
             def fetch(s: Any, last: Any) -> Any:
-                """Operand and scales of step s; behind the tile's last step, those of that step again."""
+                """Operand and scales of the team's step s; behind the last one, those of that step again."""
 
                 @pl.when(s < steps)
                 def wait() -> None:
-                    plgpu.barrier_wait(full.at[slot_of(i, s)])
+                    plgpu.barrier_wait(full.at[slot(s)])
 
-                return ops.load_weights()(w_smem.at[slot_of(i, jnp.minimum(s, steps - 1))], warpgroup, last)
+                return ops.load_weights()(w_smem.at[slot(jnp.minimum(s, steps - 1))], side, last)
 
             def chain(s: Any, count: int, carry: Any) -> Any:
                 """``count`` steps whose wgmmas overlap; none runs at the end.
@@ -115,7 +121,7 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
                 accumulators = list(accumulators)
                 before = operand
                 for u in range(count):
-                    tokens = x_smem.at[slot_of(i, s + u)]
+                    tokens = x_smem.at[slot(s + u)]
                     first = (s + u == 0).astype(jnp.int32)
                     for group in range(ops.groups):
                         accumulators[0] = ops.multiply(0, group)(accumulators[0], operand, tokens, first)
@@ -123,7 +129,7 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
                             if u or group:
                                 accumulators[1] = ops.settle(1, group, 1)(accumulators[1], ratios, before)
                                 if group == 0:
-                                    release(empty.at[slot_of(i, s + u - 1)])
+                                    release(empty.at[slot(s + u - 1)])
                             accumulators[1] = ops.multiply(1, group)(accumulators[1], operand, tokens, first)
                         following, next_ratios, next_group = operand, ratios, group + 1
                         if group == ops.groups - 1:
@@ -133,11 +139,11 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
                             accumulators[0], next_ratios, operand, following
                         )
                         if t.halves == 1 and group == ops.groups - 1:
-                            release(empty.at[slot_of(i, s + u)])
+                            release(empty.at[slot(s + u)])
                         before, operand, ratios = operand, following, next_ratios
                 if t.halves == 2:
                     accumulators[1] = ops.settle(0, 0, 1)(accumulators[1], ratios, before)
-                    release(empty.at[slot_of(i, s + count - 1)])
+                    release(empty.at[slot(s + count - 1)])
                 return operand, ratios, unit, last, tuple(accumulators)
 
             empty_sum = jnp.zeros((hopper.WARPGROUP * ops.registers,), jnp.float32)
@@ -154,31 +160,61 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 offsets = [ops.load_bias()(bias, output)] if has_bias else []
                 for h in range(t.halves):
-                    ops.store(h, has_bias)(accumulators[h], unit, factors, y_smem.at[warpgroup], *offsets)
+                    ops.store(h, has_bias)(accumulators[h], unit, factors, y_smem.at[side], *offsets)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(
-                        y_smem.at[warpgroup, pl.ds(h * ops.half, ops.half)],
+                        y_smem.at[side, pl.ds(h * ops.half, ops.half)],
                         y.at[pl.ds(token * t.tokens + h * ops.half, ops.half), pl.ds(output, TILE_N)],
                     )
 
-            if t.split == 1:
+            if parts == 1:
                 write(accumulators, unit)
                 return
-            hopper.cluster_wait()
 
-            @pl.when(peer > 0)
-            def other() -> None:
-                for h in range(t.halves):
-                    ops.send(h)(accumulators[h], unit, received.at[peer - 1, warpgroup])
-                hopper.cluster_arrive()
+            def gathered(accumulators: Any, unit: Any, first: int, senders: int) -> list[Any]:
+                return [
+                    ops.gather(h, senders)(accumulators[h], unit, received.at[first, side]) for h in range(t.halves)
+                ]
 
-            @pl.when(peer == 0)
-            def leader() -> None:
-                hopper.cluster_arrive()
+            if t.split > 1:
                 hopper.cluster_wait()
-                write([ops.gather(h)(accumulators[h], unit, received.at[0, warpgroup]) for h in range(t.halves)], ones)
+            if t.teams > 1:
 
-        @pl.when(warpgroup < WARPGROUPS)
+                @pl.when(team > 0)
+                def other_team() -> None:
+                    for h in range(t.halves):
+                        ops.send(h, within_block=True)(accumulators[h], unit, received.at[t.split - 1, side])
+                    ops.meet()(side)
+                    if t.split > 1:
+                        hopper.cluster_arrive()
+
+            def first_team() -> None:
+                sums, in_unit = accumulators, unit
+                if t.teams > 1:
+                    ops.meet()(side)
+                    sums, in_unit = gathered(sums, in_unit, t.split - 1, t.teams - 1), ones
+                if t.split == 1:
+                    write(sums, in_unit)
+                    return
+
+                @pl.when(peer > 0)
+                def other_block() -> None:
+                    for h in range(t.halves):
+                        ops.send(h)(sums[h], in_unit, received.at[peer - 1, side])
+                    hopper.cluster_arrive()
+
+                @pl.when(peer == 0)
+                def leader() -> None:
+                    hopper.cluster_arrive()
+                    hopper.cluster_wait()
+                    write(gathered(sums, in_unit, 0, t.split - 1), ones)
+
+            if t.teams > 1:
+                pl.when(team == 0)(first_team)
+            else:
+                first_team()
+
+        @pl.when(team < t.teams)
         def compute() -> None:
             if persistent:
                 plgpu.set_max_registers(232, action="increase")
@@ -199,8 +235,8 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
         barriers,
         shared if t.share > 1 else barriers,
     ]
-    if t.split > 1:
-        scratch.append(plgpu.SMEM((t.split - 1, WARPGROUPS, TILE_N * t.tokens), jnp.float32))
+    if parts > 1:
+        scratch.append(plgpu.SMEM((t.split + t.teams - 2, WARPGROUPS, TILE_N * t.tokens), jnp.float32))
     cluster_axis: dict[str, Any] = {"cluster": (cluster,), "cluster_names": ("peer",)} if cluster > 1 else {}
     kernel = plgpu.kernel(
         body,
@@ -208,7 +244,7 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
         scratch_types=scratch,
         grid=(blocks,),
         grid_names=("block",),
-        num_threads=WARPGROUPS + 1,
+        num_threads=WARPGROUPS * t.teams + 1,
         thread_name="warpgroup",
         compiler_params=hopper.COMPILER_PARAMS,
         **cluster_axis,

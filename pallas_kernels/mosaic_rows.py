@@ -32,8 +32,8 @@ def _launch(body: Any, ops: Steps, m: int, outputs: list[tuple[tuple[int, ...], 
 
 
 def _steps(m: int, k: int) -> Steps:
-    """For few rows as many threads as have work, for many rows four vectors per thread."""
-    each = 1 if m <= 4 * STREAMING_MULTIPROCESSORS else 4
+    """For few rows as many threads as have work, for many rows two vectors per thread."""
+    each = 1 if m <= 4 * STREAMING_MULTIPROCESSORS else 2
     return Steps(k, min(MAX_WARPGROUPS, -(-k // (VECTOR * each * hopper.WARPGROUP))))
 
 

@@ -16,7 +16,7 @@ from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.reference import E4M3_MAX
 
 VECTOR = 8  # bf16 that a thread reads at once
-MAX_WARPGROUPS = 4
+MAX_WARPGROUPS = 8
 
 
 class Steps:

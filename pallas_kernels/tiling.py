@@ -30,6 +30,7 @@ class Tiling:
       unroll: steps whose tensor core instructions overlap; at least 2.
       snake: token tiles that neighbouring blocks work on, for the L2 cache.
       split: blocks that share the inputs of a tile and add up in the first one's shared memory.
+      teams: 1 or 2 pairs of warpgroups in a block that take turns at its steps and add up in shared memory.
       share: blocks, 1 or 2, that take the same tokens and copy them once.
       persistent: a block per multiprocessor that works through many tiles, instead of a block per tile.
     """
@@ -42,6 +43,7 @@ class Tiling:
     split: int = 1
     share: int = 1
     persistent: bool = True
+    teams: int = 1
 
     def shared_memory(self, tile_bytes: int) -> int:
         """Bytes of shared memory for a weight of such tiles, rounded up array by array as the compiler does."""
@@ -49,7 +51,7 @@ class Tiling:
             self.stages * self.tokens * TILE_K,
             self.stages * WARPGROUPS * tile_bytes,
             self.tokens * BLOCK_N * 2,
-            (self.split - 1) * self.tokens * BLOCK_N * 4,
+            (self.split + self.teams - 2) * self.tokens * BLOCK_N * 4,
             2 * self.stages * 8,
         ]
         return sum(-(-size // 1024) * 1024 for size in arrays)
@@ -66,13 +68,15 @@ def choose_tiling(m: int, n: int, k: int, tile_bytes: int) -> Tiling:
             split //= 2
         # What is in flight beyond 80 KB per multiprocessor makes some of them fall behind the others.
         tiling = Tiling(tokens, 8 if blocks * split <= 96 else 4, halves=1, unroll=2, split=split, persistent=False)
+        if tokens == 64 and split == 4:  # adding up 64 tokens' sums of four blocks takes longer than it saves
+            tiling = dataclasses.replace(tiling, stages=6, split=2, teams=2)
     elif m <= 512 and blocks * -(-m // 256) < 96:
         split = 2 if steps >= 16 and blocks * -(-m // 128) < 96 else 1
         tiling = Tiling(128, 5 if split == 2 else 6, split=split)
     else:
         tiling = Tiling(256, 4, share=2 if blocks > 1 and m > 256 else 1)
     while tiling.shared_memory(tile_bytes) > SHARED_MEMORY and tiling.stages > 2:
-        tiling = dataclasses.replace(tiling, stages=tiling.stages - 1)
+        tiling = dataclasses.replace(tiling, stages=tiling.stages - tiling.teams)
     return tiling
 
 

@@ -272,6 +272,9 @@ def test_kernel_against_float32(multiply, sizes):
         Tiling(128, 4, halves=1, unroll=2),
         Tiling(256, 2, share=2, snake=1),
         Tiling(256, 4, unroll=5),
+        Tiling(16, 4, halves=1, unroll=2, persistent=False, teams=2),
+        Tiling(64, 6, halves=1, unroll=2, split=2, persistent=False, teams=2),
+        Tiling(32, 6, halves=2, unroll=3, split=4, persistent=False, teams=2),
     ],
     ids=str,
 )
