@@ -66,8 +66,9 @@ def choose_tiling(m: int, n: int, k: int, tile_bytes: int) -> Tiling:
         split = next(s for s in (1, 2, 4) if s == 4 or blocks * s >= 96)
         while split > 1 and steps < 2 * split:
             split //= 2
-        # What is in flight beyond 80 KB per multiprocessor makes some of them fall behind the others.
-        tiling = Tiling(tokens, 8 if blocks * split <= 96 else 4, halves=1, unroll=2, split=split, persistent=False)
+        # Few stages where two blocks run on a multiprocessor: more in flight makes some of them fall behind.
+        stages = 4 if tokens < 64 and blocks * split > 96 else 8
+        tiling = Tiling(tokens, stages, halves=1, unroll=2, split=split, persistent=False)
         if tokens == 64 and split == 4:  # adding up 64 tokens' sums of four blocks takes longer than it saves
             tiling = dataclasses.replace(tiling, stages=6, split=2, teams=2)
     elif m <= 512 and blocks * -(-m // 256) < 96:
