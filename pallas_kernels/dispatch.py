@@ -36,6 +36,14 @@ def _mosaic_decode(*arrays: jax.Array, **options: Any) -> jax.Array:
     return mosaic_decode.decode_attention(*arrays, **options)
 
 
+def _mosaic_prefill(*arrays: Any, out_dtype: Any, **options: Any) -> jax.Array:
+    from pallas_kernels import mosaic_prefill
+
+    del out_dtype  # bf16, or the kernel is not selected
+    *arrays_of_prompt, _prefix, _prefix_lengths = arrays
+    return mosaic_prefill.prefill_attention(*arrays_of_prompt, **options)
+
+
 def _mosaic_rows(name: str) -> Callable[..., Any]:
     def compute(*arrays: Any, **options: Any) -> Any:
         from pallas_kernels import mosaic_rows
@@ -56,9 +64,11 @@ _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "quantize_rows": {"mosaic_gpu": _mosaic_rows("quantize_rows"), "reference": reference.quantize_fp8},
     "norm_quantize": {"mosaic_gpu": _mosaic_rows("norm_quantize"), "reference": reference.norm_quantize},
     "gate_quantize": {"mosaic_gpu": _mosaic_rows("gate_quantize"), "reference": reference.gate_quantize},
-    "prefill_attention": {"reference": reference.prefill_attention},
+    "prefill_attention": {"mosaic_gpu": _mosaic_prefill, "reference": reference.prefill_attention},
     "decode_attention": {"mosaic_gpu": _mosaic_decode, "reference": reference.decode_attention},
 }
+# Kernels that no GPU has run yet, only an emulation of one: who wants them names them.
+_BY_NAME_ONLY = {("prefill_attention", "mosaic_gpu")}
 
 
 def implementations(op: str) -> tuple[str, ...]:
@@ -77,7 +87,7 @@ def select(op: str, implementation: str | None, refusals: Mapping[str, str] | No
 
     Args:
       op: an operation.
-      implementation: a name, or None for the first that is not in ``refusals``.
+      implementation: a name, or None for the first that is not in ``refusals`` and that a GPU has been seen to run.
       refusals: implementations that cannot take this shape or device, and why.
 
     Raises:
@@ -86,7 +96,8 @@ def select(op: str, implementation: str | None, refusals: Mapping[str, str] | No
     """
     names, refusals = implementations(op), refusals or {}
     if implementation is None:
-        return _IMPLEMENTATIONS[op][next(name for name in names if name not in refusals)]
+        fitting = (name for name in names if name not in refusals and (op, name) not in _BY_NAME_ONLY)
+        return _IMPLEMENTATIONS[op][next(fitting)]
     if implementation not in names:
         raise NotImplementedError(
             f"{op} has no {implementation!r} implementation; it has {', '.join(names)}. "
@@ -317,6 +328,21 @@ def _check_cache(op: str, cache: tuple[jax.Array, ...], batch: int) -> None:
     _require(op, "v_scales", v_scales, shape[:3], (jnp.bfloat16,))
 
 
+def _prefill_refusals(queries: tuple[int, ...], has_prefix: bool, out_dtype: Any) -> dict[str, str]:
+    """Why the Hopper kernel cannot attend with such queries, if it cannot."""
+    _, tokens, _, head_dim = queries
+    reason = _no_hopper()
+    if head_dim not in (64, 128):
+        reason = f"{head_dim=} is not 64 or 128"
+    elif tokens == 0:
+        reason = "there are no tokens"
+    elif has_prefix:
+        reason = "there is a prefix"
+    elif jnp.dtype(out_dtype) != jnp.bfloat16:
+        reason = f"out_dtype={jnp.dtype(out_dtype).name} is not bfloat16"
+    return _named({"mosaic_gpu": reason})
+
+
 def prefill_attention(
     q8: jax.Array,
     q_scale: jax.Array,
@@ -336,10 +362,9 @@ def prefill_attention(
 
     Raises:
       ValueError: shapes or dtypes do not belong together.
-      NotImplementedError: ``implementation`` does not exist.
+      NotImplementedError: ``implementation`` does not exist, or takes no such shape or device.
     """
     op = "prefill_attention"
-    compute = select(op, implementation)
     if k8.ndim != 4:
         raise ValueError(f"{op}: k8 must be [batch, tokens, kv heads, head_dim], got {k8.shape}")
     b, _, kv, d = k8.shape
@@ -353,6 +378,7 @@ def prefill_attention(
     if prefix is not None and prefix_lengths is not None:
         _check_cache(op, prefix, b)
         _require(op, "prefix_lengths", prefix_lengths, (b,), (jnp.int32,))
+    compute = select(op, implementation, _prefill_refusals(q8.shape, prefix is not None, out_dtype))
     return compute(
         q8, q_scale, k8, k_scale, v8, v_scale, lengths, prefix, prefix_lengths,
         softmax_scale=softmax_scale, out_dtype=out_dtype,

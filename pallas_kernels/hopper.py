@@ -154,19 +154,21 @@ def wgmma_e4m3(
     return asm("\n".join(lines), constraints, [*accumulator, *a, b_descriptor, accumulate], [ir.F32Type.get()] * r)
 
 
-def k_major_descriptor(address: ir.Value) -> ir.Value:
-    """The wgmma descriptor of an 8-bit K-major operand in rows of 128 bytes with the 128-byte swizzle."""
+def k_major_descriptor(address: ir.Value, row_bytes: int = 128) -> ir.Value:
+    """The wgmma descriptor of an 8-bit K-major operand in rows of 64 or 128 bytes with the swizzle of that size."""
     i64 = ir.IntegerType.get_signless(64)
     field = llvm.lshr(llvm.and_(address, i32(0x3FFFF)), i32(4))
-    fixed = ((1024 >> 4) << 32) | (1 << 62)
+    swizzle = {128: 1, 64: 2}[row_bytes]
+    fixed = ((8 * row_bytes >> 4) << 32) | (swizzle << 62)
     return llvm.or_(arith.extui(i64, field), constant(fixed, bits=64))
 
 
-def store_transposed(address: ir.Value, registers: Sequence[ir.Value]) -> None:
-    """stmatrix.trans of two or four 8x8 matrices of 16-bit elements; ``address`` is each lane's row."""
+def store_matrices(address: ir.Value, registers: Sequence[ir.Value], transposed: bool) -> None:
+    """Stores two or four 8x8 matrices of 16-bit elements (stmatrix); ``address`` is each lane's row."""
     operands = ", ".join(f"${i + 1}" for i in range(len(registers)))
+    kind = ".trans" if transposed else ""
     asm(
-        f"stmatrix.sync.aligned.m8n8.x{len(registers)}.trans.shared.b16 [$0], {{{operands}}};",
+        f"stmatrix.sync.aligned.m8n8.x{len(registers)}{kind}.shared.b16 [$0], {{{operands}}};",
         ",".join(["r"] * (len(registers) + 1)),
         [address, *registers],
         [],

@@ -240,7 +240,7 @@ class Steps:
                     packed.append(hopper.to_bf16x2(*part))
             for j in range(0, self.half // 8, 2):
                 offset = (half * self.half + 8 * j) * 128
-                hopper.store_transposed(arith.addi(address, i32(offset)), packed[2 * j : 2 * j + 4])
+                hopper.store_matrices(arith.addi(address, i32(offset)), packed[2 * j : 2 * j + 4], transposed=True)
             return ()
 
         return cast(Operation, write)

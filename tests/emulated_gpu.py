@@ -3,10 +3,14 @@
 Inside :func:`emulated` the kernels of ``mosaic_matvec`` and ``mosaic_decode`` run as they are written: every operation
 on registers acts on a vector of all threads of a block, inline PTX is executed instruction by instruction, blocks run
 one after another. Shared memory is watched: a word that one warp wrote and another reads or writes before the next
-barrier is a race. What a bulk copy brings is garbage until its mbarrier was waited for. Not known: clusters, wgmma.
+barrier is a race. What a copy brings is garbage until its barrier was waited for.
+
+Kernels that have barriers of Pallas run every warpgroup in a Python thread of its own. A wgmma is computed when it is
+waited for, from what shared memory holds then; reading its accumulators before is an error. Not known: clusters.
 """
 
 import re
+import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest import mock
@@ -37,21 +41,67 @@ class Register:
         return self.values.dtype.type
 
 
-class Ref:
-    """An array in global or shared memory, as a kernel sees it."""
+class Running(Register):
+    """An accumulator of a wgmma that was not waited for."""
 
-    def __init__(self, array, address):
-        self.array, self.address = array, address
+    def __init__(self, product, index):
+        self.product, self.index = product, index
+
+    @property
+    def values(self):
+        raise AssertionError("an accumulator is read while its wgmma runs")
+
+
+class Ref:
+    """An array in global or shared memory, as a kernel sees it; ``swizzle`` is the bytes of a swizzled row, or 0."""
+
+    def __init__(self, array, address, swizzle=0):
+        self.array, self.address, self.swizzle = array, address, swizzle
 
     @property
     def at(self):
         return self
 
     def __getitem__(self, index):
-        index = int(index)
-        if self.array.ndim == 1:
-            return jnp.asarray(self.array[index])
-        return Ref(self.array[index], self.address + index * self.array[index].nbytes)
+        index = index if isinstance(index, tuple) else (index,)
+        if any(isinstance(i, slice) for i in index) or (self.swizzle == 0 and len(index) > 1):
+            return Window(self.array, index + (slice(None),) * (self.array.ndim - len(index)))
+        ref = self
+        for i in map(int, index):
+            if ref.array.ndim == 1:
+                return jnp.asarray(ref.array[i])
+            ref = Ref(ref.array[i], ref.address + i * ref.array[i].nbytes, ref.swizzle)
+        return ref
+
+
+class Window:
+    """A part of a global array; what lies outside reads as zeros and is not written."""
+
+    def __init__(self, array, index):
+        self.array, self.shape, inside, within = array, [], [], []
+        for i, size in zip(index, array.shape, strict=True):
+            if not isinstance(i, slice):
+                inside.append(int(i))
+                continue
+            start, stop = (0, size) if i == slice(None) else (int(i.start), int(i.stop))
+            end = max(min(stop, size), start)
+            inside.append(slice(start, end))
+            within.append(slice(0, end - start))
+            self.shape.append(stop - start)
+        self.inside, self.within = tuple(inside), tuple(within)
+
+    def read(self):
+        out = np.zeros(self.shape, self.array.dtype)
+        out[self.within] = self.array[self.inside]
+        return out
+
+    def write(self, values):
+        self.array[self.inside] = values[self.within]
+
+
+def swizzled(addresses, row_bytes):
+    """Where a byte lies under the swizzle of rows of that size."""
+    return addresses ^ (addresses >> 7 & row_bytes // 16 - 1) << 4
 
 
 class Block:
@@ -67,12 +117,15 @@ class Block:
         self.arrivals = {}
         self.team = np.zeros(threads // 32, np.int64)
 
-    def allocate(self, shape, dtype):
+    def allocate(self, spec):
+        if isinstance(spec, BarrierSpec):
+            return Barriers(spec)
+        shape, dtype = spec.shape, spec.dtype
         self.used = -(-self.used // 1024) * 1024
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         array = self.shared[self.used : self.used + size].view(dtype).reshape(shape)
         assert array.size == np.prod(shape), "shared memory is full"
-        ref = Ref(array, self.used)
+        ref = Ref(array, self.used, spec.swizzle)
         self.used += size
         return ref
 
@@ -116,6 +169,108 @@ class Block:
                 self.reader[words] = np.where(same, warps, np.where(in_team, MEMBERS + team, STRANGERS))
 
 
+class Warpgroup(Block):
+    """A warpgroup of a block whose warpgroups go separate ways; it knows nothing of races."""
+
+    def __init__(self, block, warpgroup):
+        self.threads, self.index, self.warpgroup = 128, block.index, warpgroup
+        self.shared, self.products = block.shared, []
+
+    def touch(self, addresses, active, size, writing):
+        pass
+
+
+class BarrierSpec:
+    """Pallas' description of an array of barriers."""
+
+    def __init__(self, num_arrivals=1, num_barriers=1):
+        self.arrivals, self.count = num_arrivals, num_barriers
+
+
+class Barriers:
+    """An array of barriers."""
+
+    def __init__(self, spec):
+        self.barriers = [Barrier(spec.arrivals) for _ in range(spec.count)]
+
+    @property
+    def at(self):
+        return self
+
+    def __getitem__(self, index):
+        return self.barriers[int(index)]
+
+
+class Barrier:
+    """A barrier between warpgroups; what was copied on its account arrives when somebody has waited for it."""
+
+    def __init__(self, needed):
+        self.needed, self.count, self.phase = needed, 0, 0
+        self.changed = threading.Condition()
+        self.waited = {}
+        self.copies = []
+
+    def arrive(self, copy=None):
+        with self.changed:
+            if copy is not None:
+                self.copies.append(copy)
+            self.count += 1
+            if self.count == self.needed:
+                self.count, self.phase = 0, self.phase + 1
+                self.changed.notify_all()
+
+    def wait(self, warpgroup, failed):
+        target = self.waited.get(warpgroup, 0)
+        with self.changed:
+            for _ in range(600):
+                if self.phase > target or failed:
+                    break
+                self.changed.wait(0.1)
+            assert self.phase > target, "waited for what nobody does"
+            assert self.phase == target + 1, "a phase passed that nobody waited for"
+            for copy in self.copies:
+                copy()
+            self.copies = []
+        self.waited[warpgroup] = target + 1
+
+
+class Product:
+    """A group of wgmma: ``accumulator [+]= A · Bᵀ`` of e4m3, 64 rows."""
+
+    def __init__(self, block, accumulator, a, descriptor, accumulate):
+        self.block, self.before, self.a, self.descriptor = block, accumulator, a, descriptor
+        self.accumulate = bool(accumulate.values[0])
+        self.result = None
+
+    def compute(self):
+        e4m3 = ml_dtypes.float8_e4m3fn
+        thread = np.arange(128)
+        row, t = thread // 32 * 16 + thread % 32 // 4, thread % 4
+        steps, columns = len(self.a) // 4, 2 * len(self.before)
+        left = np.zeros((64, 32 * steps), e4m3)
+        for i, register in enumerate(self.a):
+            values = register.values.view(np.uint8).reshape(128, 4).view(e4m3)
+            for byte in range(4):
+                left[row + 8 * (i % 2), i // 4 * 32 + i % 4 // 2 * 16 + 4 * t + byte] = values[:, byte]
+        base, row_bytes = self.descriptor
+        logical = base + np.arange(columns)[:, None] * row_bytes + np.arange(32 * steps)
+        right = self.block.shared[swizzled(logical, row_bytes)].view(e4m3)
+        product = left.astype(np.float64) @ right.astype(np.float64).T
+        self.result = []
+        for j, register in enumerate(self.before):
+            value = product[row + 8 * (j % 4 // 2), j // 4 * 8 + 2 * t + j % 2]
+            if self.accumulate:
+                value = value + settled(register).values.astype(np.float64)
+            self.result.append(Register(value.astype(F32)))
+
+
+def settled(register):
+    """The accumulator itself if its wgmma was waited for."""
+    if isinstance(register, Running) and register.product.result is not None:
+        return register.product.result[register.index]
+    return register
+
+
 class Arrival:
     """An mbarrier that one thread arrives at, and the copies of its present phase."""
 
@@ -138,8 +293,18 @@ class Machine:
     """What the patched functions refer to: the block at work and global memory."""
 
     def __init__(self):
-        self.block = None
+        self.local = threading.local()
         self.arrays = []
+        self.failures = []
+
+    @property
+    def block(self):
+        """The block, or in its thread the warpgroup, at work."""
+        return self.local.block
+
+    @block.setter
+    def block(self, block):
+        self.local.block = block
 
     def publish(self, array):
         """Puts an array into global memory."""
@@ -262,6 +427,8 @@ class Machine:
             self.block.barrier()
         elif opcode == "setp.ne.and.b32":
             names[arguments[0]] = (value(arguments[1]) != value(arguments[2])) & names[arguments[3]]
+        elif opcode == "setp.gt.f32":
+            names[arguments[0]] = value(arguments[1], F32) > value(arguments[2], F32)
         elif kind[0] == "setp":
             names[arguments[0]] = value(arguments[1]) != value(arguments[2])
         elif kind[0] == "mov" and arguments[0].startswith("{"):
@@ -303,6 +470,9 @@ class Machine:
         elif kind[0] == "max":  # of a NaN and a number, with .NaN NaN, else the number
             larger = np.maximum if "NaN" in kind else np.fmax
             assign(arguments[0], larger(value(arguments[1], F32), value(arguments[2], F32)))
+        elif opcode == "fma.rn.f32":
+            a, b, c = (value(x, F32).astype(np.float64) for x in arguments[1:])
+            assign(arguments[0], (a * b + c).astype(F32))
         elif kind[0] == "abs":
             assign(arguments[0], np.abs(value(arguments[1], F32)))
         elif kind[0] == "div":
@@ -318,7 +488,7 @@ class Machine:
             )
             names[arguments[0]] = high << B16(8) | low
         elif kind[0] == "ex2":
-            with np.errstate(under="ignore"):
+            with np.errstate(under="ignore", over="ignore"):
                 assign(arguments[0], np.exp2(value(arguments[1], F32)))
         elif kind[0] == "shfl":
             assert kind[2] == "bfly"
@@ -407,19 +577,23 @@ def emulated(*modules):
 
     comparisons = {
         "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "slt": lambda a, b: signed(a) < signed(b),
-        "ult": lambda a, b: a < b, "OLE": lambda a, b: a <= b, "OEQ": lambda a, b: a == b,
+        "sle": lambda a, b: signed(a) <= signed(b), "ult": lambda a, b: a < b, "OLE": lambda a, b: a <= b,
+        "OEQ": lambda a, b: a == b,
     }  # fmt: skip
     arith = SimpleNamespace(
         addi=binary(np.add), subi=binary(np.subtract), muli=binary(np.multiply), andi=binary(np.bitwise_and),
         ori=binary(np.bitwise_or), xori=binary(np.bitwise_xor), shli=binary(np.left_shift),
         shrui=binary(np.right_shift), divui=binary(np.floor_divide), remui=binary(np.remainder),
-        minui=binary(np.minimum), addf=binary(np.add), subf=binary(np.subtract), mulf=binary(np.multiply),
+        minui=binary(np.minimum),
+        minsi=binary(lambda a, b: np.minimum(signed(a), signed(b)).view(a.dtype)),
+        maxsi=binary(lambda a, b: np.maximum(signed(a), signed(b)).view(a.dtype)),
+        addf=binary(np.add), subf=binary(np.subtract), mulf=binary(np.multiply),
         cmpi=lambda kind, a, b: Register(comparisons[kind](a.values, b.values)),
         cmpf=lambda kind, a, b: Register(comparisons[kind](a.values, b.values)),
         select=lambda c, a, b: Register(np.where(c.values, a.values, b.values)),
         extui=lambda kind, a: Register(a.values.astype(kind)),
         bitcast=lambda kind, a: Register(a.values.view(kind)),
-        CmpIPredicate=SimpleNamespace(eq="eq", ne="ne", slt="slt", ult="ult"),
+        CmpIPredicate=SimpleNamespace(eq="eq", ne="ne", slt="slt", sle="sle", ult="ult"),
         CmpFPredicate=SimpleNamespace(OLE="OLE", OEQ="OEQ"),
     )  # fmt: skip
     widths = {1: PRED, 16: B16, 32: U32, 64: U64}
@@ -443,7 +617,32 @@ def emulated(*modules):
         mask = (1 << bits) - 1
         return Register(machine.full(value & mask, widths[bits]))
 
+    def issue(accumulator, a, descriptor, accumulate):
+        products = machine.block.products
+        products.append(Product(machine.block, accumulator, a, descriptor, accumulate))
+        return [Running(products[-1], i) for i in range(len(accumulator))]
+
+    def wait_for_products(in_flight, registers, keep=()):
+        products = machine.block.products
+        while len(products) > in_flight:
+            products.pop(0).compute()
+        return [settled(register) for register in registers]
+
+    def store_matrices(address, registers, transposed):
+        assert not transposed
+        lanes = address.values.astype(np.int64).reshape(-1, 32)
+        for i, register in enumerate(registers):
+            rows = lanes[:, 8 * i : 8 * i + 8]  # of each warp
+            for lane in range(32):
+                at = rows[:, lane // 4] + lane % 4 * 4
+                words = register.values.view(U32).reshape(-1, 32)[:, lane]
+                for byte in range(4):
+                    machine.block.shared[at + byte] = words >> U32(8 * byte) & U32(0xFF)
+
     hopper_functions = {
+        "wgmma_e4m3": issue, "wait_for_wgmma": wait_for_products, "store_matrices": store_matrices,
+        "k_major_descriptor": lambda address, row_bytes: (int(address.values[0]), row_bytes),
+        "thread_in_warpgroup": lambda: Register(np.arange(machine.block.threads, dtype=U32) % U32(128)),
         "asm": asm, "pure_asm": pure_asm, "constant": constant, "ir": ir,
         "i32": lambda value: constant(value, 32), "f32": lambda value: Register(machine.full(value, F32)),
         "pack": list, "unpack": list,
@@ -464,7 +663,26 @@ def emulated(*modules):
     def cast(array, layout):
         """A container of zeros: a list of registers."""
         count = array.size // 128
-        return [Register(machine.full(0, F32)) for _ in range(count)]
+        return [Register(machine.full(0, F32 if array.dtype == jnp.float32 else U32)) for _ in range(count)]
+
+    def separately(block, warpgroups, body):
+        """Runs the warpgroups of a block side by side."""
+
+        def run(warpgroup):
+            machine.block = Warpgroup(block, warpgroup)
+            try:
+                with jax.disable_jit():
+                    body()
+            except BaseException as error:  # for the thread that waits for this one
+                machine.failures.append(error)
+
+        threads = [threading.Thread(target=run, args=(warpgroup,)) for warpgroup in range(warpgroups)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if machine.failures:
+            raise machine.failures[0]
 
     def kernel(body, *, out_type, grid, scratch_types=(), num_threads, **_):
         def launch(*arrays):
@@ -473,9 +691,13 @@ def emulated(*modules):
             types = out_type if several else (out_type,)
             outs = [machine.publish(np.zeros(t.shape, t.dtype)) for t in types]
             for index in range(grid[0]):
-                machine.block = Block(128 * num_threads, index)
-                shared = [machine.block.allocate(s.shape, s.dtype) for s in scratch_types]
-                body(*refs, *outs, *shared)
+                block = Block(128 * num_threads, index)
+                shared = [block.allocate(spec) for spec in scratch_types]
+                if any(isinstance(spec, BarrierSpec) for spec in scratch_types):
+                    separately(block, num_threads, lambda shared=shared: body(*refs, *outs, *shared))
+                else:
+                    machine.block = block
+                    body(*refs, *outs, *shared)
             results = [
                 jnp.asarray(machine.arrays[(out.address >> 40) - 1].view(t.dtype).reshape(t.shape))
                 for out, t in zip(outs, types, strict=True)
@@ -492,15 +714,39 @@ def emulated(*modules):
     def when(condition):
         return lambda block: block() if bool(condition) else None
 
+    def copy_in(window, target, barrier):
+        data = window.read().view(np.uint8).reshape(-1)
+        assert data.size == target.array.nbytes
+        places = swizzled(target.address + np.arange(data.size), target.swizzle)
+        shared = machine.block.shared
+        shared[places] = 0xFF  # NaN, until it has arrived
+
+        def arrive():
+            shared[places] = data
+
+        barrier.arrive(arrive)
+
+    def copy_out(source, window):
+        places = swizzled(source.address + np.arange(source.array.nbytes), source.swizzle)
+        window.write(machine.block.shared[places].view(source.array.dtype).reshape(window.shape))
+
+    def index_of(name):
+        return jnp.int32(machine.block.warpgroup if name == "warpgroup" else machine.block.index)
+
     plgpu = SimpleNamespace(
+        Barrier=BarrierSpec, SwizzleTransform=lambda row_bytes: row_bytes,
+        barrier_wait=lambda barrier: barrier.wait(machine.block.warpgroup, machine.failures),
+        barrier_arrive=lambda barrier: barrier.arrive(),
+        copy_gmem_to_smem=copy_in, copy_smem_to_gmem=copy_out,
+        commit_smem=lambda: None, wait_smem_to_gmem=lambda *_, **__: None, set_max_registers=lambda *_, **__: None,
         inline_mgpu=inline, kernel=kernel, layout_cast=cast, RefType=lambda *_: None,
-        SMEM=lambda shape, dtype: SimpleNamespace(shape=shape, dtype=dtype),
+        SMEM=lambda shape, dtype, transforms=(0,): SimpleNamespace(shape=shape, dtype=dtype, swizzle=transforms[0]),
         CompilerParams=lambda **_: None, LoweringSemantics=SimpleNamespace(Lane=None),
         Layout=SimpleNamespace(WG_SPLAT=lambda shape: None),
     )  # fmt: skip
     with (
         jax.disable_jit(),
-        mock.patch.multiple(jax.lax, axis_index=lambda name: jnp.int32(machine.block.index), fori_loop=loop),
+        mock.patch.multiple(jax.lax, axis_index=index_of, fori_loop=loop),
         mock.patch.multiple(modules[0].hopper, **hopper_functions),
     ):
         patches = []
@@ -510,7 +756,7 @@ def emulated(*modules):
             for module in modules:
                 present = {name: x for name, x in replaced.items() if hasattr(module, name)}
                 if hasattr(module, "pl"):
-                    present["pl"] = SimpleNamespace(when=when)
+                    present["pl"] = SimpleNamespace(when=when, ds=lambda start, size: slice(start, start + size))
                 patches.append(mock.patch.multiple(module, **present))
                 patches[-1].start()
             yield machine

@@ -1,0 +1,209 @@
+"""FP8 causal attention of prompts on Hopper, in Pallas:Mosaic GPU.
+
+A block takes 128 query rows of a head, 64 for each of two warpgroups; a third one copies keys and values.
+Blocks of keys are gone through from the last one that a row sees to the first, so that only the first block taken has
+keys to hide. While a warpgroup weighs one block's scores (running maximum, ``exp2``, sums), the tensor core adds up the
+values of the block before for it, and works for the other warpgroup.
+
+Queries and weights are register operands. The scores' registers become those of the weights as they are, because the
+values lie in a matching order of keys (:func:`transpose_values`).
+"""
+
+import functools
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import hopper
+from pallas_kernels.matmul_steps import Operation
+from pallas_kernels.prefill_steps import ROWS, PrefillShape, Steps
+
+WARPGROUPS = 2  # that compute; a third one copies
+TILE = WARPGROUPS * ROWS
+KEYS = 128
+STAGES = 2
+
+
+def transpose_values(v8: jax.Array, keys: int) -> jax.Array:
+    """``[b, t, kv, d]`` to ``[b, kv, d, t']``, keys in the order in which the second product takes them.
+
+    Of each 16 keys, 8 h + 2 t + e comes to place 4 t + 2 h + e. Behind the last key are zeros, up to a multiple of
+    ``keys``.
+    """
+    b, t, kv, d = v8.shape
+    padded = jnp.pad(v8, ((0, 0), (0, -t % keys), (0, 0), (0, 0)))
+    return padded.reshape(b, -1, 2, 4, 2, kv, d).transpose(0, 5, 6, 1, 3, 2, 4).reshape(b, kv, d, -1)
+
+
+def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Operation:
+    """``(q8, q_scale, k8, k_scale, values, v_scale, lengths) -> [b, t, h, d]`` bf16."""
+    ops = Steps(shape, softmax_scale)
+    s = shape
+    tiles = -(-s.tokens // TILE)
+    chunks = s.head_dim // 64  # of an output row, 128 bytes each
+
+    def body(
+        q8: Any, q_scale: Any, k8: Any, k_scale: Any, values: Any, v_scale: Any, lengths: Any, y: Any,
+        k_smem: Any, v_smem: Any, y_smem: Any, k_full: Any, k_empty: Any, v_full: Any, v_empty: Any,
+    ) -> None:  # fmt: skip
+        block, warpgroup = jax.lax.axis_index("block"), jax.lax.axis_index("warpgroup")
+        head, rest = jax.lax.rem(block, jnp.int32(s.heads)), jax.lax.div(block, jnp.int32(s.heads))
+        sequence, from_last = jax.lax.rem(rest, jnp.int32(s.batch)), jax.lax.div(rest, jnp.int32(s.batch))
+        # The longest tiles first, so that the last blocks to run are short.
+        first_row = (tiles - 1 - from_last) * TILE
+        kv_head = jax.lax.div(head, jnp.int32(s.heads // s.kv_heads))
+        last_key = jnp.maximum(lengths[sequence], 1) - 1
+
+        def blocks_up_to(row: Any) -> Any:
+            return jax.lax.div(jnp.minimum(row, last_key), jnp.int32(s.keys)) + 1
+
+        count = blocks_up_to(first_row + TILE - 1)
+
+        @pl.when(warpgroup == WARPGROUPS)
+        def produce() -> None:
+            plgpu.set_max_registers(24, action="decrease")
+
+            def copy(i: Any, source: Any, target: Any, full: Any, empty: Any) -> None:
+                slot = jax.lax.rem(i, jnp.int32(stages))
+
+                @pl.when(i >= stages)
+                def reuse() -> None:
+                    plgpu.barrier_wait(empty.at[slot])
+
+                plgpu.copy_gmem_to_smem(source, target.at[slot], full.at[slot])
+
+            def copy_keys(i: Any) -> None:
+                at = pl.ds((count - 1 - i) * s.keys, s.keys)
+                copy(i, k8.at[sequence, at, kv_head], k_smem, k_full, k_empty)
+
+            def copy_both(i: Any, _: None) -> None:
+                @pl.when(i + 1 < count)
+                def next_keys() -> None:
+                    copy_keys(i + 1)
+
+                at = pl.ds((count - 1 - i) * s.keys, s.keys)
+                copy(i, values.at[sequence, kv_head, :, at], v_smem, v_full, v_empty)
+
+            copy_keys(jnp.int32(0))
+            jax.lax.fori_loop(0, count, copy_both, None)
+
+        @pl.when(warpgroup < WARPGROUPS)
+        def compute() -> None:
+            plgpu.set_max_registers(240, action="increase")
+            row = first_row + warpgroup * ROWS
+            queries, factors, limits = ops.load_queries()(q8, q_scale, k_scale, lengths, sequence, head, kv_head, row)
+
+            def zeros(name: str) -> Any:
+                return plgpu.layout_cast(jnp.zeros(ops.type[name].shape, jnp.float32), ops.layout[name])
+
+            def slot(i: Any) -> Any:
+                return jax.lax.rem(i, jnp.int32(stages))
+
+            # Blocks of keys that only the other warpgroup's rows see.
+            skipped = count - blocks_up_to(row + ROWS - 1)
+
+            def skip(i: Any, _: None) -> None:
+                for full, empty in ((k_full, k_empty), (v_full, v_empty)):
+                    plgpu.barrier_wait(full.at[slot(i)])
+                    plgpu.barrier_arrive(empty.at[slot(i)])
+
+            if s.keys < TILE:
+                jax.lax.fori_loop(0, skipped, skip, None)
+            first = skipped if s.keys < TILE else jnp.int32(0)
+
+            plgpu.barrier_wait(k_full.at[slot(first)])
+            no_weights = plgpu.layout_cast(jnp.zeros(ops.type["weights"].shape, jnp.int32), ops.layout["weights"])
+            scores = ops.score()(zeros("scores"), queries, k_smem.at[slot(first)])
+            scores = ops.wait("scores", 0)(scores, queries, no_weights)
+            plgpu.barrier_arrive(k_empty.at[slot(first)])
+            scores = ops.mask()(scores, limits, (count - 1 - first) * s.keys)
+            rounded, maxima, sums, _ = ops.weigh()(scores, factors, ops.start()(zeros("pair")), zeros("pair"), y_smem)
+            weights = ops.round_weights()(rounded)
+
+            def step(i: Any, carry: Any) -> Any:
+                scores, weights, output, maxima, sums = carry
+                plgpu.barrier_wait(k_full.at[slot(i)])
+                scores = ops.score()(scores, queries, k_smem.at[slot(i)])
+                plgpu.barrier_wait(v_full.at[slot(i - 1)])
+                output = ops.gather()(output, weights, v_smem.at[slot(i - 1)])
+                scores = ops.wait("scores", 1)(scores, queries, weights)
+                plgpu.barrier_arrive(k_empty.at[slot(i)])
+                scores, maxima, sums, shrink = ops.weigh()(scores, factors, maxima, sums, y_smem)
+                output = ops.wait("output", 0)(output, queries, weights)
+                plgpu.barrier_arrive(v_empty.at[slot(i - 1)])
+                return scores, ops.round_weights()(scores), ops.shrink()(output, shrink), maxima, sums
+
+            carry = (rounded, weights, zeros("output"), maxima, sums)
+            _, weights, output, _, sums = jax.lax.fori_loop(first + 1, count, step, carry)
+            plgpu.barrier_wait(v_full.at[slot(count - 1)])
+            output = ops.gather()(output, weights, v_smem.at[slot(count - 1)])
+            output = ops.wait("output", 0)(output, queries, weights)
+            ops.store()(output, sums, v_scale, sequence, kv_head, y_smem.at[warpgroup])
+            plgpu.commit_smem()
+            for chunk in range(chunks):
+                plgpu.copy_smem_to_gmem(
+                    y_smem.at[warpgroup, chunk], y.at[sequence, pl.ds(row, ROWS), head, pl.ds(64 * chunk, 64)]
+                )
+            plgpu.wait_smem_to_gmem(0)
+
+    copied, used = plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((s.batch, s.tokens, s.heads, s.head_dim), jnp.bfloat16),
+        scratch_types=[
+            plgpu.SMEM((stages, s.keys, s.head_dim), jnp.float8_e4m3fn, transforms=ops.key_swizzle),
+            plgpu.SMEM((stages, s.head_dim, s.keys), jnp.float8_e4m3fn, transforms=ops.value_swizzle),
+            plgpu.SMEM((WARPGROUPS, chunks, ROWS, 64), jnp.bfloat16, transforms=ops.output_swizzle),
+            copied,
+            used,
+            copied,
+            used,
+        ],
+        grid=(tiles * s.heads * s.batch,),
+        grid_names=("block",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        compiler_params=hopper.COMPILER_PARAMS,
+    )
+    return cast(Operation, kernel)
+
+
+@functools.partial(jax.jit, static_argnames=("softmax_scale", "keys", "stages"))
+def prefill_attention(
+    q8: jax.Array,
+    q_scale: jax.Array,
+    k8: jax.Array,
+    k_scale: jax.Array,
+    v8: jax.Array,
+    v_scale: jax.Array,
+    lengths: jax.Array,
+    *,
+    softmax_scale: float,
+    keys: int = KEYS,
+    stages: int = STAGES,
+) -> jax.Array:
+    """:func:`pallas_kernels.reference.prefill_attention` without a prefix.
+
+    Args:
+      q8: ``[b, t, h, d]`` e4m3; d is 64 or 128.
+      q_scale: ``[b, t, h]`` float32.
+      k8: ``[b, t, kv, d]`` e4m3.
+      k_scale: ``[b, kv]`` float32.
+      v8: ``[b, t, kv, d]`` e4m3.
+      v_scale: ``[b, kv]`` float32.
+      lengths: ``[b]`` int32.
+      softmax_scale: usually ``d ** -0.5``.
+      keys: of a block, 64 or 128.
+      stages: blocks of keys and of values that shared memory holds.
+
+    Returns:
+      ``[b, t, h, d]`` bf16.
+    """
+    b, t, h, d = q8.shape
+    shape = PrefillShape(b, t, h, k8.shape[2], d, keys)
+    kernel = make_kernel(shape, softmax_scale, stages)
+    values = transpose_values(v8, keys)
+    return cast(jax.Array, kernel(q8, q_scale, k8, k_scale, values, v_scale, lengths))

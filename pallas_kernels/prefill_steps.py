@@ -1,0 +1,350 @@
+"""The register-level steps of prefill attention, which :mod:`pallas_kernels.mosaic_prefill` puts in order."""
+
+import dataclasses
+import math
+from typing import Any, cast
+
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from pallas_kernels import hopper
+from pallas_kernels.hopper import f32, i32
+from pallas_kernels.matmul_steps import Operation
+
+ROWS = 64  # query rows of a warpgroup
+LOG2_E = math.log2(math.e)
+# exp(score - max) is multiplied by 256 before it is rounded to e4m3, which the sum of the weights is as well.
+WEIGHT_EXPONENT = 8.0
+MASKED = -1e30  # finite, so that differences of two of them are no NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillShape:
+    """Static sizes.
+
+    Attributes:
+      batch: sequences.
+      tokens: new tokens per sequence, padding included.
+      heads: query heads.
+      kv_heads: key/value heads.
+      head_dim: 64 or 128.
+      keys: of a block; a multiple of 32.
+    """
+
+    batch: int
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    keys: int
+
+
+class Steps:
+    """The register-level steps for one shape.
+
+    A thread's registers of 64 query rows are those of the tensor core: of rows r and r + 8 of its warp's 16, columns
+    8 c + 2 t and 8 c + 2 t + 1 for each c, where its lane is 4 r + t.
+    """
+
+    def __init__(self, shape: PrefillShape, softmax_scale: float) -> None:
+        self.shape, self.softmax_scale = shape, softmax_scale
+        d, n = shape.head_dim, shape.keys
+        self.scalar = plgpu.Layout.WG_SPLAT(())
+        containers = {
+            "queries": (d // 8, jnp.int32),
+            "factors": (2, jnp.float32),
+            "limits": (2, jnp.int32),
+            "scores": (n // 2, jnp.float32),
+            "weights": (n // 8, jnp.int32),
+            "output": (d // 2, jnp.float32),
+            "pair": (2, jnp.float32),
+        }
+        self.layout = {name: hopper.container_layout(count) for name, (count, _) in containers.items()}
+        self.type = {name: hopper.container_type(count, dtype) for name, (count, dtype) in containers.items()}
+        self.key_swizzle = (cast(Any, plgpu.SwizzleTransform)(d),)
+        self.value_swizzle = (cast(Any, plgpu.SwizzleTransform)(n),)
+        self.output_swizzle = (cast(Any, plgpu.SwizzleTransform)(128),)
+
+    def _row(self) -> tuple[ir.Value, ir.Value]:
+        """The first of a thread's two rows among the warpgroup's 64, and its t."""
+        thread = hopper.thread_in_warpgroup()
+        lane, warp = arith.andi(thread, i32(31)), arith.shrui(thread, i32(5))
+        return arith.addi(arith.muli(warp, i32(16)), arith.shrui(lane, i32(2))), arith.andi(lane, i32(3))
+
+    def load_queries(self) -> Operation:
+        """``(q8, q_scale, k_scale, lengths, sequence, head, kv head, first row) -> (queries, factors, limits)``.
+
+        The register operand of the first product, what scores are multiplied by (for powers of two), and the last key
+        that each of a thread's rows sees. Rows behind the last token are zeros.
+        """
+        s = self.shape
+
+        @plgpu.inline_mgpu(
+            arg_types=(*[plgpu.RefType()] * 4, *[self.scalar] * 4),
+            return_type=(self.type["queries"], self.type["factors"], self.type["limits"]),
+        )
+        def load(_: Any, q8: Any, q_scale: Any, k_scale: Any, lengths: Any, *where: Any) -> Any:
+            i64, word, single = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32), ir.F32Type.get()
+            sequence, head, kv_head, first = (x.registers.item() for x in where)
+            row, t = self._row()
+            row = arith.addi(first, row)
+
+            def pointer(ref: Any, index: ir.Value, size: int) -> ir.Value:
+                offset = arith.muli(arith.extui(i64, index), hopper.constant(size, bits=64))
+                return arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(ref)), offset)
+
+            def read(address: ir.Value, exists: ir.Value, offset: int = 0) -> ir.Value:
+                return hopper.asm(
+                    "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; "
+                    f"@p ld.global.nc.b32 $0, [$1+{offset}]; }}",
+                    "=&r,l,r", [address, exists], [word],
+                )[0]  # fmt: skip
+
+            always = i32(1)
+            scale = arith.addi(arith.muli(sequence, i32(s.kv_heads)), kv_head)
+            scale = arith.bitcast(single, read(pointer(k_scale, scale, 4), always))
+            scale = arith.mulf(scale, f32(self.softmax_scale * LOG2_E))
+            # An empty sequence sees its first key, for want of another one: what comes out must be finite.
+            length = arith.maxsi(read(pointer(lengths, sequence, 4), always), i32(1))
+            halves: list[list[ir.Value]] = []
+            factors, limits = [], []
+            for half in range(2):
+                token = arith.addi(row, i32(8 * half))
+                exists = arith.extui(word, arith.cmpi(arith.CmpIPredicate.ult, token, i32(s.tokens)))
+                place = arith.addi(arith.muli(sequence, i32(s.tokens)), token)
+                place = arith.addi(arith.muli(place, i32(s.heads)), head)
+                address = arith.addi(pointer(q8, place, s.head_dim), arith.extui(i64, arith.muli(t, i32(4))))
+                halves.append([read(address, exists, 16 * i) for i in range(s.head_dim // 16)])
+                factors.append(arith.mulf(arith.bitcast(single, read(pointer(q_scale, place, 4), exists)), scale))
+                limits.append(arith.minsi(token, arith.subi(length, i32(1))))
+            # Four registers per 32 elements: rows r and r + 8 of the first 16, then of the others.
+            operand = [halves[half][i] for i in range(s.head_dim // 16) for half in range(2)]
+            return hopper.pack(operand), hopper.pack(factors), hopper.pack(limits)
+
+        return cast(Operation, load)
+
+    def start(self) -> Operation:
+        """``zeros -> maxima`` of rows that have seen nothing."""
+
+        @plgpu.inline_mgpu(arg_types=(self.layout["pair"],), return_type=self.type["pair"])
+        def begin(_: Any, zeros: Any) -> Any:
+            return hopper.pack([f32(MASKED)] * len(hopper.unpack(zeros)))
+
+        return cast(Operation, begin)
+
+    def score(self) -> Operation:
+        """``(scores, queries, keys) -> scores``: issues the product with a block of keys, which is left to run."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(self.layout["scores"], self.layout["queries"], plgpu.RefType(self.key_swizzle)),
+            return_type=self.type["scores"],
+        )
+        def issue(_: Any, scores: Any, queries: Any, keys: Any) -> Any:
+            descriptor = hopper.k_major_descriptor(hopper.shared_address(keys), self.shape.head_dim)
+            operand = hopper.unpack(queries)
+            return hopper.pack(hopper.wgmma_e4m3(hopper.unpack(scores), operand, descriptor, i32(0)))
+
+        return cast(Operation, issue)
+
+    def gather(self) -> Operation:
+        """``(output, weights, values) -> output``: issues the product with a block of values, which is left to run."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(self.layout["output"], self.layout["weights"], plgpu.RefType(self.value_swizzle)),
+            return_type=self.type["output"],
+        )
+        def issue(_: Any, output: Any, weights: Any, values: Any) -> Any:
+            descriptor = hopper.k_major_descriptor(hopper.shared_address(values), self.shape.keys)
+            operand = hopper.unpack(weights)
+            return hopper.pack(hopper.wgmma_e4m3(hopper.unpack(output), operand, descriptor, i32(1)))
+
+        return cast(Operation, issue)
+
+    def wait(self, name: str, in_flight: int) -> Operation:
+        """``(registers, queries, weights) -> registers`` once at most ``in_flight`` products run.
+
+        wgmma reads its operand registers late, so those of running products are kept up to here.
+        """
+
+        @plgpu.inline_mgpu(
+            arg_types=(self.layout[name], self.layout["queries"], self.layout["weights"]), return_type=self.type[name]
+        )
+        def wait(_: Any, registers: Any, queries: Any, weights: Any) -> Any:
+            keep = [*hopper.unpack(queries), *hopper.unpack(weights)]
+            return hopper.pack(hopper.wait_for_wgmma(in_flight, hopper.unpack(registers), keep))
+
+        return cast(Operation, wait)
+
+    def mask(self) -> Operation:
+        """``(scores, limits, first key) -> scores``: hides keys behind each row's last one."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(self.layout["scores"], self.layout["limits"], self.scalar), return_type=self.type["scores"]
+        )
+        def hide(_: Any, scores: Any, limits: Any, first: Any) -> Any:
+            _row, t = self._row()
+            column = arith.addi(first.registers.item(), arith.muli(t, i32(2)))
+            last = [arith.subi(limit, column) for limit in hopper.unpack(limits)]
+            hidden = []
+            for i, score in enumerate(hopper.unpack(scores)):
+                seen = arith.cmpi(arith.CmpIPredicate.sle, i32(i // 4 * 8 + i % 2), last[i % 4 // 2])
+                hidden.append(arith.select(seen, score, f32(MASKED)))
+            return hopper.pack(hidden)
+
+        return cast(Operation, hide)
+
+    def weigh(self) -> Operation:
+        """``(scores, factors, maxima, sums, scratch) -> (weights as float32, maxima, sums, shrink)``.
+
+        ``shrink`` brings what was summed before to the new maxima. ``scratch`` is any shared memory; it stays as it is.
+        """
+
+        @plgpu.inline_mgpu(
+            arg_types=(
+                self.layout["scores"],
+                self.layout["factors"],
+                self.layout["pair"],
+                self.layout["pair"],
+                plgpu.RefType(self.output_swizzle),
+            ),
+            return_type=(self.type["scores"], self.type["pair"], self.type["pair"], self.type["pair"]),
+        )
+        def weigh(_: Any, scores: Any, factors: Any, maxima: Any, sums: Any, scratch: Any) -> Any:
+            registers, factors = hopper.unpack(scores), hopper.unpack(factors)
+            maxima, sums = hopper.unpack(maxima), hopper.unpack(sums)
+            weights, largest, totals, shrink = list(registers), [], [], []
+            for half in range(2):
+                mine = [i for i in range(len(registers)) if i % 4 // 2 == half]
+                # Three short chains rather than a long one.
+                chains = [maxima[half], registers[mine[0]], registers[mine[1]]]
+                for j, i in enumerate(mine[2:]):
+                    chains[j % 3] = maximum(chains[j % 3], registers[i])
+                peak = across_t(maximum(maximum(chains[0], chains[1]), chains[2]), maximum)
+                largest.append(peak)
+                # 2^(score · factor - peak · factor + 8): the maxima are those of scores before they are scaled.
+                offset = arith.subf(f32(WEIGHT_EXPONENT), arith.mulf(peak, factors[half]))
+                change = arith.mulf(arith.subf(maxima[half], peak), factors[half])
+                shrink.append(exp2(change))
+                parts = [f32(0)] * 3
+                for j, i in enumerate(mine):
+                    weights[i] = exp2(multiply_add(registers[i], factors[half], offset))
+                    parts[j % 3] = arith.addf(parts[j % 3], weights[i])
+                total = arith.addf(arith.addf(parts[0], parts[1]), parts[2])
+                totals.append(multiply_add(sums[half], shrink[half], total))
+                # ptxas would move all of this behind the next wait for the tensor core, which is what it must overlap.
+                # It does not move a store there, and this one is never made: no sum is that large.
+                hopper.asm(
+                    "{ .reg .pred p; setp.gt.f32 p, $1, 0f7F000000; @p st.shared.f32 [$0], $1; }", "r,f",
+                    [hopper.shared_address(scratch), total], [],
+                )  # fmt: skip
+            return hopper.pack(weights), hopper.pack(largest), hopper.pack(totals), hopper.pack(shrink)
+
+        return cast(Operation, weigh)
+
+    def round_weights(self) -> Operation:
+        """``weights as float32 -> weights`` in e4m3, as the register operand of the second product.
+
+        A thread's columns 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t of each 16 become the operand's inputs 4 t to 4 t + 3:
+        values lie in that order.
+        """
+
+        @plgpu.inline_mgpu(arg_types=(self.layout["scores"],), return_type=self.type["weights"])
+        def convert(_: Any, weights: Any) -> Any:
+            word = ir.IntegerType.get_signless(32)
+            registers = hopper.unpack(weights)
+            packed = []
+            for block in range(0, len(registers), 8):  # 16 columns
+                for half in range(2):
+                    four = [registers[block + 4 * j + 2 * half + e] for j in range(2) for e in range(2)]
+                    ptx = (
+                        "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; "
+                        "cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; mov.b32 $0, {l, h}; }"
+                    )
+                    packed.append(hopper.pure_asm(ptx, "=r,f,f,f,f", four, word))
+            return hopper.pack(packed)
+
+        return cast(Operation, convert)
+
+    def shrink(self) -> Operation:
+        """``(output, shrink) -> output``: a thread's rows, each multiplied by its factor."""
+
+        @plgpu.inline_mgpu(arg_types=(self.layout["output"], self.layout["pair"]), return_type=self.type["output"])
+        def scale(_: Any, output: Any, factors: Any) -> Any:
+            factors = hopper.unpack(factors)
+            return hopper.pack([arith.mulf(r, factors[i % 4 // 2]) for i, r in enumerate(hopper.unpack(output))])
+
+        return cast(Operation, scale)
+
+    def store(self) -> Operation:
+        """``(output, sums, v_scale, sequence, kv head, tile in shared memory) -> ()``: divided by the sums, in bf16.
+
+        The tile is ``[head_dim / 64, 64, 64]`` in rows of 128 bytes with the 128-byte swizzle.
+        """
+        s = self.shape
+
+        @plgpu.inline_mgpu(
+            arg_types=(
+                self.layout["output"], self.layout["pair"], plgpu.RefType(), self.scalar, self.scalar,
+                plgpu.RefType(self.output_swizzle),
+            ),
+            return_type=(),
+        )  # fmt: skip
+        def write(_: Any, output: Any, sums: Any, v_scale: Any, sequence: Any, kv_head: Any, tile: Any) -> Any:
+            i64, single = ir.IntegerType.get_signless(64), ir.F32Type.get()
+            index = arith.addi(arith.muli(sequence.registers.item(), i32(s.kv_heads)), kv_head.registers.item())
+            address = arith.addi(
+                llvm.ptrtoint(i64, utils.memref_ptr(v_scale)),
+                arith.muli(arith.extui(i64, index), hopper.constant(4, bits=64)),
+            )
+            [scale] = hopper.asm("ld.global.nc.f32 $0, [$1];", "=f,l", [address], [single])
+            factors = []
+            for total in hopper.unpack(sums):
+                # The four lanes of a row each summed their own columns.
+                factors.append(divide(scale, across_t(total, arith.addf)))
+            registers = [arith.mulf(r, factors[i % 4 // 2]) for i, r in enumerate(hopper.unpack(output))]
+            words = [hopper.to_bf16x2(registers[i], registers[i + 1]) for i in range(0, len(registers), 2)]
+            thread = hopper.thread_in_warpgroup()
+            lane, warp = arith.andi(thread, i32(31)), arith.shrui(thread, i32(5))
+            # Lanes 0 to 7 and 8 to 15 give the addresses of rows 0 to 7 and 8 to 15 of one column block of eight, the
+            # other lanes those of the next one.
+            row = arith.addi(arith.muli(warp, i32(16)), arith.andi(lane, i32(15)))
+            second = arith.shrui(lane, i32(4))
+            base = arith.addi(hopper.shared_address(tile), arith.muli(row, i32(128)))
+            for block in range(0, s.head_dim // 8, 2):
+                chunk = arith.xori(arith.addi(second, i32(block % 8)), arith.andi(row, i32(7)))
+                place = arith.addi(base, arith.addi(arith.muli(chunk, i32(16)), i32(block // 8 * ROWS * 128)))
+                hopper.store_matrices(place, words[2 * block : 2 * block + 4], transposed=False)
+            return ()
+
+        return cast(Operation, write)
+
+
+def across_t(value: ir.Value, combine: Any) -> ir.Value:
+    """Combines the four lanes that share a row."""
+    for distance in (1, 2):
+        ptx = f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;"
+        value = combine(value, hopper.asm(ptx, "=f,f", [value], [value.type])[0])
+    return value
+
+
+def maximum(a: ir.Value, b: ir.Value) -> ir.Value:
+    """The larger one."""
+    return hopper.pure_asm("max.f32 $0, $1, $2;", "=f,f,f", [a, b], a.type)
+
+
+def exp2(value: ir.Value) -> ir.Value:
+    """Two to the power of a value."""
+    return hopper.pure_asm("ex2.approx.ftz.f32 $0, $1;", "=f,f", [value], value.type)
+
+
+def multiply_add(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """The sum of a product and c, rounded once."""
+    return hopper.pure_asm("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], a.type)
+
+
+def divide(a: ir.Value, b: ir.Value) -> ir.Value:
+    """The quotient, correctly rounded."""
+    return hopper.pure_asm("div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], a.type)

@@ -1,0 +1,156 @@
+"""The prefill attention kernel: on the emulated multiprocessor, lowered for CUDA, and on a Hopper GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from emulated_gpu import emulated
+from test_matmul_kernel import BF16, frobenius
+
+import pallas_kernels as pk
+from pallas_kernels import mosaic_prefill, prefill_steps
+
+on_hopper = pytest.mark.skipif(not pk.has_hopper_gpu(), reason="no Hopper GPU")
+
+
+def inputs(batch, tokens, heads, kv_heads, head_dim, lengths, spread=1.0):
+    """Queries, keys and values in e4m3, keys with a channel of large magnitude."""
+    rng = np.random.default_rng(tokens + head_dim)
+    q = rng.normal(size=(batch, tokens, heads, head_dim)) * spread
+    k = rng.normal(size=(batch, tokens, kv_heads, head_dim))
+    k[..., 3] *= 8
+    v = rng.normal(size=(batch, tokens, kv_heads, head_dim)) + 0.5
+    q8, q_scale = pk.quantize_fp8(jnp.asarray(q, jnp.float32))
+    k8, k_scale = pk.quantize_fp8(jnp.asarray(k, jnp.float32), axis=(1, 3))
+    v8, v_scale = pk.quantize_fp8(jnp.asarray(v, jnp.float32), axis=(1, 3))
+    return q8, q_scale, k8, k_scale, v8, v_scale, jnp.asarray(lengths, jnp.int32)
+
+
+def real(x, lengths):
+    """Rows of real tokens only."""
+    return np.concatenate([np.asarray(row[:n], np.float64) for row, n in zip(x, lengths, strict=True)])
+
+
+# Weights are rounded to e4m3 by both, but relative to the maximum of the blocks so far and of all: up to 2^-4 of each,
+# which average out over keys, not where few keys matter. The result is rounded to bf16.
+TOLERANCE, WORST_ROW = 6e-3, 4e-2
+
+
+def check(arguments, kernel):
+    lengths, head_dim = arguments[-1], arguments[0].shape[-1]
+    y = kernel(*arguments, softmax_scale=head_dim**-0.5)
+    assert y.dtype == BF16
+    assert np.all(np.isfinite(np.asarray(y, np.float32)))
+    expected = pk.prefill_attention(
+        *arguments, softmax_scale=head_dim**-0.5, out_dtype=jnp.float32, implementation="reference"
+    )
+    actual, expected = real(y, lengths), real(expected, lengths)
+    assert frobenius(actual, expected) < TOLERANCE
+    errors = np.linalg.norm(actual - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    assert errors.max() < WORST_ROW
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "kv_heads", "head_dim", "lengths", "keys", "stages"),
+    [
+        (1, 1, 2, 1, 64, [1], 128, 2),
+        (2, 65, 1, 1, 128, [65, 3], 128, 2),
+        (1, 300, 3, 1, 64, [300], 128, 2),
+        (2, 257, 2, 2, 64, [256, 100], 64, 3),  # the second warpgroup starts a block behind the first
+        (1, 400, 1, 1, 128, [390], 64, 2),
+    ],
+)
+def test_on_the_emulated_multiprocessor(batch, tokens, heads, kv_heads, head_dim, lengths, keys, stages):
+    arguments = inputs(batch, tokens, heads, kv_heads, head_dim, lengths)
+    with emulated(mosaic_prefill, prefill_steps):
+        check(arguments, functools.partial(mosaic_prefill.prefill_attention, keys=keys, stages=stages))
+
+
+def test_an_empty_sequence_gives_finite_rows():
+    arguments = inputs(2, 70, 1, 1, 64, [0, 70])
+    with emulated(mosaic_prefill, prefill_steps):
+        y = mosaic_prefill.prefill_attention(*arguments, softmax_scale=0.125)
+    assert np.all(np.isfinite(np.asarray(y, np.float32)))
+
+
+def test_the_emulation_sees_what_was_not_waited_for(monkeypatch):
+    """Without its wait for the tensor core, and without that for a copy."""
+    arguments = inputs(1, 200, 1, 1, 64, [200])
+    with monkeypatch.context() as patched, emulated(mosaic_prefill, prefill_steps):
+        patched.setattr(prefill_steps.Steps, "wait", lambda *_: lambda registers, *_: registers)
+        with pytest.raises(AssertionError, match="while its wgmma runs"):
+            mosaic_prefill.prefill_attention(*arguments, softmax_scale=0.125)
+    with emulated(mosaic_prefill, prefill_steps), monkeypatch.context() as patched:
+        patched.setattr(mosaic_prefill.plgpu, "barrier_wait", lambda _: None)
+        y = mosaic_prefill.prefill_attention(*arguments, softmax_scale=0.125)
+    assert np.isnan(np.asarray(y, np.float32)).any()
+
+
+SHAPES = [
+    (1, 1, 32, 8, 128),
+    (2, 1000, 9, 3, 64),
+    (16, 1024, 32, 8, 128),
+    (1, 16384, 32, 8, 128),
+    (1, 4097, 7, 1, 128),
+]
+
+
+@pytest.mark.parametrize("keys", [64, 128])
+@pytest.mark.parametrize("sizes", SHAPES)
+def test_lowers_for_cuda_without_a_gpu(sizes, keys):
+    b, t, h, kv, d = sizes
+    shape, e4m3 = jax.ShapeDtypeStruct, jnp.float8_e4m3fn
+    kernel = functools.partial(mosaic_prefill.prefill_attention, softmax_scale=d**-0.5, keys=keys)
+    new, scale = shape((b, t, kv, d), e4m3), shape((b, kv), jnp.float32)
+    arguments = (
+        shape((b, t, h, d), e4m3), shape((b, t, h), jnp.float32), new, scale, new, scale, shape((b,), jnp.int32)
+    )  # fmt: skip
+    assert "mosaic_gpu" in jax.jit(kernel).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "out_dtype", "message"),
+    [(96, BF16, "head_dim=96 is not 64 or 128"), (64, jnp.float32, "out_dtype=float32 is not bfloat16")],
+)
+def test_named_kernel_is_refused_where_it_cannot_run(head_dim, out_dtype, message):
+    arguments = inputs(1, 4, 2, 1, head_dim, [4])
+    with pytest.raises(NotImplementedError, match=message):
+        pk.prefill_attention(*arguments, softmax_scale=0.1, out_dtype=out_dtype, implementation="mosaic_gpu")
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2), (9, 3), (8, 2), (7, 1), (8, 1)])
+@pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 127, 128, 129, 1000])
+def test_kernel_against_the_reference(tokens, heads, head_dim):
+    arguments = inputs(3, tokens, *heads, head_dim, [tokens, max(1, tokens // 3), 1])
+    check(arguments, functools.partial(pk.prefill_attention, implementation="mosaic_gpu"))
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("kind", ["long", "large", "equal", "dominant"])
+def test_hard_inputs_against_the_reference(kind):
+    if kind == "long":
+        arguments = inputs(1, 4097, 4, 1, 128, [4097])
+    else:
+        arguments = inputs(2, 700, 4, 2, 128, [700, 300], spread=100.0 if kind == "large" else 1.0)
+    q8, q_scale, k8, *rest = arguments
+    if kind == "equal":
+        k8 = jnp.ones_like(k8)
+    elif kind == "dominant":
+        k8 = k8.at[:, 5].set(jnp.where(q8[:, 699, :1].astype(jnp.float32) > 0, 448, -448).astype(k8.dtype))
+    check((q8, q_scale, k8, *rest), functools.partial(pk.prefill_attention, implementation="mosaic_gpu"))
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_repeated_launches_give_the_same():
+    arguments = inputs(2, 1000, 8, 2, 128, [1000, 777])
+    attend = jax.jit(functools.partial(pk.prefill_attention, softmax_scale=0.1, implementation="mosaic_gpu"))
+    first = np.asarray(attend(*arguments)).view(np.uint16)
+    for _ in range(200):
+        np.testing.assert_array_equal(np.asarray(attend(*arguments)).view(np.uint16), first)
