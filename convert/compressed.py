@@ -28,7 +28,7 @@ from fireq_jax.quantize import pick_group_size, recipe_of
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
 _PARTS = ("weight_packed", "weight_scale", "weight_shape")
 _SCALE_DTYPES = ("bfloat16", "float16", "float32")
-_BEHIND_ROPE = ("post_rope_scale", "key_offset", "key_rotation")
+_BEHIND_ROPE = ("post_rope_scale", "key_offset")
 # What vLLM's kernels for int4 weights and e4m3 activations take.
 _W4A8_GROUP, _W4A8_MULTIPLE = 128, 128
 

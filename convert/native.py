@@ -4,7 +4,7 @@ Of a quantised weight ``NAME.weight`` the parts are stored as ``NAME.codes`` (ui
 in the low half), ``NAME.scales`` (e4m3 or bf16) and ``NAME.tensor_scale`` (float32). ``config.json`` has a ``fireq``
 block:
 
-    format_version    2
+    format_version    3
     library_version   of fireq-jax, when it was written
     checkpoint_id     also in the metadata of every shard, so that shards of two checkpoints do not mix
     layout            "rows": how codes and scales lie in their tensors
@@ -28,7 +28,7 @@ from fireq_jax.llama import Llama
 from fireq_jax.qtensor import Int4Weight, Layout, is_int4, to_layout
 from fireq_jax.quantize import all_finite
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LAYOUT = "rows"
 ID_KEY = "fireq_checkpoint_id"
 CHECKED_ROWS = 1 << 14
@@ -47,16 +47,12 @@ def full_table(config: LlamaConfig, separate_head: bool, present: Callable[[Tens
     """
     table = tensor_table(config)
     per_channel = (config.num_kv_heads, config.head_dim)
-    behind_rope = {
-        "post_rope_scale": per_channel,
-        "key_offset": per_channel,
-        "key_rotation": (config.head_dim, config.head_dim),
-    }
     for i in range(config.num_layers):
-        for leaf, shape in behind_rope.items():
+        for leaf in ("post_rope_scale", "key_offset"):
             # Applied in float32, whatever the weights are.
             path = (f"layers_{i}", "attention", leaf)
-            spec = TensorSpec(f"model.layers.{i}.self_attn.{leaf}", path, shape, shape, dtype=np.float32)
+            name = f"model.layers.{i}.self_attn.{leaf}"
+            spec = TensorSpec(name, path, per_channel, per_channel, dtype=np.float32)
             if present(spec):
                 table[spec.name] = spec
     if separate_head and "lm_head.weight" not in table:

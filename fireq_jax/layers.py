@@ -180,27 +180,6 @@ def rope_tables(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, j
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, scale: jax.Array | None = None) -> jax.Array:
-    """Rotates the channel pairs (i, i + d/2) of every head, then scales the channels.
-
-    Args:
-      x: ``[batch, t, heads, d]``.
-      cos: ``[batch, t, 1, d / 2]`` float32.
-      sin: as cos.
-      scale: ``[heads, d]`` float32, or None; it multiplies the tables, so that it costs nothing per element.
-
-    Returns:
-      ``[batch, t, heads, d]`` float32.
-    """
-    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    if scale is None:
-        return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
-    scale_low, scale_high = jnp.split(scale, 2, axis=-1)
-    rotated_low = low * (cos * scale_low) - high * (sin * scale_low)
-    rotated_high = high * (cos * scale_high) + low * (sin * scale_high)
-    return jnp.concatenate([rotated_low, rotated_high], axis=-1)
-
-
 class Attention(nn.Module):
     """Causal grouped-query attention with a cache.
 
@@ -242,46 +221,55 @@ class Attention(nn.Module):
 
         query_shape = (config.num_heads, config.head_dim)
         kv_shape = (config.num_kv_heads, config.head_dim)
-        query_scale, key_scale = self._post_rope_scales()
-        q = apply_rope(linear("q", (config.hidden_size,), query_shape)(x), *rope, query_scale)
-        k = apply_rope(linear("k", (config.hidden_size,), kv_shape)(x), *rope, key_scale)
-        q, k = self._mix_channels(q, k)
+        scale, offset = self._per_channel("post_rope_scale"), self._per_channel("key_offset")
+        q = linear("q", (config.hidden_size,), query_shape)(x)
+        k = linear("k", (config.hidden_size,), kv_shape)(x)
         v = linear("v", (config.hidden_size,), kv_shape)(x)
+        output = linear("o", query_shape, (config.hidden_size,))
+        positions = starts[:, None] + jnp.arange(q.shape[1])
+        if isinstance(cache, Int4LayerCache) and mode == "cached":
+            q8, q_scale, arrays = pallas_kernels.rotate_and_append(
+                q, k, v, *rope, cache.arrays(), starts, lengths,
+                scale=scale, key_offset=offset, implementation=self.implementation,
+            )  # fmt: skip
+            out = pallas_kernels.decode_attention(q8, q_scale, *arrays, positions, **self._settings())
+            return output(out), Int4LayerCache(*arrays)
 
+        q, k = pallas_kernels.apply_ropes(q, k, *rope, scale)
+        if offset is not None:
+            q, k = pallas_kernels.mix_channels(q), pallas_kernels.mix_channels(k - offset)
         self.sow("statistics", "queries", q)
         self.sow("statistics", "keys", k)
         updated = None if cache is None else cache.append(k, v, starts, lengths)
-        positions = starts[:, None] + jnp.arange(q.shape[1])
         if isinstance(updated, Int4LayerCache):
             out = self._int4_attention(q, k, v, updated, positions, lengths, mode)
         elif updated is None or mode == "prefill":
             out = self._float_attention(q, k, v, None)
         else:
             out = self._float_attention(q, updated.k.swapaxes(1, 2), updated.v.swapaxes(1, 2), positions)
-        return linear("o", query_shape, (config.hidden_size,))(out), updated
+        return output(out), updated
 
-    def _post_rope_scales(self) -> tuple[jax.Array | None, jax.Array | None]:
-        """Per-head factors of rotated queries and keys, if the pytree has :func:`scale_keys_after_rope`'s leaf.
+    def _settings(self) -> dict[str, Any]:
+        """What attention of either kind is told beside its arrays."""
+        return {
+            "softmax_scale": self.config.head_dim**-0.5,
+            "out_dtype": self.dtype,
+            "implementation": self.implementation,
+        }
+
+    def _per_channel(self, name: str) -> jax.Array | None:
+        """A leaf that belongs to the rotated keys' channels (:mod:`fireq_jax.scaling`), if the pytree has it.
 
         Raises:
           ValueError: the leaf is that of a model of another size.
         """
-        if not self.has_variable("params", "post_rope_scale"):
-            return None, None
-        scale: jax.Array = self.get_variable("params", "post_rope_scale")
+        if not self.has_variable("params", name):
+            return None
+        leaf: jax.Array = self.get_variable("params", name)
         needed = (self.config.num_kv_heads, self.config.head_dim)
-        if scale.shape != needed:
-            raise ValueError(f"{self.name}: post_rope_scale is {scale.shape}, the model needs {needed}")
-        return jnp.repeat(scale, self.config.num_heads // self.config.num_kv_heads, axis=0), 1 / scale
-
-    def _mix_channels(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Applies :func:`rotate_keys_after_rope`'s leaves, if the pytree has them."""
-        if not self.has_variable("params", "key_rotation"):
-            return q, k
-        rotation: jax.Array = self.get_variable("params", "key_rotation")
-        offset: jax.Array = self.get_variable("params", "key_offset")
-        highest = jax.lax.Precision.HIGHEST
-        return jnp.matmul(q, rotation, precision=highest), jnp.matmul(k - offset, rotation, precision=highest)
+        if leaf.shape != needed:
+            raise ValueError(f"{self.name}: {name} is {leaf.shape}, the model needs {needed}")
+        return leaf
 
     def _int4_attention(
         self,
@@ -293,22 +281,16 @@ class Attention(nn.Module):
         lengths: jax.Array,
         mode: AttentionMode,
     ) -> jax.Array:
-        """Attention of e4m3 queries; ``cache`` already holds the new tokens."""
-        settings: dict[str, Any] = {
-            "softmax_scale": self.config.head_dim**-0.5,
-            "out_dtype": self.dtype,
-            "implementation": self.implementation,
-        }
+        """Attention of a prompt's e4m3 queries; ``cache`` already holds the new tokens."""
         q8, q_scale = pallas_kernels.quantize_fp8(q)
-        if mode == "cached":
-            return pallas_kernels.decode_attention(q8, q_scale, *cache.arrays(), positions, **settings)
         # The scale of a sequence must not depend on the padding behind it.
         real = (jnp.arange(q.shape[1]) < lengths[:, None])[..., None, None]
         k8, k_scale = pallas_kernels.quantize_fp8(jnp.where(real, k, 0), axis=(1, 3))
         v8, v_scale = pallas_kernels.quantize_fp8(jnp.where(real, v, 0), axis=(1, 3))
         # Slots before the new tokens are those of the prefix, written or not in this call.
         prefix = (cache.arrays(), positions[:, 0]) if mode == "continue" else (None, None)
-        return pallas_kernels.prefill_attention(q8, q_scale, k8, k_scale, v8, v_scale, lengths, *prefix, **settings)
+        fresh = (k8, k_scale, v8, v_scale)
+        return pallas_kernels.prefill_attention(q8, q_scale, *fresh, lengths, *prefix, **self._settings())
 
     def _float_attention(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array | None) -> jax.Array:
         """Attends to slots up to ``positions``, or among the new tokens if that is None."""

@@ -15,9 +15,9 @@ import numpy as np
 import optax
 
 from fireq_jax.config import LlamaConfig, Recipe
-from fireq_jax.layers import apply_rope, rope_tables
+from fireq_jax.layers import rope_tables
 from fireq_jax.qtensor import Int4Weight
-from pallas_kernels import quantize_fp8, quantize_kv, unpack_int4
+from pallas_kernels import apply_ropes, hadamard, quantize_fp8, quantize_kv, unpack_int4
 
 Params = dict[str, Any]
 EPOCHS = 3
@@ -183,11 +183,10 @@ def _block(config: LlamaConfig, recipe: Recipe | None, layer: Params, x: jax.Arr
     q, k, v = (_linear(recipe, attention[name], normed).reshape(b, t, -1, d) for name in "qkv")
     rope = rope_tables(config, jnp.arange(t)[None])
     scale = attention.get("post_rope_scale")
-    q = apply_rope(q, *rope, None if scale is None else jnp.repeat(scale, group, axis=0))
-    k = apply_rope(k, *rope, None if scale is None else 1 / scale)
-    if "key_rotation" in attention:
-        q = jnp.matmul(q, attention["key_rotation"])
-        k = jnp.matmul(k - attention["key_offset"], attention["key_rotation"])
+    q, k = apply_ropes(q, k, *rope, scale)
+    if "key_offset" in attention:
+        rotation = jnp.asarray(hadamard(d))
+        q, k = jnp.matmul(q, rotation), jnp.matmul(k - attention["key_offset"], rotation)
     if recipe is not None and recipe.kv_cache == "int4":
         q, k, v = _as_fp8(q), _as_cached(k), _as_cached(v)
     scores = jnp.einsum("btkgd,bskd->bkgts", q.reshape(b, t, kv_heads, group, d), k) * d**-0.5

@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from pallas_kernels import hadamard
 
 Layer = dict[str, Any]
 Factors = dict[tuple[str, ...], jax.Array]
@@ -75,18 +76,6 @@ def scale_mlp_hidden(layer: Mapping[str, Any], s: jax.Array) -> Layer:
     )
 
 
-def hadamard(d: int) -> np.ndarray:
-    """An orthonormal ``[d, d]`` float32 matrix whose entries have equal magnitude in blocks as large as d allows.
-
-    Sylvester's construction for the largest power of two that divides d, repeated along the diagonal.
-    """
-    matrix = np.ones((1, 1))
-    while d % (2 * len(matrix)) == 0:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    blocks = d // len(matrix)
-    return (np.kron(np.eye(blocks), matrix) / np.sqrt(len(matrix))).astype(np.float32)
-
-
 def rotate_values(layer: Mapping[str, Any]) -> Layer:
     """Mixes each head's value channels by a Hadamard matrix, folded into v, and undoes it in o.
 
@@ -146,13 +135,11 @@ def rotate_keys_after_rope(layer: Mapping[str, Any], offset: jax.Array) -> Layer
     """Subtracts a constant from the rotated, scaled keys and mixes their channels by a Hadamard matrix, on line.
 
     Queries are mixed, too, so that scores keep their value up to the query's product with the offset. That is the same
-    for all keys, and softmax does not see it. The block gets the leaves ``attention/key_offset`` and
-    ``attention/key_rotation``, ``[head_dim, head_dim]`` orthonormal.
+    for all keys, and softmax does not see it. The block gets the leaf ``attention/key_offset``; where there is one,
+    channels are mixed.
 
     Args:
       layer: one decoder block.
       offset: ``[kv heads, head_dim]``, of keys behind :func:`scale_keys_after_rope`.
     """
-    rotation = jnp.asarray(hadamard(offset.shape[-1]))
-    attention = {**layer["attention"], "key_offset": offset.astype(jnp.float32), "key_rotation": rotation}
-    return {**layer, "attention": attention}
+    return {**layer, "attention": {**layer["attention"], "key_offset": offset.astype(jnp.float32)}}

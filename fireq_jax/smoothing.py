@@ -16,7 +16,7 @@ import numpy as np
 from fireq_jax import scaling
 from fireq_jax.config import LlamaConfig
 from fireq_jax.numerics import group_absmax, to_grid
-from pallas_kernels import INT4_MAX, quantize_kv, unpack_int4
+from pallas_kernels import INT4_MAX, hadamard, quantize_kv, unpack_int4
 
 Layer = dict[str, Any]
 LayerStatistics = dict[str, jax.Array]
@@ -235,7 +235,7 @@ def mix_values(layer: Layer, statistics: LayerStatistics | None) -> tuple[Layer,
     """:func:`fireq_jax.scaling.rotate_values`, and the statistics behind it."""
     if statistics is not None:
         heads, d, _ = layer["attention"]["q"]["kernel"].shape
-        rotation = jnp.asarray(scaling.hadamard(d))
+        rotation = jnp.asarray(hadamard(d))
         moments = statistics["attention_output"].reshape(heads, d, heads, d)
         moments = jnp.einsum("hdge,dx,ey->hxgy", moments, rotation, rotation, precision=HIGHEST)
         statistics = {**statistics, "attention_output": moments.reshape(heads * d, heads * d)}

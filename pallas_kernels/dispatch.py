@@ -36,6 +36,12 @@ def _mosaic_decode(*arrays: jax.Array, **options: Any) -> jax.Array:
     return mosaic_decode.decode_attention(*arrays, **options)
 
 
+def _mosaic_append(*arrays: Any, **options: Any) -> Any:
+    from pallas_kernels import mosaic_append
+
+    return mosaic_append.rotate_and_append(*arrays, **options)
+
+
 def _mosaic_prefill(*arrays: Any, out_dtype: Any, **options: Any) -> jax.Array:
     from pallas_kernels import mosaic_prefill
 
@@ -65,10 +71,11 @@ _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "norm_quantize": {"mosaic_gpu": _mosaic_rows("norm_quantize"), "reference": reference.norm_quantize},
     "gate_quantize": {"mosaic_gpu": _mosaic_rows("gate_quantize"), "reference": reference.gate_quantize},
     "prefill_attention": {"mosaic_gpu": _mosaic_prefill, "reference": reference.prefill_attention},
+    "rotate_and_append": {"mosaic_gpu": _mosaic_append, "reference": reference.rotate_and_append},
     "decode_attention": {"mosaic_gpu": _mosaic_decode, "reference": reference.decode_attention},
 }
 # Kernels that no GPU has run yet, only an emulation of one: who wants them names them.
-_BY_NAME_ONLY = {("prefill_attention", "mosaic_gpu")}
+_BY_NAME_ONLY = {("prefill_attention", "mosaic_gpu"), ("rotate_and_append", "mosaic_gpu")}
 
 
 def implementations(op: str) -> tuple[str, ...]:
@@ -382,6 +389,54 @@ def prefill_attention(
     return compute(
         q8, q_scale, k8, k_scale, v8, v_scale, lengths, prefix, prefix_lengths,
         softmax_scale=softmax_scale, out_dtype=out_dtype,
+    )  # fmt: skip
+
+
+def rotate_and_append(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    cache: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    starts: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: jax.Array | None = None,
+    key_offset: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
+    """E4m3 queries, and int4 keys and values in the cache; see :func:`pallas_kernels.reference.rotate_and_append`.
+
+    Raises:
+      ValueError: shapes or dtypes do not belong together.
+      NotImplementedError: ``implementation`` does not exist, or takes no such shape or device.
+    """
+    op = "rotate_and_append"
+    if q.ndim != 4 or k.ndim != 4:
+        raise ValueError(f"{op}: q and k must be [batch, tokens, heads, head_dim], got {q.shape} and {k.shape}")
+    (b, t, h, d), kv = q.shape, k.shape[2]
+    _check_cache(op, cache, b)
+    for name, array in (("k", k), ("v", v)):
+        _require(op, name, array, (b, t, cache[0].shape[1], 2 * cache[0].shape[3]), (q.dtype,))
+    _require(op, "q", q, (b, t, h, k.shape[3]), (q.dtype,))
+    for name, array in (("cos", cos), ("sin", sin)):
+        _require(op, name, array, (b, t, 1, d // 2), (jnp.float32,))
+    for name, array in (("starts", starts), ("lengths", lengths)):
+        _require(op, name, array, (b,), (jnp.int32,))
+    for name, table in (("scale", scale), ("key_offset", key_offset)):
+        if table is not None:
+            _require(op, name, table, (kv, d), (jnp.float32,))
+    if h % kv:
+        raise ValueError(f"{op}: {h} query heads cannot share {kv} key/value heads")
+    reason = _no_hopper()
+    if d not in (64, 128):
+        reason = f"head_dim={d} is not 64 or 128"
+    elif q.dtype != jnp.bfloat16:
+        reason = f"q is {q.dtype}, not bfloat16"
+    compute = select(op, implementation, _named({"mosaic_gpu": reason}))
+    return compute(
+        q, k, v, cos, sin, cache, starts, lengths, scale=scale, key_offset=key_offset
     )  # fmt: skip
 
 

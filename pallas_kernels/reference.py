@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.packing import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
 from pallas_kernels.weight_layout import from_tiles
@@ -232,6 +233,95 @@ def write_rows(cache: jax.Array, rows: jax.Array, starts: jax.Array, lengths: ja
     new = jnp.arange(t)
     slots = jnp.where(new < lengths[:, None], starts[:, None] + new, cache.shape[2])
     return cache.at[jnp.arange(b)[:, None], :, slots].set(rows, mode="drop")
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+    """Rotates the channel pairs (i, i + d/2) of every head, then scales the channels.
+
+    Args:
+      x: ``[batch, t, heads, d]``.
+      cos: ``[batch, t, 1, d / 2]`` float32.
+      sin: as cos.
+      scale: ``[heads, d]`` float32, or None; it multiplies the tables, so that it costs nothing per element.
+
+    Returns:
+      ``[batch, t, heads, d]`` float32.
+    """
+    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    if scale is None:
+        return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+    scale_low, scale_high = jnp.split(scale, 2, axis=-1)
+    rotated_low = low * (cos * scale_low) - high * (sin * scale_low)
+    rotated_high = high * (cos * scale_high) + low * (sin * scale_high)
+    return jnp.concatenate([rotated_low, rotated_high], axis=-1)
+
+
+def apply_ropes(
+    q: jax.Array, k: jax.Array, cos: jax.Array, sin: jax.Array, scale: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """:func:`apply_rope` of queries, multiplied by their kv head's row of ``scale``, and of keys, divided by it."""
+    if scale is None:
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    group = q.shape[2] // k.shape[2]
+    return apply_rope(q, cos, sin, jnp.repeat(scale, group, axis=0)), apply_rope(k, cos, sin, 1 / scale)
+
+
+def mix_channels(x: jax.Array) -> jax.Array:
+    """``[..., d]`` float32 times :func:`hadamard`'s matrix."""
+    return jnp.matmul(x, jnp.asarray(hadamard(x.shape[-1])), precision=jax.lax.Precision.HIGHEST)
+
+
+def rotate_and_append(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    cache: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    starts: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: jax.Array | None = None,
+    key_offset: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
+    """Makes e4m3 queries, and writes int4 keys and values to the cache.
+
+    Args:
+      q: ``[b, t, h, d]`` float.
+      k: ``[b, t, kv, d]`` float.
+      v: ``[b, t, kv, d]`` float.
+      cos: ``[b, t, 1, d / 2]`` float32, of the angles by which channels i and i + d / 2 are rotated.
+      sin: as cos.
+      cache: ``(k_codes, k_scales, v_codes, v_scales)`` as in :func:`decode_attention`.
+      starts: ``[b]`` int32, tokens each sequence already has.
+      lengths: ``[b]`` int32, how many of the t tokens are real; the others are not written.
+      scale: ``[kv, d]`` float32, or None; rotated keys are divided by it, queries of that kv head multiplied.
+      key_offset: ``[kv, d]`` float32 that is subtracted from keys behind that, before :func:`mix_channels` is applied
+        to queries and keys; neither is done if this is None.
+
+    Returns:
+      ``[b, t, h, d]`` e4m3 and ``[b, t, h]`` float32 as from :func:`quantize_fp8`, and the cache.
+    """
+    q, k = apply_ropes(q, k, cos, sin, scale)
+    if key_offset is not None:
+        q, k = mix_channels(q), mix_channels(k - key_offset)
+    rows = (*quantize_kv(k), *quantize_kv(v))
+    k_codes, k_scales, v_codes, v_scales = (
+        write_rows(old, new, starts, lengths) for old, new in zip(cache, rows, strict=True)
+    )
+    return *quantize_fp8(q), (k_codes, k_scales, v_codes, v_scales)
+
+
+def hadamard(d: int) -> np.ndarray:
+    """An orthonormal ``[d, d]`` float32 matrix whose entries have equal magnitude in blocks as large as d allows.
+
+    Sylvester's construction for the largest power of two that divides d, repeated along the diagonal.
+    """
+    matrix = np.ones((1, 1))
+    while d % (2 * len(matrix)) == 0:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    blocks = d // len(matrix)
+    return (np.kron(np.eye(blocks), matrix) / np.sqrt(len(matrix))).astype(np.float32)
 
 
 def _attend(

@@ -403,7 +403,7 @@ class Machine:
         elif kind[0] in ("ld", "st"):
             space = kind[1]
             count = next((int(k[1:]) for k in kind if k in ("v2", "v4")), 1)
-            size = 2 if kind[-1] in ("u16", "b16") else 4
+            size = {"u16": 2, "b16": 2, "b8": 1}.get(kind[-1], 4)
             if kind[0] == "ld":
                 targets = group(arguments[0]) if count > 1 else [arguments[0]]
                 data = self.load(space, address(arguments[1]), active, count * size)
@@ -416,7 +416,7 @@ class Machine:
                     names[target] = np.where(active, word.astype(U32), before.view(U32))
             else:
                 sources = group(arguments[1]) if count > 1 else [arguments[1]]
-                words = [value(s, U32) if size == 4 else value(s, B16) for s in sources]
+                words = [value(s, {4: U32, 2: B16, 1: np.uint8}[size]) for s in sources]
                 data = np.stack(words, axis=1).view(np.uint8)
                 self.store(space, address(arguments[0]), active, data)
         elif kind[0] == "bar" and len(arguments) == 2:
@@ -443,6 +443,12 @@ class Machine:
         elif opcode == "cvt.rn.f16x2.e4m3x2":
             pair = names[arguments[1]].astype(B16).view(np.uint8).reshape(-1, 2).view(ml_dtypes.float8_e4m3fn)
             assign(arguments[0], pair.astype(np.float16).view(U32)[:, 0])
+        elif opcode == "cvt.u32.u16":
+            assign(arguments[0], names[arguments[1]].astype(U32))
+        elif opcode == "cvt.rni.s32.f32":
+            assign(arguments[0], np.rint(value(arguments[1], F32)).astype(np.int32).view(U32))
+        elif opcode == "mov.b16":
+            assign(arguments[0], value(arguments[1]).astype(B16))
         elif opcode == "cvt.f32.f16":
             assign(arguments[0], names[arguments[1]].view(np.float16).astype(F32))
         elif opcode == "cvt.rn.bf16x2.f32":
@@ -578,7 +584,7 @@ def emulated(*modules):
     comparisons = {
         "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "slt": lambda a, b: signed(a) < signed(b),
         "sle": lambda a, b: signed(a) <= signed(b), "ult": lambda a, b: a < b, "OLE": lambda a, b: a <= b,
-        "OEQ": lambda a, b: a == b,
+        "OEQ": lambda a, b: a == b, "OGT": lambda a, b: a > b,
     }  # fmt: skip
     arith = SimpleNamespace(
         addi=binary(np.add), subi=binary(np.subtract), muli=binary(np.multiply), andi=binary(np.bitwise_and),
@@ -594,7 +600,7 @@ def emulated(*modules):
         extui=lambda kind, a: Register(a.values.astype(kind)),
         bitcast=lambda kind, a: Register(a.values.view(kind)),
         CmpIPredicate=SimpleNamespace(eq="eq", ne="ne", slt="slt", sle="sle", ult="ult"),
-        CmpFPredicate=SimpleNamespace(OLE="OLE", OEQ="OEQ"),
+        CmpFPredicate=SimpleNamespace(OLE="OLE", OEQ="OEQ", OGT="OGT"),
     )  # fmt: skip
     widths = {1: PRED, 16: B16, 32: U32, 64: U64}
     ir = SimpleNamespace(
@@ -686,7 +692,8 @@ def emulated(*modules):
 
     def kernel(body, *, out_type, grid, scratch_types=(), num_threads, **_):
         def launch(*arrays):
-            refs = [machine.publish(np.asarray(x)) for x in arrays]
+            # A reference is one to memory that the kernel changes.
+            refs = [machine.publish(np.array(x[...]) if isinstance(x, jax.Ref) else np.asarray(x)) for x in arrays]
             several = isinstance(out_type, tuple)
             types = out_type if several else (out_type,)
             outs = [machine.publish(np.zeros(t.shape, t.dtype)) for t in types]
@@ -698,6 +705,9 @@ def emulated(*modules):
                 else:
                     machine.block = block
                     body(*refs, *outs, *shared)
+            for array, ref in zip(arrays, refs, strict=True):
+                if isinstance(array, jax.Ref):
+                    array[...] = machine.arrays[(ref.address >> 40) - 1].view(array.dtype).reshape(array.shape)
             results = [
                 jnp.asarray(machine.arrays[(out.address >> 40) - 1].view(t.dtype).reshape(t.shape))
                 for out, t in zip(outs, types, strict=True)

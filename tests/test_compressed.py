@@ -128,10 +128,10 @@ def test_what_is_left_out_behind_the_rotation_does_not_change_the_logits(tmp_pat
         keys="hadamard", values="hadamard", smoothing="mean", activations="none", kv_cache="float"
     )
     quantized = fireq_jax.quantize(params, recipe)
-    assert "key_rotation" in quantized["layers_0"]["attention"]
+    assert "key_offset" in quantized["layers_0"]["attention"]
     convert.export_compressed_tensors(tmp_path / "out", model, quantized)
     again, restored = convert.load(tmp_path / "out")
-    assert "key_rotation" not in restored["layers_0"]["attention"]
+    assert "key_offset" not in restored["layers_0"]["attention"]
     expected = model.apply({"params": quantized}, TOKENS)
     # float32 throughout: what is left is the rounding of two orders of multiplication
     np.testing.assert_allclose(again.apply({"params": restored}, TOKENS), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,286 @@
+"""The register-level steps of :mod:`pallas_kernels.mosaic_append`."""
+
+import dataclasses
+import math
+from typing import Any, Literal, cast
+
+import jax.numpy as jnp
+from jax.experimental.mosaic.gpu import utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+from pallas_kernels import hopper
+from pallas_kernels.hopper import f32, i32
+from pallas_kernels.matmul_steps import Operation
+from pallas_kernels.packing import INT4_MAX, INT4_MIN
+from pallas_kernels.reference import E4M3_MAX
+from pallas_kernels.row_steps import balanced, divide, maximum
+
+WARPS = 4  # of a block, each with a head of a token
+
+
+@dataclasses.dataclass(frozen=True)
+class AppendShape:
+    """Static sizes.
+
+    Attributes:
+      batch: sequences.
+      tokens: new tokens per sequence.
+      heads: query heads.
+      kv_heads: key/value heads.
+      head_dim: 64 or 128.
+      slots: of the cache.
+    """
+
+    batch: int
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    slots: int
+
+
+class Steps:
+    """The register-level steps for one shape.
+
+    Lane l holds the channels n l to n l + n - 1 of a head's first half and as many of its second; n is 1 or 2.
+    """
+
+    def __init__(self, shape: AppendShape) -> None:
+        self.shape = shape
+        self.each = shape.head_dim // 64  # channels of a half that a lane holds
+        self.scalar = plgpu.Layout.WG_SPLAT(())
+        self.layout = hopper.container_layout(2 * self.each)
+        self.type = hopper.container_type(2 * self.each, jnp.float32)
+
+    def _lane(self) -> ir.Value:
+        return arith.andi(utils.thread_idx(), i32(31))
+
+    def _unit(self, first: Any, heads: int) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """A warp's token (counted over all sequences) and head, and whether there is such a pair."""
+        unit = arith.addi(first.registers.item(), arith.shrui(utils.thread_idx(), i32(5)))
+        count = self.shape.batch * self.shape.tokens * heads
+        exists = arith.cmpi(arith.CmpIPredicate.ult, unit, i32(count))
+        unit = arith.minui(unit, i32(count - 1))
+        return arith.divui(unit, i32(heads)), arith.remui(unit, i32(heads)), exists
+
+    def _load_pairs(self, ref: Any, row: ir.Value, columns: int, dtype: Any) -> list[ir.Value]:
+        """A lane's channels of a row; of one of ``head_dim / 2`` columns only one half."""
+        size = jnp.dtype(dtype).itemsize
+        values = []
+        for half in range(2 * columns // self.shape.head_dim):
+            at = arith.addi(arith.muli(self._lane(), i32(self.each)), i32(half * self.shape.head_dim // 2))
+            address = pointer(ref, row, columns, at, size)
+            values += load_floats(address, self.each, size)
+        return values
+
+    def load(self, heads: int) -> Operation:
+        """``(x, first unit) -> values``: each warp's head, in float32."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), self.scalar), return_type=self.type)
+        def read(_: Any, x: Any, first: Any) -> Any:
+            token, head, _exists = self._unit(first, heads)
+            row = arith.addi(arith.muli(token, i32(heads)), head)
+            return hopper.pack(self._load_pairs(x, row, self.shape.head_dim, jnp.bfloat16))
+
+        return cast(Operation, read)
+
+    def rotate(self, heads: int) -> Operation:
+        """``(values, cosines, sines, first unit) -> values``: rotates the pairs (i, i + d / 2)."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(self.layout, plgpu.RefType(), plgpu.RefType(), self.scalar), return_type=self.type
+        )
+        def rotate(_: Any, values: Any, cosines: Any, sines: Any, first: Any) -> Any:
+            token, _head, _exists = self._unit(first, heads)
+            registers = hopper.unpack(values)
+            low, high = registers[: self.each], registers[self.each :]
+            cos = self._load_pairs(cosines, token, self.shape.head_dim // 2, jnp.float32)
+            sin = self._load_pairs(sines, token, self.shape.head_dim // 2, jnp.float32)
+            new_low = [
+                arith.subf(arith.mulf(a, c), arith.mulf(b, s)) for a, b, c, s in zip(low, high, cos, sin, strict=True)
+            ]
+            new_high = [
+                arith.addf(arith.mulf(b, c), arith.mulf(a, s)) for a, b, c, s in zip(low, high, cos, sin, strict=True)
+            ]
+            return hopper.pack([*new_low, *new_high])
+
+        return cast(Operation, rotate)
+
+    def combine(self, heads: int, operation: Literal["times", "over", "minus"]) -> Operation:
+        """``(values, table [kv heads, d] float32, first unit) -> values``: combined with the row of the kv head."""
+
+        @plgpu.inline_mgpu(arg_types=(self.layout, plgpu.RefType(), self.scalar), return_type=self.type)
+        def combine(_: Any, values: Any, table: Any, first: Any) -> Any:
+            _token, head, _exists = self._unit(first, heads)
+            kv_head = arith.divui(head, i32(heads // self.shape.kv_heads))
+            row = self._load_pairs(table, kv_head, self.shape.head_dim, jnp.float32)
+            if operation == "over":
+                row = [divide(f32(1), r) for r in row]
+            apply = arith.subf if operation == "minus" else arith.mulf
+            return hopper.pack([apply(a, b) for a, b in zip(hopper.unpack(values), row, strict=True)])
+
+        return cast(Operation, combine)
+
+    def mix(self) -> Operation:
+        """``values -> values``: times the orthonormal Hadamard matrix of Sylvester's construction."""
+
+        @plgpu.inline_mgpu(arg_types=(self.layout,), return_type=self.type)
+        def mix(_: Any, values: Any) -> Any:
+            registers = hopper.unpack(values)
+            # A butterfly per bit of the channel's number: in registers, then between lanes.
+            stride = 1
+            while stride < len(registers):
+                new = list(registers)
+                for i in range(len(registers)):
+                    if not i & stride:
+                        new[i] = arith.addf(registers[i], registers[i + stride])
+                        new[i + stride] = arith.subf(registers[i], registers[i + stride])
+                registers, stride = new, 2 * stride
+            for distance in (1, 2, 4, 8, 16):
+                upper = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(self._lane(), i32(distance)), i32(0))
+                others = [exchange(r, distance) for r in registers]
+                registers = [
+                    arith.select(upper, arith.subf(o, r), arith.addf(r, o))
+                    for r, o in zip(registers, others, strict=True)
+                ]
+            return hopper.pack([arith.mulf(r, f32(1 / math.sqrt(self.shape.head_dim))) for r in registers])
+
+        return cast(Operation, mix)
+
+    def store_queries(self) -> Operation:
+        """``(values, q8, q_scale, first unit) -> ()``: e4m3 with the scale ``max|x| / 448``, or 1 of zeros."""
+        heads, d = self.shape.heads, self.shape.head_dim
+
+        @plgpu.inline_mgpu(arg_types=(self.layout, plgpu.RefType(), plgpu.RefType(), self.scalar), return_type=())
+        def store(_: Any, values: Any, q8: Any, q_scale: Any, first: Any) -> Any:
+            word, single = ir.IntegerType.get_signless(32), ir.F32Type.get()
+            token, head, exists = self._unit(first, heads)
+            registers = hopper.unpack(values)
+            magnitudes = [hopper.pure_asm("abs.f32 $0, $1;", "=f,f", [r], single) for r in registers]
+            peak = across_warp(balanced(magnitudes, maximum), maximum)
+            zero = arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0))
+            scale = arith.select(zero, f32(1), divide(peak, f32(E4M3_MAX)))
+            convert = "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; mov.b16 h, 0; mov.b32 $0, {l, h}; }"
+            row = arith.addi(arith.muli(token, i32(heads)), head)
+            flag = arith.extui(word, exists)
+            quotients = [divide(r, scale) for r in registers]
+            if self.each == 1:  # a byte of each half
+                pair = hopper.pure_asm(convert, "=r,f,f", quotients, word)
+                parts = [pair, arith.shrui(pair, i32(8))]
+            else:
+                parts = [hopper.pure_asm(convert, "=r,f,f", quotients[2 * i : 2 * i + 2], word) for i in range(2)]
+            for half, part in enumerate(parts):
+                at = arith.addi(arith.muli(self._lane(), i32(self.each)), i32(half * d // 2))
+                store_bytes(pointer(q8, row, d, at, 1), part, self.each, flag)
+            first_lane = arith.cmpi(arith.CmpIPredicate.eq, self._lane(), i32(0))
+            hopper.asm(
+                "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }", "l,f,r",
+                [pointer(q_scale, row, 1, i32(0), 4), scale, arith.extui(word, arith.andi(first_lane, exists))], [],
+            )  # fmt: skip
+            return ()
+
+        return cast(Operation, store)
+
+    def store_codes(self) -> Operation:
+        """``(values, codes, scales, starts, lengths, first unit) -> ()``: int4 like ``quantize_kv``'s, to its slot."""
+        s = self.shape
+
+        @plgpu.inline_mgpu(arg_types=(self.layout, *[plgpu.RefType()] * 4, self.scalar), return_type=())
+        def store(_: Any, values: Any, codes: Any, scales: Any, starts: Any, lengths: Any, first: Any) -> Any:
+            word, single = ir.IntegerType.get_signless(32), ir.F32Type.get()
+            token, head, exists = self._unit(first, s.kv_heads)
+            registers = hopper.unpack(values)
+            highest = across_warp(balanced(registers, maximum), maximum)
+            negative = [arith.subf(f32(0), r) for r in registers]
+            lowest = across_warp(balanced(negative, maximum), maximum)  # minus the lowest
+            peak = maximum(highest, lowest)
+            zero = arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0))
+            magnitude = arith.select(zero, f32(1), arith.mulf(peak, f32(-1 / INT4_MIN)))
+            larger = arith.cmpf(arith.CmpFPredicate.OGT, highest, lowest)
+            scale = arith.select(larger, arith.subf(f32(0), magnitude), magnitude)
+            rounded = hopper.to_bf16x2(scale, f32(0))
+            scale = arith.bitcast(single, arith.shli(rounded, i32(16)))
+            nibbles = []
+            for register in registers:
+                code = hopper.pure_asm("cvt.rni.s32.f32 $0, $1;", "=r,f", [divide(register, scale)], word)
+                code = arith.minsi(arith.maxsi(code, i32(INT4_MIN)), i32(INT4_MAX))
+                nibbles.append(arith.andi(code, i32(0xF)))
+            sequence, number = arith.divui(token, i32(s.tokens)), arith.remui(token, i32(s.tokens))
+            start, length = (load_word(pointer(ref, sequence, 1, i32(0), 4)) for ref in (starts, lengths))
+            slot = arith.addi(start, number)
+            real = arith.andi(
+                arith.cmpi(arith.CmpIPredicate.slt, number, length),
+                arith.cmpi(arith.CmpIPredicate.slt, slot, i32(s.slots)),
+            )
+            real = arith.andi(real, exists)
+            slot = arith.select(real, slot, i32(0))
+            row = arith.addi(arith.muli(sequence, i32(s.kv_heads)), head)
+            row = arith.addi(arith.muli(row, i32(s.slots)), slot)
+            half_bytes = s.head_dim // 4
+            for half in range(2):
+                mine = nibbles[half * self.each : (half + 1) * self.each]
+                if self.each == 2:
+                    byte, at, flag = arith.ori(mine[0], arith.shli(mine[1], i32(4))), self._lane(), real
+                else:  # the neighbour has the other nibble
+                    other = hopper.asm("shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;", "=r,r", [mine[0]], [word])[0]
+                    byte = arith.ori(mine[0], arith.shli(other, i32(4)))
+                    even = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(self._lane(), i32(1)), i32(0))
+                    at, flag = arith.shrui(self._lane(), i32(1)), arith.andi(real, even)
+                at = arith.addi(at, i32(half * half_bytes))
+                store_bytes(pointer(codes, row, s.head_dim // 2, at, 1), byte, 1, arith.extui(word, flag))
+            first_lane = arith.cmpi(arith.CmpIPredicate.eq, self._lane(), i32(0))
+            store_bytes(pointer(scales, row, 1, i32(0), 2), rounded, 2, arith.extui(word, arith.andi(first_lane, real)))
+            return ()
+
+        return cast(Operation, store)
+
+
+def pointer(ref: Any, row: ir.Value, columns: int, column: ir.Value, size: int) -> ir.Value:
+    """The address of an element of a global matrix."""
+    i64 = ir.IntegerType.get_signless(64)
+    index = arith.addi(arith.muli(arith.extui(i64, row), hopper.constant(columns, bits=64)), arith.extui(i64, column))
+    return arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(ref)), arith.muli(index, hopper.constant(size, bits=64)))
+
+
+def load_word(address: ir.Value) -> ir.Value:
+    """A word of global memory."""
+    return hopper.asm("ld.global.nc.b32 $0, [$1];", "=r,l", [address], [ir.IntegerType.get_signless(32)])[0]
+
+
+def load_floats(address: ir.Value, count: int, size: int) -> list[ir.Value]:
+    """One or two neighbouring bf16 or float32."""
+    word, single = ir.IntegerType.get_signless(32), ir.F32Type.get()
+    if size == 4:
+        vector, listed = (".v2", "{$0, $1}") if count == 2 else ("", "$0")
+        ptx = f"ld.global.nc{vector}.b32 {listed}, [${count}];"
+        words = hopper.asm(ptx, ",".join(["=r"] * count + ["l"]), [address], [word] * count)
+        return [arith.bitcast(single, w) for w in words]
+    if count == 2:
+        both = load_word(address)
+        return [arith.bitcast(single, w) for w in (arith.shli(both, i32(16)), arith.andi(both, i32(0xFFFF0000)))]
+    [half] = hopper.asm("{ .reg .b16 h; ld.global.nc.b16 h, [$1]; cvt.u32.u16 $0, h; }", "=r,l", [address], [word])
+    return [arith.bitcast(single, arith.shli(half, i32(16)))]
+
+
+def store_bytes(address: ir.Value, word: ir.Value, count: int, flag: ir.Value) -> None:
+    """The lowest one or two bytes of a word, where the flag is not 0."""
+    hopper.asm(
+        "{ .reg .pred p; .reg .b16 l, h; setp.ne.b32 p, $2, 0; mov.b32 {l, h}, $1; "
+        f"@p st.global.b{8 * count} [$0], l; }}",
+        "l,r,r", [address, word, flag], [],
+    )  # fmt: skip
+
+
+def exchange(value: ir.Value, distance: int) -> ir.Value:
+    """The float32 of the lane whose number differs in that bit."""
+    ptx = f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;"
+    return hopper.asm(ptx, "=f,f", [value], [value.type])[0]
+
+
+def across_warp(value: ir.Value, combine: Any) -> ir.Value:
+    """Combines a value of every lane."""
+    for distance in (1, 2, 4, 8, 16):
+        value = combine(value, exchange(value, distance))
+    return value

@@ -1,0 +1,102 @@
+"""The kernel between the projections and decode attention: emulated, lowered, and on a Hopper GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from emulated_gpu import emulated
+from test_matmul_kernel import BF16
+
+import pallas_kernels as pk
+from pallas_kernels import append_steps, mosaic_append, reference
+
+on_hopper = pytest.mark.skipif(not pk.has_hopper_gpu(), reason="no Hopper GPU")
+
+
+def inputs(batch, tokens, heads, kv_heads, head_dim, slots, starts, lengths, mixed, scaled=True):
+    rng = np.random.default_rng(batch + slots)
+
+    def normal(*shape, dtype=BF16):
+        return jnp.asarray(rng.normal(size=shape) * np.exp(rng.normal(size=(*shape[:-1], 1))), dtype)
+
+    def rows():
+        return normal(batch, tokens, kv_heads, head_dim)
+
+    angles = rng.uniform(0, 100, size=(batch, tokens, 1, head_dim // 2))
+    rotation = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+    cache = []
+    for seed in range(2):
+        codes = jnp.asarray(rng.integers(0, 256, size=(batch, kv_heads, slots, head_dim // 2)), jnp.uint8)
+        cache += [codes, jnp.full((batch, kv_heads, slots), seed + 2, BF16)]
+    v = rows().at[0, 0, 0].set(0)  # a row of zeros has a scale, too
+    arrays = (
+        normal(batch, tokens, heads, head_dim), rows(), v, *rotation, tuple(cache), jnp.asarray(starts, jnp.int32),
+        jnp.asarray(lengths, jnp.int32),
+    )  # fmt: skip
+    float32 = functools.partial(normal, dtype=jnp.float32)
+    options = {
+        "scale": jnp.exp(float32(kv_heads, head_dim) / 4) if scaled else None,
+        "key_offset": float32(kv_heads, head_dim) if mixed else None,
+    }
+    return arrays, options
+
+
+def check(arrays, options, kernel):
+    before = arrays[5]
+    q8, q_scale, cache = kernel(*arrays, **options)
+    expected8, expected_scale, expected_cache = reference.rotate_and_append(*arrays, **options)
+    np.testing.assert_allclose(q_scale, expected_scale, rtol=1e-5)
+
+    def same(actual, expected, step):
+        """Equal but where float32 sums in another order fall on the other side of a rounding."""
+        actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+        assert np.mean(actual != expected) < 2e-3
+        assert np.all(np.abs(actual - expected) <= step(expected))
+
+    same(q8.astype(jnp.float32), expected8.astype(jnp.float32), lambda x: np.maximum(np.abs(x) / 8, 2**-9))
+    for i in (0, 2):
+        same(pk.unpack_int4(cache[i]), pk.unpack_int4(expected_cache[i]), lambda x: np.ones_like(x))
+    for i in (1, 3):
+        same(cache[i], expected_cache[i], lambda x: np.abs(x) / 128)
+    # What is not a new token's stays, bit for bit.
+    starts, lengths = (np.asarray(x)[:, None] for x in arrays[6:8])
+    slots = np.arange(before[1].shape[2])
+    old = (slots < starts) | (slots >= starts + lengths)
+    for actual, array in zip(cache, before, strict=True):
+        np.testing.assert_array_equal(
+            np.asarray(actual).swapaxes(1, 2)[old].view(np.uint8), np.asarray(array).swapaxes(1, 2)[old].view(np.uint8)
+        )
+
+
+CASES = [
+    (1, 1, 2, 2, 64, 6, [0], [1], False, False),
+    (3, 1, 9, 3, 64, 8, [7, 0, 8], [1, 1, 1], True, True),  # the third sequence's cache is full
+    (2, 3, 4, 1, 128, 10, [2, 5], [3, 1], True, True),
+    (1, 2, 8, 8, 128, 4, [1], [2], False, True),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_on_the_emulated_multiprocessor(case):
+    arrays, options = inputs(*case)
+    with emulated(mosaic_append, append_steps):
+        q8, q_scale, cache = mosaic_append.rotate_and_append(*arrays, **options)
+    check(arrays, options, lambda *_, **__: (q8, q_scale, cache))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_lowers_for_cuda_in_place(case):
+    arrays, options = inputs(*case)
+    kernel = functools.partial(mosaic_append.rotate_and_append, **options)
+    text = jax.jit(kernel, donate_argnums=5).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    [call] = [line for line in text.splitlines() if "@mosaic_gpu" in line]
+    assert call.count("output_operand_alias") >= 4
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("case", [*CASES, (16, 1, 32, 8, 128, 1024, range(16), [1] * 16, True, True)])
+def test_on_a_gpu(case):
+    check(*inputs(*case), mosaic_append.rotate_and_append)
