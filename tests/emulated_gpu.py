@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.experimental.pallas import mosaic_gpu
 
 U32, U64, F32, PRED, B16 = np.uint32, np.uint64, np.float32, np.bool_, np.uint16
 SHARED_BYTES = 232448
@@ -64,13 +65,16 @@ class Ref:
 
     def __getitem__(self, index):
         index = index if isinstance(index, tuple) else (index,)
-        if any(isinstance(i, slice) for i in index) or (self.swizzle == 0 and len(index) > 1):
+        is_global = self.address >> 40
+        if is_global and (len(index) > 1 or isinstance(index[0], slice)):
             return Window(self.array, index + (slice(None),) * (self.array.ndim - len(index)))
         ref = self
-        for i in map(int, index):
+        for i in index:
+            start, stop = (int(i.start), int(i.stop)) if isinstance(i, slice) else (int(i), int(i) + 1)
             if ref.array.ndim == 1:
-                return jnp.asarray(ref.array[i])
-            ref = Ref(ref.array[i], ref.address + i * ref.array[i].nbytes, ref.swizzle)
+                return jnp.asarray(ref.array[start])
+            part = ref.array[start:stop] if isinstance(i, slice) else ref.array[start]
+            ref = Ref(part, ref.address + start * ref.array[start].nbytes, ref.swizzle)
         return ref
 
 
@@ -79,6 +83,7 @@ class Window:
 
     def __init__(self, array, index):
         self.array, self.shape, inside, within = array, [], [], []
+        self.outside = any(not isinstance(i, slice) and int(i) >= n for i, n in zip(index, array.shape, strict=True))
         for i, size in zip(index, array.shape, strict=True):
             if not isinstance(i, slice):
                 inside.append(int(i))
@@ -92,15 +97,19 @@ class Window:
 
     def read(self):
         out = np.zeros(self.shape, self.array.dtype)
-        out[self.within] = self.array[self.inside]
+        if not self.outside:
+            out[self.within] = self.array[self.inside]
         return out
 
     def write(self, values):
+        assert not self.outside
         self.array[self.inside] = values[self.within]
 
 
 def swizzled(addresses, row_bytes):
-    """Where a byte lies under the swizzle of rows of that size."""
+    """Where a byte lies under the swizzle of rows of that size; 0 stands for none."""
+    if row_bytes == 0:
+        return addresses
     return addresses ^ (addresses >> 7 & row_bytes // 16 - 1) << 4
 
 
@@ -172,9 +181,13 @@ class Block:
 class Warpgroup(Block):
     """A warpgroup of a block whose warpgroups go separate ways; it knows nothing of races."""
 
-    def __init__(self, block, warpgroup):
+    def __init__(self, block, warpgroup, meetings):
         self.threads, self.index, self.warpgroup = 128, block.index, warpgroup
-        self.shared, self.products = block.shared, []
+        self.shared, self.products, self.meetings = block.shared, [], meetings
+
+    def meet(self, barrier, threads):
+        """A named barrier with other warpgroups."""
+        self.meetings.setdefault(barrier, threading.Barrier(threads // 128)).wait(timeout=60)
 
     def touch(self, addresses, active, size, writing):
         pass
@@ -401,7 +414,7 @@ class Machine:
         elif kind[0] == "bra":
             assert not active.any(), "a wait for what nobody announced"
         elif kind[0] in ("ld", "st"):
-            space = kind[1]
+            space = kind[1].partition("::")[0]
             count = next((int(k[1:]) for k in kind if k in ("v2", "v4")), 1)
             size = {"u16": 2, "b16": 2, "b8": 1}.get(kind[-1], 4)
             if kind[0] == "ld":
@@ -419,6 +432,8 @@ class Machine:
                 words = [value(s, {4: U32, 2: B16, 1: np.uint8}[size]) for s in sources]
                 data = np.stack(words, axis=1).view(np.uint8)
                 self.store(space, address(arguments[0]), active, data)
+        elif kind[0] == "bar" and isinstance(self.block, Warpgroup):
+            self.block.meet(int(value(arguments[0])[0]), int(arguments[1]))
         elif kind[0] == "bar" and len(arguments) == 2:
             team = value(arguments[0]).astype(np.int64)
             assert np.all(np.unique(team, return_counts=True)[1] == int(arguments[1])), "not as many threads"
@@ -476,6 +491,8 @@ class Machine:
         elif kind[0] == "max":  # of a NaN and a number, with .NaN NaN, else the number
             larger = np.maximum if "NaN" in kind else np.fmax
             assign(arguments[0], larger(value(arguments[1], F32), value(arguments[2], F32)))
+        elif opcode == "mul.f32":
+            assign(arguments[0], value(arguments[1], F32) * value(arguments[2], F32))
         elif opcode == "fma.rn.f32":
             a, b, c = (value(x, F32).astype(np.float64) for x in arguments[1:])
             assign(arguments[0], (a * b + c).astype(F32))
@@ -497,8 +514,8 @@ class Machine:
             with np.errstate(under="ignore", over="ignore"):
                 assign(arguments[0], np.exp2(value(arguments[1], F32)))
         elif kind[0] == "shfl":
-            assert kind[2] == "bfly"
-            lanes = np.arange(self.block.threads) ^ int(arguments[2])
+            lanes = np.arange(self.block.threads)
+            lanes = lanes ^ int(arguments[2]) if kind[2] == "bfly" else lanes // 32 * 32 + value(arguments[2]) % 32
             assign(arguments[0], value(arguments[1], F32)[lanes])
         elif kind[0] == "mma":
             self.mma(
@@ -635,19 +652,19 @@ def emulated(*modules):
         return [settled(register) for register in registers]
 
     def store_matrices(address, registers, transposed):
-        assert not transposed
         lanes = address.values.astype(np.int64).reshape(-1, 32)
         for i, register in enumerate(registers):
             rows = lanes[:, 8 * i : 8 * i + 8]  # of each warp
             for lane in range(32):
-                at = rows[:, lane // 4] + lane % 4 * 4
                 words = register.values.view(U32).reshape(-1, 32)[:, lane]
                 for byte in range(4):
-                    machine.block.shared[at + byte] = words >> U32(8 * byte) & U32(0xFF)
+                    row, column = lane // 4, lane % 4 * 2 + byte // 2
+                    row, column = (column, row) if transposed else (row, column)
+                    machine.block.shared[rows[:, row] + 2 * column + byte % 2] = words >> U32(8 * byte) & U32(0xFF)
 
     hopper_functions = {
         "wgmma_e4m3": issue, "wait_for_wgmma": wait_for_products, "store_matrices": store_matrices,
-        "k_major_descriptor": lambda address, row_bytes: (int(address.values[0]), row_bytes),
+        "k_major_descriptor": lambda address, row_bytes=128: (int(address.values[0]), row_bytes),
         "thread_in_warpgroup": lambda: Register(np.arange(machine.block.threads, dtype=U32) % U32(128)),
         "asm": asm, "pure_asm": pure_asm, "constant": constant, "ir": ir,
         "i32": lambda value: constant(value, 32), "f32": lambda value: Register(machine.full(value, F32)),
@@ -667,15 +684,19 @@ def emulated(*modules):
         return lambda step: lambda *arguments: step(None, *map(scalar, arguments))
 
     def cast(array, layout):
-        """A container of zeros: a list of registers."""
-        count = array.size // 128
-        return [Register(machine.full(0, F32 if array.dtype == jnp.float32 else U32)) for _ in range(count)]
+        """A container of equal elements: a list of registers."""
+        values = np.asarray(array)
+        assert np.all(values == values[0])
+        dtype = F32 if values.dtype == np.float32 else U32
+        return [Register(machine.full(values[0], dtype)) for _ in range(values.size // 128)]
 
     def separately(block, warpgroups, body):
         """Runs the warpgroups of a block side by side."""
 
+        meetings = {}
+
         def run(warpgroup):
-            machine.block = Warpgroup(block, warpgroup)
+            machine.block = Warpgroup(block, warpgroup, meetings)
             try:
                 with jax.disable_jit():
                     body()
@@ -724,7 +745,7 @@ def emulated(*modules):
     def when(condition):
         return lambda block: block() if bool(condition) else None
 
-    def copy_in(window, target, barrier):
+    def copy_in(window, target, barrier, **_):
         data = window.read().view(np.uint8).reshape(-1)
         assert data.size == target.array.nbytes
         places = swizzled(target.address + np.arange(data.size), target.swizzle)
@@ -744,7 +765,8 @@ def emulated(*modules):
         return jnp.int32(machine.block.warpgroup if name == "warpgroup" else machine.block.index)
 
     plgpu = SimpleNamespace(
-        Barrier=BarrierSpec, SwizzleTransform=lambda row_bytes: row_bytes,
+        Barrier=BarrierSpec, ClusterBarrier=lambda **_: None,
+        planar_snake=mosaic_gpu.planar_snake, SwizzleTransform=lambda row_bytes: row_bytes,
         barrier_wait=lambda barrier: barrier.wait(machine.block.warpgroup, machine.failures),
         barrier_arrive=lambda barrier: barrier.arrive(),
         copy_gmem_to_smem=copy_in, copy_smem_to_gmem=copy_out,

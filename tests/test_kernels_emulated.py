@@ -7,8 +7,8 @@ from emulated_gpu import Block, RaceError, emulated
 from test_matmul_kernel import BF16, E4M3, frobenius, product, random_tokens, random_weight
 
 import pallas_kernels as pk
-from pallas_kernels import decode_steps, matmul_steps, matvec_steps, mosaic_decode, mosaic_matvec
-from pallas_kernels.tiling import Streaming
+from pallas_kernels import decode_steps, matmul_steps, matvec_steps, mosaic_decode, mosaic_matmul, mosaic_matvec
+from pallas_kernels.tiling import Streaming, Tiling
 
 
 @pytest.mark.parametrize(
@@ -18,11 +18,11 @@ from pallas_kernels.tiling import Streaming
         (3, 192, 576, 64, BF16, None),
         (8, 2176, 256, 128, E4M3, None),  # two units for some blocks
         (9, 64, 2432, 32, E4M3, Streaming(3, 16, 2, True)),  # two rounds, the second one not full
-        (2, 2176, 4480, 128, E4M3, Streaming(4, 16, 1, False)),  # inputs in three parts
+        (2, 128, 4480, 128, E4M3, Streaming(4, 16, 1, False)),  # inputs in three parts
         (16, 128, 2176, 64, BF16, Streaming(1, 16, 1, True)),
         (13, 64, 416, 32, BF16, Streaming(2, 4, 1, False)),  # one unit for four teams
-        (5, 10624, 384, 128, E4M3, Streaming(2, 8, 1, True)),  # units for one team more than for the other
-        (12, 4288, 1088, 64, E4M3, Streaming(1, 4, 2, False)),  # several teams, and inputs in two parts
+        (5, 4288, 384, 128, E4M3, Streaming(2, 8, 1, True)),  # units for one team more than for the other
+        (12, 2176, 640, 64, E4M3, Streaming(1, 4, 1, False)),  # several teams, and inputs in two parts
     ],
 )
 def test_matvec(m, n, k, group_size, scale_dtype, cut):
@@ -37,6 +37,30 @@ def test_matvec(m, n, k, group_size, scale_dtype, cut):
     expected = product(x, x_scale, values, scales, 0.5, bias)
     # Half a unit of bf16's eight bits; the sums are float32, of terms as large as the largest result.
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group_size", "scale_dtype", "how"),
+    [
+        (1, 64, 32, 32, E4M3, Tiling(8, 2, halves=1, unroll=2, persistent=False)),
+        (40, 192, 640, 64, BF16, Tiling(32, 3, halves=2, unroll=2)),  # several tiles, outputs behind the last
+        (33, 128, 896, 128, E4M3, Tiling(64, 2, halves=2, unroll=4)),  # steps that no chain divides
+        (9, 192, 1152, 128, E4M3, Tiling(16, 4, halves=1, unroll=2, persistent=False, teams=2)),
+    ],
+)
+def test_matmul(m, n, k, group_size, scale_dtype, how):
+    values, scales = random_weight(m, n, k, group_size, scale_dtype)
+    x, x_scale = random_tokens(m + 1, m, k)
+    tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
+    bias = jnp.asarray(np.random.default_rng(5).normal(size=n) * 100, jnp.float32)
+    with emulated(mosaic_matmul, matmul_steps):
+        y = mosaic_matmul.matmul(
+            x, x_scale, tiles, jnp.float32(0.5), bias, n=n, group_size=group_size, scale_dtype=scale_dtype, tiling=how
+        )
+    expected = product(x, x_scale, values, scales, 0.5, bias)
+    # Half a unit of bf16's eight bits; sums are kept in units of the current group's scale and multiplied by ratios,
+    # float32 roundings that grow with the ratio of neighbouring scales.
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(
