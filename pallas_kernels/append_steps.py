@@ -15,7 +15,7 @@ from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.packing import INT4_MAX, INT4_MIN
 from pallas_kernels.reference import E4M3_MAX
-from pallas_kernels.row_steps import balanced, divide, maximum
+from pallas_kernels.row_steps import balanced
 
 WARPS = 4  # of a block, each with a head of a token
 
@@ -117,7 +117,7 @@ class Steps:
             kv_head = arith.divui(head, i32(heads // self.shape.kv_heads))
             row = self._load_pairs(table, kv_head, self.shape.head_dim, jnp.float32)
             if operation == "over":
-                row = [divide(f32(1), r) for r in row]
+                row = [hopper.divide(f32(1), r) for r in row]
             apply = arith.subf if operation == "minus" else arith.mulf
             return hopper.pack([apply(a, b) for a, b in zip(hopper.unpack(values), row, strict=True)])
 
@@ -140,7 +140,7 @@ class Steps:
                 registers, stride = new, 2 * stride
             for distance in (1, 2, 4, 8, 16):
                 upper = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(self._lane(), i32(distance)), i32(0))
-                others = [exchange(r, distance) for r in registers]
+                others = [hopper.exchange(r, distance) for r in registers]
                 registers = [
                     arith.select(upper, arith.subf(o, r), arith.addf(r, o))
                     for r, o in zip(registers, others, strict=True)
@@ -159,13 +159,13 @@ class Steps:
             token, head, exists = self._unit(first, heads)
             registers = hopper.unpack(values)
             magnitudes = [hopper.pure_asm("abs.f32 $0, $1;", "=f,f", [r], single) for r in registers]
-            peak = across_warp(balanced(magnitudes, maximum), maximum)
+            peak = hopper.across_lanes(balanced(magnitudes, hopper.maximum_or_nan), hopper.maximum_or_nan)
             zero = arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0))
-            scale = arith.select(zero, f32(1), divide(peak, f32(E4M3_MAX)))
+            scale = arith.select(zero, f32(1), hopper.divide(peak, f32(E4M3_MAX)))
             convert = "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; mov.b16 h, 0; mov.b32 $0, {l, h}; }"
             row = arith.addi(arith.muli(token, i32(heads)), head)
             flag = arith.extui(word, exists)
-            quotients = [divide(r, scale) for r in registers]
+            quotients = [hopper.divide(r, scale) for r in registers]
             if self.each == 1:  # a byte of each half
                 pair = hopper.pure_asm(convert, "=r,f,f", quotients, word)
                 parts = [pair, arith.shrui(pair, i32(8))]
@@ -192,19 +192,20 @@ class Steps:
             word, single = ir.IntegerType.get_signless(32), ir.F32Type.get()
             token, head, exists = self._unit(first, s.kv_heads)
             registers = hopper.unpack(values)
-            highest = across_warp(balanced(registers, maximum), maximum)
+            highest = hopper.across_lanes(balanced(registers, hopper.maximum_or_nan), hopper.maximum_or_nan)
             negative = [arith.subf(f32(0), r) for r in registers]
-            lowest = across_warp(balanced(negative, maximum), maximum)  # minus the lowest
-            peak = maximum(highest, lowest)
+            # Minus the lowest.
+            depth = hopper.across_lanes(balanced(negative, hopper.maximum_or_nan), hopper.maximum_or_nan)
+            peak = hopper.maximum_or_nan(highest, depth)
             zero = arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0))
             magnitude = arith.select(zero, f32(1), arith.mulf(peak, f32(-1 / INT4_MIN)))
-            larger = arith.cmpf(arith.CmpFPredicate.OGT, highest, lowest)
+            larger = arith.cmpf(arith.CmpFPredicate.OGT, highest, depth)
             scale = arith.select(larger, arith.subf(f32(0), magnitude), magnitude)
             rounded = hopper.to_bf16x2(scale, f32(0))
             scale = arith.bitcast(single, arith.shli(rounded, i32(16)))
             nibbles = []
             for register in registers:
-                code = hopper.pure_asm("cvt.rni.s32.f32 $0, $1;", "=r,f", [divide(register, scale)], word)
+                code = hopper.pure_asm("cvt.rni.s32.f32 $0, $1;", "=r,f", [hopper.divide(register, scale)], word)
                 code = arith.minsi(arith.maxsi(code, i32(INT4_MIN)), i32(INT4_MAX))
                 nibbles.append(arith.andi(code, i32(0xF)))
             sequence, number = arith.divui(token, i32(s.tokens)), arith.remui(token, i32(s.tokens))
@@ -224,7 +225,7 @@ class Steps:
                 if self.each == 2:
                     byte, at, flag = arith.ori(mine[0], arith.shli(mine[1], i32(4))), self._lane(), real
                 else:  # the neighbour has the other nibble
-                    other = hopper.asm("shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;", "=r,r", [mine[0]], [word])[0]
+                    other = hopper.exchange(mine[0], 1)
                     byte = arith.ori(mine[0], arith.shli(other, i32(4)))
                     even = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(self._lane(), i32(1)), i32(0))
                     at, flag = arith.shrui(self._lane(), i32(1)), arith.andi(real, even)
@@ -271,16 +272,3 @@ def store_bytes(address: ir.Value, word: ir.Value, count: int, flag: ir.Value) -
         f"@p st.global.b{8 * count} [$0], l; }}",
         "l,r,r", [address, word, flag], [],
     )  # fmt: skip
-
-
-def exchange(value: ir.Value, distance: int) -> ir.Value:
-    """The float32 of the lane whose number differs in that bit."""
-    ptx = f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;"
-    return hopper.asm(ptx, "=f,f", [value], [value.type])[0]
-
-
-def across_warp(value: ir.Value, combine: Any) -> ir.Value:
-    """Combines a value of every lane."""
-    for distance in (1, 2, 4, 8, 16):
-        value = combine(value, exchange(value, distance))
-    return value

@@ -137,24 +137,6 @@ def _pointer(ref: Any, element_bytes: int, *index: tuple[ir.Value | int, int]) -
     return at
 
 
-def _across_t(value: ir.Value, operation: str) -> ir.Value:
-    """Combines the four lanes that share a query row."""
-    for distance in (1, 2):
-        other = hopper.asm(f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;", "=f,f", [value], [value.type])[
-            0
-        ]
-        value = _maximum(value, other) if operation == "max" else arith.addf(value, other)
-    return value
-
-
-def _maximum(a: ir.Value, b: ir.Value) -> ir.Value:
-    return hopper.pure_asm("max.f32 $0, $1, $2;", "=f,f,f", [a, b], a.type)
-
-
-def _exp2(value: ir.Value) -> ir.Value:
-    return hopper.pure_asm("ex2.approx.ftz.f32 $0, $1;", "=f,f", [value], value.type)
-
-
 class Steps:
     """The register-level steps for one shape."""
 
@@ -319,17 +301,17 @@ class Steps:
                 mine = [4 * block + 2 * half + i for block in range(4) for i in range(2)]
                 largest = maxima[half]
                 for i in mine:
-                    largest = _maximum(largest, scores[i])
-                largest = _across_t(largest, "max")
+                    largest = hopper.maximum(largest, scores[i])
+                largest = hopper.across_lanes(largest, hopper.maximum, 4)
                 new_maxima.append(largest)
                 total = f32(0)
                 for i in mine:
                     # Rows that see nothing yet have the masked value as their maximum.
                     masked = arith.cmpf(arith.CmpFPredicate.OLE, scores[i], f32(MASKED / 2))
-                    weight = arith.select(masked, f32(0), _exp2(arith.subf(scores[i], largest)))
+                    weight = arith.select(masked, f32(0), hopper.exp2(arith.subf(scores[i], largest)))
                     total = arith.addf(total, weight)
                     weights[i] = weight
-                shrink = _exp2(arith.subf(maxima[half], largest))
+                shrink = hopper.exp2(arith.subf(maxima[half], largest))
                 sums[half] = arith.addf(arith.mulf(sums[half], shrink), total)
                 for i in range(0, len(outputs), 4):
                     for j in (2 * half, 2 * half + 1):
@@ -384,7 +366,7 @@ class Steps:
                 row = arith.addi(g, i32(8 * half))
                 row = arith.muli(arith.addi(arith.muli(warp, i32(ROWS)), row), i32(4 * pitch))
                 row = arith.addi(base, row)
-                total = _across_t(sums[half], "add")
+                total = hopper.across_lanes(sums[half], arith.addf, 4)
                 for j in range(d // 8):
                     for e in range(2):
                         element = arith.addi(arith.muli(t, i32(2 * per_lane)), i32(e * per_lane + j))
@@ -411,11 +393,11 @@ class Steps:
                 peaks = [read(at, w * step + 4 * d) for w in range(WARPS)]
                 largest = peaks[0]
                 for peak in peaks[1:]:
-                    largest = _maximum(largest, peak)
+                    largest = hopper.maximum(largest, peak)
                 mine = arith.addi(at, arith.muli(element, i32(4)))
                 out, total = f32(0), f32(0)
                 for w in range(WARPS):
-                    weight = _exp2(arith.subf(peaks[w], largest))
+                    weight = hopper.exp2(arith.subf(peaks[w], largest))
                     out = arith.addf(out, arith.mulf(read(mine, w * step), weight))
                     total = arith.addf(total, arith.mulf(read(at, w * step + 4 * d + 4), weight))
                 target = _pointer(partial, 4, (block.registers.item(), ROWS * pitch), (row, pitch))
@@ -460,11 +442,11 @@ class Steps:
                 parts.append((value, arith.select(exists, peak, f32(MASKED)), weight))
             highest = largest
             for _value, peak, _weight in parts:
-                highest = _maximum(highest, peak)
-            shrink = _exp2(arith.subf(largest, highest))
+                highest = hopper.maximum(highest, peak)
+            shrink = hopper.exp2(arith.subf(largest, highest))
             total, out = arith.mulf(total, shrink), arith.mulf(out, shrink)
             for value, peak, weight in parts:
-                factor = _exp2(arith.subf(peak, highest))
+                factor = hopper.exp2(arith.subf(peak, highest))
                 total = arith.addf(total, arith.mulf(weight, factor))
                 out = arith.addf(out, arith.mulf(value, factor))
             return hopper.pack([highest, total, out])

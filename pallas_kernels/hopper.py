@@ -5,7 +5,7 @@ A "container" is a one-dimensional Pallas array of ``128 · r`` elements that ho
 meaning beyond that, and lets registers live in Pallas loops.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax.experimental.mosaic.gpu as mgpu
@@ -184,6 +184,46 @@ def to_bf16x2(low: ir.Value, high: ir.Value) -> ir.Value:
 def shuffle(register: ir.Value, lane: ir.Value) -> ir.Value:
     """The float32 that another lane of the warp holds."""
     return asm("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=f,f,r", [register, lane], [register.type])[0]
+
+
+def exchange(register: ir.Value, distance: int) -> ir.Value:
+    """The register of the lane whose number differs by that power of two."""
+    kind = "f" if register.type == ir.F32Type.get() else "r"
+    ptx = f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;"
+    return asm(ptx, f"={kind},{kind}", [register], [register.type])[0]
+
+
+def across_lanes(value: ir.Value, combine: Callable[[ir.Value, ir.Value], ir.Value], lanes: int = 32) -> ir.Value:
+    """A float32 of each of as many neighbouring lanes, combined; all of them get the result."""
+    distance = 1
+    while distance < lanes:
+        value, distance = combine(value, exchange(value, distance)), 2 * distance
+    return value
+
+
+def maximum(a: ir.Value, b: ir.Value) -> ir.Value:
+    """The larger float32; of a number and a NaN the number."""
+    return pure_asm("max.f32 $0, $1, $2;", "=f,f,f", [a, b], a.type)
+
+
+def maximum_or_nan(a: ir.Value, b: ir.Value) -> ir.Value:
+    """The larger float32, or NaN if one of them is."""
+    return pure_asm("max.NaN.f32 $0, $1, $2;", "=f,f,f", [a, b], a.type)
+
+
+def divide(a: ir.Value, b: ir.Value) -> ir.Value:
+    """The quotient, correctly rounded."""
+    return pure_asm("div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], a.type)
+
+
+def multiply_add(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """The product of a and b, plus c, rounded once."""
+    return pure_asm("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], a.type)
+
+
+def exp2(value: ir.Value) -> ir.Value:
+    """Two to the power of a float32."""
+    return pure_asm("ex2.approx.ftz.f32 $0, $1;", "=f,f", [value], value.type)
 
 
 def in_block(address: ir.Value, block: int) -> ir.Value:

@@ -221,19 +221,21 @@ class Steps:
                 # Three short chains rather than a long one.
                 chains = [maxima[half], registers[mine[0]], registers[mine[1]]]
                 for j, i in enumerate(mine[2:]):
-                    chains[j % 3] = maximum(chains[j % 3], registers[i])
-                peak = across_t(maximum(maximum(chains[0], chains[1]), chains[2]), maximum)
+                    chains[j % 3] = hopper.maximum(chains[j % 3], registers[i])
+                peak = hopper.across_lanes(
+                    hopper.maximum(hopper.maximum(chains[0], chains[1]), chains[2]), hopper.maximum, 4
+                )
                 largest.append(peak)
                 # 2^(score · factor - peak · factor + 8): the maxima are those of scores before they are scaled.
                 offset = arith.subf(f32(WEIGHT_EXPONENT), arith.mulf(peak, factors[half]))
                 change = arith.mulf(arith.subf(maxima[half], peak), factors[half])
-                shrink.append(exp2(change))
+                shrink.append(hopper.exp2(change))
                 parts = [f32(0)] * 3
                 for j, i in enumerate(mine):
-                    weights[i] = exp2(multiply_add(registers[i], factors[half], offset))
+                    weights[i] = hopper.exp2(hopper.multiply_add(registers[i], factors[half], offset))
                     parts[j % 3] = arith.addf(parts[j % 3], weights[i])
                 total = arith.addf(arith.addf(parts[0], parts[1]), parts[2])
-                totals.append(multiply_add(sums[half], shrink[half], total))
+                totals.append(hopper.multiply_add(sums[half], shrink[half], total))
                 # ptxas would move all of this behind the next wait for the tensor core, which is what it must overlap.
                 # It does not move a store there, and this one is never made: no sum is that large.
                 hopper.asm(
@@ -303,7 +305,7 @@ class Steps:
             factors = []
             for total in hopper.unpack(sums):
                 # The four lanes of a row each summed their own columns.
-                factors.append(divide(scale, across_t(total, arith.addf)))
+                factors.append(hopper.divide(scale, hopper.across_lanes(total, arith.addf, 4)))
             registers = [arith.mulf(r, factors[i % 4 // 2]) for i, r in enumerate(hopper.unpack(output))]
             words = [hopper.to_bf16x2(registers[i], registers[i + 1]) for i in range(0, len(registers), 2)]
             thread = hopper.thread_in_warpgroup()
@@ -320,31 +322,3 @@ class Steps:
             return ()
 
         return cast(Operation, write)
-
-
-def across_t(value: ir.Value, combine: Any) -> ir.Value:
-    """Combines the four lanes that share a row."""
-    for distance in (1, 2):
-        ptx = f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;"
-        value = combine(value, hopper.asm(ptx, "=f,f", [value], [value.type])[0])
-    return value
-
-
-def maximum(a: ir.Value, b: ir.Value) -> ir.Value:
-    """The larger one."""
-    return hopper.pure_asm("max.f32 $0, $1, $2;", "=f,f,f", [a, b], a.type)
-
-
-def exp2(value: ir.Value) -> ir.Value:
-    """Two to the power of a value."""
-    return hopper.pure_asm("ex2.approx.ftz.f32 $0, $1;", "=f,f", [value], value.type)
-
-
-def multiply_add(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    """The sum of a product and c, rounded once."""
-    return hopper.pure_asm("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], a.type)
-
-
-def divide(a: ir.Value, b: ir.Value) -> ir.Value:
-    """The quotient, correctly rounded."""
-    return hopper.pure_asm("div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], a.type)

@@ -77,9 +77,7 @@ class Steps:
 
     def _across_block(self, value: ir.Value, scratch: Any, combine: Any) -> ir.Value:
         """Combines a value of every thread; ``scratch`` is used once."""
-        for distance in (1, 2, 4, 8, 16):
-            shuffle = f"shfl.sync.bfly.b32 $0, $1, {distance}, 0x1f, 0xffffffff;"
-            value = combine(value, hopper.asm(shuffle, "=f,f", [value], [value.type])[0])
+        value = hopper.across_lanes(value, combine)
         thread = utils.thread_idx()
         base = hopper.shared_address(scratch)
         first = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(thread, i32(31)), i32(0))
@@ -143,8 +141,7 @@ class Steps:
             results = []
             for g, u in zip(hopper.unpack(values), self._read(up, row.registers.item()), strict=True):
                 power = arith.mulf(g, f32(-1 / math.log(2)))
-                power = hopper.pure_asm("ex2.approx.ftz.f32 $0, $1;", "=f,f", [power], g.type)
-                sigmoid = arith.addf(power, f32(1))
+                sigmoid = arith.addf(hopper.exp2(power), f32(1))
                 sigmoid = hopper.pure_asm("rcp.approx.ftz.f32 $0, $1;", "=f,f", [sigmoid], g.type)
                 results.append(arith.mulf(arith.mulf(g, sigmoid), u))
             return hopper.pack(results)
@@ -161,13 +158,13 @@ class Steps:
             i64, word, single = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32), ir.F32Type.get()
             registers, row = hopper.unpack(values), row.registers.item()
             magnitudes = [hopper.pure_asm("abs.f32 $0, $1;", "=f,f", [r], single) for r in registers]
-            peak = self._across_block(balanced(magnitudes, maximum), scratch, maximum)
-            scale = divide(peak, f32(E4M3_MAX))
+            peak = self._across_block(balanced(magnitudes, hopper.maximum_or_nan), scratch, hopper.maximum_or_nan)
+            scale = hopper.divide(peak, f32(E4M3_MAX))
             zero = arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0))
             scale = arith.select(zero, f32(1), scale)
             packed = []
             for i in range(0, len(registers), 4):
-                quotients = [divide(r, scale) for r in registers[i : i + 4]]
+                quotients = [hopper.divide(r, scale) for r in registers[i : i + 4]]
                 convert = (
                     "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; "
                     "mov.b32 $0, {l, h}; }"
@@ -198,16 +195,6 @@ def from_bf16x2(word: ir.Value) -> list[ir.Value]:
 def to_words(values: Sequence[ir.Value]) -> list[ir.Value]:
     """float32 to packed bf16."""
     return [hopper.to_bf16x2(values[i], values[i + 1]) for i in range(0, len(values), 2)]
-
-
-def maximum(a: ir.Value, b: ir.Value) -> ir.Value:
-    """The larger one, or NaN if one of them is."""
-    return hopper.pure_asm("max.NaN.f32 $0, $1, $2;", "=f,f,f", [a, b], a.type)
-
-
-def divide(a: ir.Value, b: ir.Value) -> ir.Value:
-    """The quotient, correctly rounded."""
-    return hopper.pure_asm("div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], a.type)
 
 
 def balanced(values: Sequence[ir.Value], combine: Any) -> ir.Value:
