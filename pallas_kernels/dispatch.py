@@ -421,7 +421,9 @@ def rotate_and_append(
         _require(op, name, array, (b, t, cache[0].shape[1], 2 * cache[0].shape[3]), (q.dtype,))
     _require(op, "q", q, (b, t, h, k.shape[3]), (q.dtype,))
     for name, array in (("cos", cos), ("sin", sin)):
-        _require(op, name, array, (b, t, 1, d // 2), (jnp.float32,))
+        # One table may serve all sequences.
+        _require(op, name, array, (1 if array.shape[:1] == (1,) else b, t, 1, d // 2), (jnp.float32,))
+    cos, sin = (jnp.broadcast_to(array, (b, t, 1, d // 2)) for array in (cos, sin))
     for name, array in (("starts", starts), ("lengths", lengths)):
         _require(op, name, array, (b,), (jnp.int32,))
     for name, table in (("scale", scale), ("key_offset", key_offset)):

@@ -290,7 +290,8 @@ def rotate_and_append(
       q: ``[b, t, h, d]`` float.
       k: ``[b, t, kv, d]`` float.
       v: ``[b, t, kv, d]`` float.
-      cos: ``[b, t, 1, d / 2]`` float32, of the angles by which channels i and i + d / 2 are rotated.
+      cos: ``[b, t, 1, d / 2]`` float32, of the angles by which channels i and i + d / 2 are rotated; or ``[1, t, ...]``
+        for all sequences.
       sin: as cos.
       cache: ``(k_codes, k_scales, v_codes, v_scales)`` as in :func:`decode_attention`.
       starts: ``[b]`` int32, tokens each sequence already has.

@@ -100,3 +100,26 @@ def test_lowers_for_cuda_in_place(case):
 @pytest.mark.parametrize("case", [*CASES, (16, 1, 32, 8, 128, 1024, range(16), [1] * 16, True, True)])
 def test_on_a_gpu(case):
     check(*inputs(*case), mosaic_append.rotate_and_append)
+
+
+def test_one_table_of_angles_serves_all_sequences():
+    arrays, options = inputs(2, 3, 4, 2, 64, 8, [0, 4], [3, 2], True)
+    one = [x[:1] for x in arrays[3:5]]
+    each = [jnp.broadcast_to(x, (2, *x.shape[1:])) for x in one]
+    actual, expected = (pk.rotate_and_append(*arrays[:3], *tables, *arrays[5:], **options) for tables in (one, each))
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("at", "change", "message"),
+    [
+        (2, lambda v: v[:, :1], r"v must have shape \(2, 3, 2, 64\)"),
+        (3, lambda cos: cos[..., :8], "cos must have shape"),
+        (6, lambda starts: starts[:1], r"starts must have shape \(2,\)"),
+    ],
+)
+def test_refuses_what_does_not_belong_together(at, change, message):
+    arrays, options = inputs(2, 3, 4, 2, 64, 8, [0, 4], [3, 2], True)
+    arrays = (*arrays[:at], change(arrays[at]), *arrays[at + 1 :])
+    with pytest.raises(ValueError, match=message):
+        pk.rotate_and_append(*arrays, **options)
