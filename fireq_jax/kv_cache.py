@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fireq_jax.config import LlamaConfig
-from pallas_kernels import quantize_kv, write_rows
+from pallas_kernels import append_int4, write_rows
 
 
 @partial(
@@ -51,14 +51,7 @@ class Int4LayerCache:
           starts: ``[batch]`` int32, tokens each sequence already has.
           lengths: ``[batch]`` int32, how many of the t tokens are real.
         """
-        k_codes, k_scales = quantize_kv(k)
-        v_codes, v_scales = quantize_kv(v)
-        return Int4LayerCache(
-            write_rows(self.k_codes, k_codes, starts, lengths),
-            write_rows(self.k_scales, k_scales, starts, lengths),
-            write_rows(self.v_codes, v_codes, starts, lengths),
-            write_rows(self.v_scales, v_scales, starts, lengths),
-        )
+        return Int4LayerCache(*append_int4(self.arrays(), k, v, starts, lengths))
 
     def arrays(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """The four arrays, in the order in which the kernels take them."""

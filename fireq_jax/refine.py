@@ -17,7 +17,7 @@ import optax
 from fireq_jax.config import LlamaConfig, Recipe
 from fireq_jax.layers import rope_tables
 from fireq_jax.qtensor import Int4Weight
-from pallas_kernels import apply_ropes, hadamard, quantize_fp8, quantize_kv, unpack_int4
+from pallas_kernels import apply_ropes, mix_channels, quantize_fp8, quantize_kv, unpack_int4
 
 Params = dict[str, Any]
 EPOCHS = 3
@@ -185,8 +185,7 @@ def _block(config: LlamaConfig, recipe: Recipe | None, layer: Params, x: jax.Arr
     scale = attention.get("post_rope_scale")
     q, k = apply_ropes(q, k, *rope, scale)
     if "key_offset" in attention:
-        rotation = jnp.asarray(hadamard(d))
-        q, k = jnp.matmul(q, rotation), jnp.matmul(k - attention["key_offset"], rotation)
+        q, k = mix_channels(q), mix_channels(k - attention["key_offset"])
     if recipe is not None and recipe.kv_cache == "int4":
         q, k, v = _as_fp8(q), _as_cached(k), _as_cached(v)
     scores = jnp.einsum("btkgd,bskd->bkgts", q.reshape(b, t, kv_heads, group, d), k) * d**-0.5

@@ -16,6 +16,7 @@ from pallas_kernels.packing import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
 from pallas_kernels.reference import (
     E4M3_MAX,
     Numerics,
+    append_int4,
     apply_ropes,
     dequantize_int4,
     hadamard,
@@ -33,6 +34,7 @@ __all__ = [
     "INT4_MAX",
     "INT4_MIN",
     "Numerics",
+    "append_int4",
     "apply_ropes",
     "can_tile",
     "decode_attention",

@@ -437,9 +437,7 @@ def rotate_and_append(
     elif q.dtype != jnp.bfloat16:
         reason = f"q is {q.dtype}, not bfloat16"
     compute = select(op, implementation, _named({"mosaic_gpu": reason}))
-    return compute(
-        q, k, v, cos, sin, cache, starts, lengths, scale=scale, key_offset=key_offset
-    )  # fmt: skip
+    return compute(q, k, v, cos, sin, cache, starts, lengths, scale=scale, key_offset=key_offset)
 
 
 def _decode_refusals(queries: tuple[int, ...], codes: tuple[int, ...], out_dtype: Any) -> dict[str, str]:

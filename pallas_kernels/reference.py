@@ -235,6 +235,32 @@ def write_rows(cache: jax.Array, rows: jax.Array, starts: jax.Array, lengths: ja
     return cache.at[jnp.arange(b)[:, None], :, slots].set(rows, mode="drop")
 
 
+def append_int4(
+    cache: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    k: jax.Array,
+    v: jax.Array,
+    starts: jax.Array,
+    lengths: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Rounds new keys and values with :func:`quantize_kv` and writes them with :func:`write_rows`.
+
+    Args:
+      cache: ``(k_codes, k_scales, v_codes, v_scales)`` as in :func:`decode_attention`.
+      k: ``[b, t, kv, d]`` float, already rotated.
+      v: ``[b, t, kv, d]`` float.
+      starts: ``[b]`` int32, tokens each sequence already has.
+      lengths: ``[b]`` int32, how many of the t tokens are real; the others are not written.
+
+    Returns:
+      The cache.
+    """
+    rows = (*quantize_kv(k), *quantize_kv(v))
+    k_codes, k_scales, v_codes, v_scales = (
+        write_rows(old, new, starts, lengths) for old, new in zip(cache, rows, strict=True)
+    )
+    return k_codes, k_scales, v_codes, v_scales
+
+
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, scale: jax.Array | None = None) -> jax.Array:
     """Rotates the channel pairs (i, i + d/2) of every head, then scales the channels.
 
@@ -306,11 +332,7 @@ def rotate_and_append(
     q, k = apply_ropes(q, k, cos, sin, scale)
     if key_offset is not None:
         q, k = mix_channels(q), mix_channels(k - key_offset)
-    rows = (*quantize_kv(k), *quantize_kv(v))
-    k_codes, k_scales, v_codes, v_scales = (
-        write_rows(old, new, starts, lengths) for old, new in zip(cache, rows, strict=True)
-    )
-    return *quantize_fp8(q), (k_codes, k_scales, v_codes, v_scales)
+    return *quantize_fp8(q), append_int4(cache, k, v, starts, lengths)
 
 
 def hadamard(d: int) -> np.ndarray:

@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulated_gpu import emulated
-from test_matmul_kernel import BF16, frobenius
+from test_matmul_kernel import BF16, frobenius, on_hopper
 
 import pallas_kernels as pk
 from pallas_kernels import mosaic_prefill, prefill_steps
-
-on_hopper = pytest.mark.skipif(not pk.has_hopper_gpu(), reason="no Hopper GPU")
 
 
 def inputs(batch, tokens, heads, kv_heads, head_dim, lengths, spread=1.0):

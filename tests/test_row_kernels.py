@@ -5,12 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulated_gpu import emulated
+from test_matmul_kernel import BF16, on_hopper
 
-import pallas_kernels as pk
 from pallas_kernels import mosaic_rows, row_steps
 
-on_hopper = pytest.mark.skipif(not pk.has_hopper_gpu(), reason="no Hopper GPU")
-BF16, E4M3 = jnp.bfloat16, jnp.float8_e4m3fn
 EPS = 1e-5
 
 
