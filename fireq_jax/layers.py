@@ -298,8 +298,12 @@ class Attention(nn.Module):
         if positions is not None:
             mask = (jnp.arange(k.shape[1]) <= positions[..., None])[:, None]
         q, k, v = (x.astype(self.dtype) for x in (q, k, v))
-        scale = self.config.head_dim**-0.5
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=positions is None)
+        # cuDNN's kernels take no float32, and with a mask they read one of the size of the scores.
+        flash = mask is None and pallas_kernels.has_hopper_gpu() and q.dtype == jnp.bfloat16 and q.shape[3] in (64, 128)
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask, scale=self.config.head_dim**-0.5, is_causal=positions is None,
+            implementation="cudnn" if flash else None,
+        )  # fmt: skip
 
 
 class MLP(nn.Module):

@@ -74,8 +74,6 @@ _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "rotate_and_append": {"mosaic_gpu": _mosaic_append, "reference": reference.rotate_and_append},
     "decode_attention": {"mosaic_gpu": _mosaic_decode, "reference": reference.decode_attention},
 }
-# Kernels that no GPU has run yet, only an emulation of one: who wants them names them.
-_BY_NAME_ONLY = {("prefill_attention", "mosaic_gpu"), ("rotate_and_append", "mosaic_gpu")}
 
 
 def implementations(op: str) -> tuple[str, ...]:
@@ -94,7 +92,7 @@ def select(op: str, implementation: str | None, refusals: Mapping[str, str] | No
 
     Args:
       op: an operation.
-      implementation: a name, or None for the first that is not in ``refusals`` and that a GPU has been seen to run.
+      implementation: a name, or None for the first that is not in ``refusals``.
       refusals: implementations that cannot take this shape or device, and why.
 
     Raises:
@@ -103,8 +101,7 @@ def select(op: str, implementation: str | None, refusals: Mapping[str, str] | No
     """
     names, refusals = implementations(op), refusals or {}
     if implementation is None:
-        fitting = (name for name in names if name not in refusals and (op, name) not in _BY_NAME_ONLY)
-        return _IMPLEMENTATIONS[op][next(fitting)]
+        return _IMPLEMENTATIONS[op][next(name for name in names if name not in refusals)]
     if implementation not in names:
         raise NotImplementedError(
             f"{op} has no {implementation!r} implementation; it has {', '.join(names)}. "
