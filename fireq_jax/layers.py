@@ -1,6 +1,7 @@
 """The parts of a Llama in Flax Linen. Each takes float or INT4 weights, whichever the pytree holds."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import flax.linen as nn
@@ -19,57 +20,82 @@ from fireq_jax.qtensor import Fp8Activations, Int4Weight, TiledInt4Weight, is_in
 AttentionMode = Literal["prefill", "continue", "cached"]
 
 
-def apply_linear(
+Weight = jax.Array | Int4Weight | TiledInt4Weight
+
+
+def apply_linears(
     x: jax.Array | Fp8Activations,
-    weight: jax.Array | Int4Weight | TiledInt4Weight,
-    bias: jax.Array | None = None,
+    weights: Sequence[Weight],
+    biases: Sequence[jax.Array | None],
     *,
     input_axes: int = 1,
     out_dtype: Any,
     implementation: str | None = None,
-) -> jax.Array:
-    """``y = x · Wᵀ + bias`` over the last ``input_axes`` axes of x, sums in float32.
+) -> list[jax.Array]:
+    """``y = x · Wᵀ + bias`` over the last ``input_axes`` axes of x, for each weight, sums in float32.
 
     Args:
-      x: ``[..., *in_shape]`` float, or rounded to e4m3 for a weight that takes that.
-      weight: ``[*out_shape, *in_shape]`` float, or an int4 weight of those shapes.
-      bias: ``out_shape`` or None.
+      x: ``[..., *in_shape]`` float, or rounded to e4m3 for weights that take that.
+      weights: ``[*out_shape, *in_shape]`` float, or int4 weights of those shapes.
+      biases: ``out_shape`` or None, per weight.
       input_axes: number of axes in ``in_shape``.
-      out_dtype: dtype of the result.
+      out_dtype: dtype of the results.
       implementation: of the int4 product, see :mod:`pallas_kernels.dispatch`.
 
     Returns:
-      ``[..., *out_shape]``.
+      ``[..., *out_shape]`` per weight.
     """
     shape = x.values.shape if isinstance(x, Fp8Activations) else x.shape
     batch_shape, in_shape = shape[:-input_axes], shape[-input_axes:]
-    out_shape = weight.shape[:-input_axes]
-    m, n, k = math.prod(batch_shape), math.prod(out_shape), math.prod(in_shape)
-    flat_bias = None if bias is None else bias.reshape(n)
-
-    def rounded() -> tuple[jax.Array, jax.Array]:
-        if isinstance(x, Fp8Activations):
-            return x.values.reshape(m, k), x.scale.reshape(m)
-        return pallas_kernels.quantize_rows(x.reshape(m, k), implementation=implementation)
-
-    if isinstance(weight, TiledInt4Weight):
-        y = pallas_kernels.int4_fp8_matmul_tiled(
-            *rounded(), weight.tiles, weight.tensor_scale, flat_bias,
-            n=n, group_size=weight.group_size, scale_dtype=weight.scale_dtype, out_dtype=out_dtype,
+    m, k = math.prod(batch_shape), math.prod(in_shape)
+    rows = _rounded_rows(x, m, k, implementation) if any(takes_fp8(weight) for weight in weights) else None
+    out_shapes = [weight.shape[:-input_axes] for weight in weights]
+    flat = [None if bias is None else bias.reshape(-1) for bias in biases]
+    tiled = [weight for weight in weights if isinstance(weight, TiledInt4Weight)]
+    if len(tiled) == len(weights) and len({(w.group_size, w.scale_dtype) for w in tiled}) == 1:
+        assert rows is not None  # tiled weights take e4m3
+        operands = [
+            pallas_kernels.TiledWeight(weight.tiles, weight.tensor_scale, bias, math.prod(out_shape))
+            for weight, bias, out_shape in zip(tiled, flat, out_shapes, strict=True)
+        ]
+        products: Sequence[jax.Array] = pallas_kernels.int4_fp8_matmuls_tiled(
+            *rows, operands, group_size=tiled[0].group_size, scale_dtype=tiled[0].scale_dtype, out_dtype=out_dtype,
             implementation=implementation,
         )  # fmt: skip
-    elif isinstance(weight, Int4Weight) and weight.activations == "fp8":
-        y = pallas_kernels.int4_fp8_matmul(
-            *rounded(), weight.codes, weight.scales, weight.tensor_scale, flat_bias,
-            numerics=weight.numerics, out_dtype=out_dtype, implementation=implementation,
-        )  # fmt: skip
+    elif len(weights) > 1:
+        each = {"input_axes": input_axes, "out_dtype": out_dtype, "implementation": implementation}
+        return [apply_linears(x, [w], [b], **each)[0] for w, b in zip(weights, biases, strict=True)]
+    elif rows is not None:
+        weight = cast(Int4Weight, weights[0])
+        products = [
+            pallas_kernels.int4_fp8_matmul(
+                *rows, weight.codes, weight.scales, weight.tensor_scale, flat[0],
+                numerics=weight.numerics, out_dtype=out_dtype, implementation=implementation,
+            )
+        ]  # fmt: skip
     else:
         assert isinstance(x, jax.Array)  # who rounds asks takes_fp8 first
-        w = weight.astype(x.dtype) if isinstance(weight, jax.Array) else weight.dequantize(x.dtype)
-        contract = (((1,), (1,)), ((), ()))
-        y = jax.lax.dot_general(x.reshape(m, k), w.reshape(n, k), contract, preferred_element_type=jnp.float32)
-        y = (y if flat_bias is None else y + flat_bias.astype(jnp.float32)).astype(out_dtype)
-    return y.reshape(*batch_shape, *out_shape)
+        products = [_float_product(x.reshape(m, k), weights[0], flat[0], out_dtype)]
+    return [y.reshape(*batch_shape, *out_shape) for y, out_shape in zip(products, out_shapes, strict=True)]
+
+
+def _rounded_rows(
+    x: jax.Array | Fp8Activations, m: int, k: int, implementation: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """The ``[m, k]`` e4m3 input of an int4 product, and its ``[m]`` scales."""
+    if isinstance(x, Fp8Activations):
+        return x.values.reshape(m, k), x.scale.reshape(m)
+    return pallas_kernels.quantize_rows(x.reshape(m, k), implementation=implementation)
+
+
+def _float_product(x: jax.Array, weight: Weight, bias: jax.Array | None, out_dtype: Any) -> jax.Array:
+    """``[m, k]`` times a weight in x's dtype."""
+    w = weight.astype(x.dtype) if isinstance(weight, jax.Array) else weight.dequantize(x.dtype)
+    # Sums are float32 in any case, but a result in float32 is one more array to write, and a kernel to round it.
+    result = out_dtype if bias is None and out_dtype == x.dtype else jnp.float32
+    contract = (((1,), (1,)), ((), ()))
+    y = jax.lax.dot_general(x, w.reshape(-1, x.shape[1]), contract, preferred_element_type=result)
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(out_dtype)
 
 
 class Linear(nn.Module):
@@ -89,29 +115,24 @@ class Linear(nn.Module):
     dtype: Any = jnp.bfloat16
     implementation: str | None = None
 
-    @nn.compact
-    def __call__(self, x: jax.Array | Fp8Activations) -> jax.Array:
-        """Applies the layer.
+    def setup(self) -> None:
+        """Finds the weight.
 
         Raises:
           ValueError: the quantised weight in the pytree has other shapes than this layer.
         """
-        kernel = self._kernel()
-        if not isinstance(x, Fp8Activations):
-            # Only collected by a caller who asks for this collection (calibration).
-            self.sow("statistics", "input", x)
-            x = x.astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, self.out_shape) if self.use_bias else None
-        return apply_linear(
-            x,
-            kernel,
-            bias,
-            input_axes=len(self.in_shape),
-            out_dtype=self.dtype,
-            implementation=self.implementation,
-        )
+        self.kernel = self._kernel()
+        self.bias = self.param("bias", nn.initializers.zeros, self.out_shape) if self.use_bias else None
 
-    def _kernel(self) -> jax.Array | Int4Weight | TiledInt4Weight:
+    def __call__(self, x: jax.Array | Fp8Activations) -> jax.Array:
+        """Applies the layer."""
+        return project(x, [self])[0]
+
+    def observe(self, x: jax.Array) -> None:
+        """Shows the input to a caller who collects statistics (calibration)."""
+        self.sow("statistics", "input", x)
+
+    def _kernel(self) -> Weight:
         # self.param compares shapes leaf by leaf, and the leaves of an int4 weight are not the float weight's.
         if self.has_variable("params", "kernel"):
             kernel: Any = self.get_variable("params", "kernel")
@@ -123,6 +144,23 @@ class Linear(nn.Module):
                     )
                 return cast(Int4Weight | TiledInt4Weight, kernel)
         return self.param("kernel", nn.initializers.normal(0.02), (*self.out_shape, *self.in_shape))
+
+
+def project(x: jax.Array | Fp8Activations, layers: Sequence[Linear]) -> list[jax.Array]:
+    """Linear layers of the same input, whose int4 products may then be one."""
+    first = layers[0]
+    if not isinstance(x, Fp8Activations):
+        for layer in layers:
+            layer.observe(x)
+        x = x.astype(first.dtype)
+    return apply_linears(
+        x,
+        [layer.kernel for layer in layers],
+        [layer.bias for layer in layers],
+        input_axes=len(first.in_shape),
+        out_dtype=first.dtype,
+        implementation=first.implementation,
+    )
 
 
 class RMSNorm(nn.Module):
@@ -222,9 +260,8 @@ class Attention(nn.Module):
         query_shape = (config.num_heads, config.head_dim)
         kv_shape = (config.num_kv_heads, config.head_dim)
         scale, offset = self._per_channel("post_rope_scale"), self._per_channel("key_offset")
-        q = linear("q", (config.hidden_size,), query_shape)(x)
-        k = linear("k", (config.hidden_size,), kv_shape)(x)
-        v = linear("v", (config.hidden_size,), kv_shape)(x)
+        shapes = {"q": query_shape, "k": kv_shape, "v": kv_shape}
+        q, k, v = project(x, [linear(name, (config.hidden_size,), shape) for name, shape in shapes.items()])
         output = linear("o", query_shape, (config.hidden_size,))
         positions = starts[:, None] + jnp.arange(q.shape[1])
         if isinstance(cache, Int4LayerCache) and mode == "cached":
@@ -322,7 +359,8 @@ class MLP(nn.Module):
             return Linear((in_size,), (out_size,), bias, self.dtype, self.implementation, name=name)
 
         hidden, wide = self.config.hidden_size, self.config.intermediate_size
-        gate, up, down = linear("gate", hidden, wide)(x), linear("up", hidden, wide)(x), linear("down", wide, hidden)
+        gate, up = project(x, [linear(name, hidden, wide) for name in ("gate", "up")])
+        down = linear("down", wide, hidden)
         if not rounds_input(self, "down"):
             return down(nn.silu(gate) * up)
         rows = (gate.reshape(-1, wide), up.reshape(-1, wide))
@@ -337,7 +375,6 @@ class DecoderBlock(nn.Module):
     dtype: Any = jnp.bfloat16
     implementation: str | None = None
 
-    @nn.compact
     def __call__(
         self,
         x: jax.Array,
@@ -348,12 +385,27 @@ class DecoderBlock(nn.Module):
         mode: AttentionMode,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Applies the block to ``[batch, t, hidden]``; arguments as for :class:`Attention`."""
+        x, out, cache = self.unsummed(x, None, rope, cache, starts, lengths, mode)
+        return x + out, cache
+
+    @nn.compact
+    def unsummed(
+        self,
+        x: jax.Array,
+        addend: jax.Array | None,
+        rope: tuple[jax.Array, jax.Array],
+        cache: LayerCache | None,
+        starts: jax.Array,
+        lengths: jax.Array,
+        mode: AttentionMode,
+    ) -> tuple[jax.Array, jax.Array, LayerCache | None]:
+        """Applies the block to ``x + addend`` and leaves its own last sum to the next one's norm."""
         shared = (self.config, self.dtype, self.implementation)
         normed: jax.Array | Fp8Activations
-        x, normed = self._norm("input_norm", x, None, ("attention", ("q", "k", "v")))
+        x, normed = self._norm("input_norm", x, addend, ("attention", ("q", "k", "v")))
         attended, cache = Attention(*shared, name="attention")(normed, rope, cache, starts, lengths, mode)
         x, normed = self._norm("post_attention_norm", x, attended, ("mlp", ("gate", "up")))
-        return x + MLP(*shared, name="mlp")(normed), cache
+        return x, MLP(*shared, name="mlp")(normed), cache
 
     def _norm(
         self, name: str, x: jax.Array, addend: jax.Array | None, readers: tuple[str, tuple[str, ...]]

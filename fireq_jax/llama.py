@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fireq_jax.config import LlamaConfig
 from fireq_jax.kv_cache import KVCache
-from fireq_jax.layers import AttentionMode, DecoderBlock, RMSNorm, apply_linear, rope_tables
+from fireq_jax.layers import AttentionMode, DecoderBlock, RMSNorm, apply_linears, rope_tables
 
 
 class Llama(nn.Module):
@@ -68,7 +68,7 @@ class Llama(nn.Module):
             lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
         cached = cache is not None and through == "cache"
         hidden, _ = self._hidden(tokens, lengths, cache, "cached" if cached else "prefill")
-        return self._logits(hidden)
+        return self.logits(hidden)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """The model's end alone, for callers who walk through its blocks one at a time.
@@ -79,7 +79,7 @@ class Llama(nn.Module):
         Returns:
           ``[batch, t, vocab]`` float32.
         """
-        return self._logits(self.final_norm(x))
+        return self.lm_head(self.final_norm(x), self.embed.embedding)
 
     def prefill(
         self, tokens: jax.Array, lengths: jax.Array, cache: KVCache, continued: bool = False
@@ -97,7 +97,7 @@ class Llama(nn.Module):
         """
         hidden, filled = self._hidden(tokens, lengths, cache, "continue" if continued else "prefill")
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-        return self._logits(last)[:, 0], filled
+        return self.logits(last)[:, 0], filled
 
     def decode(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Appends new tokens, attending through the cache.
@@ -111,22 +111,22 @@ class Llama(nn.Module):
         """
         lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
         hidden, grown = self._hidden(tokens, lengths, cache, "cached")
-        return self._logits(hidden), grown
+        return self.logits(hidden), grown
 
     def _hidden(
         self, tokens: jax.Array, lengths: jax.Array, cache: KVCache | None, mode: AttentionMode
     ) -> tuple[jax.Array, Any]:
+        """What the last block puts out, and the filled cache."""
         starts = jnp.zeros_like(lengths) if cache is None else cache.lengths
         rope = rope_tables(self.config, starts[:, None] + jnp.arange(tokens.shape[1]))
-        x = self.embed(tokens)
+        x, addend = self.embed(tokens), None
         updated: list[Any] = []
         for i, layer in enumerate(self.layers):
-            x, layer_cache = layer(x, rope, None if cache is None else cache.layers[i], starts, lengths, mode)
+            layer_cache = None if cache is None else cache.layers[i]
+            x, addend, layer_cache = layer.unsummed(x, addend, rope, layer_cache, starts, lengths, mode)
             updated.append(layer_cache)
-        return self.final_norm(x), None if cache is None else cache.advanced(tuple(updated), lengths)
-
-    def _logits(self, hidden: jax.Array) -> jax.Array:
-        return self.lm_head(hidden, self.embed.embedding)
+        hidden = x if addend is None else x + addend
+        return hidden, None if cache is None else cache.advanced(tuple(updated), lengths)
 
 
 class OutputProjection(nn.Module):
@@ -151,4 +151,5 @@ class OutputProjection(nn.Module):
         else:
             shape = (self.config.vocab_size, self.config.hidden_size)
             kernel = self.param("kernel", nn.initializers.normal(0.02), shape)
-        return apply_linear(hidden, kernel, out_dtype=jnp.float32, implementation=self.implementation)
+        [logits] = apply_linears(hidden, [kernel], [None], out_dtype=jnp.float32, implementation=self.implementation)
+        return logits

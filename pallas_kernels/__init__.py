@@ -1,12 +1,14 @@
 """Operations of an INT4/FP8 Llama on raw arrays. Knows nothing of models or of pytrees of weights."""
 
 from pallas_kernels.dispatch import (
+    TiledWeight,
     decode_attention,
     gate_quantize,
     has_hopper_gpu,
     implementations,
     int4_fp8_matmul,
     int4_fp8_matmul_tiled,
+    int4_fp8_matmuls_tiled,
     norm_quantize,
     prefill_attention,
     quantize_rows,
@@ -34,6 +36,7 @@ __all__ = [
     "INT4_MAX",
     "INT4_MIN",
     "Numerics",
+    "TiledWeight",
     "append_int4",
     "apply_ropes",
     "can_tile",
@@ -46,6 +49,7 @@ __all__ = [
     "implementations",
     "int4_fp8_matmul",
     "int4_fp8_matmul_tiled",
+    "int4_fp8_matmuls_tiled",
     "mix_channels",
     "norm_quantize",
     "pack_int4",

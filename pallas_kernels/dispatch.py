@@ -4,8 +4,8 @@
 be honoured is refused before anything is traced.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +16,34 @@ from pallas_kernels.tiling import DECODE_ROWS, MAX_ROW, choose_streaming
 
 
 # Mosaic takes a second to import, which only who runs a kernel should pay.
-def _mosaic_matmul(*arrays: Any, out_dtype: Any, **options: Any) -> jax.Array:
+def _mosaic_matmul(
+    x8: jax.Array, x_scale: jax.Array, weights: Sequence["TiledWeight"], *, out_dtype: Any, **options: Any
+) -> tuple[jax.Array, ...]:
     from pallas_kernels import mosaic_matmul
 
     del out_dtype  # bf16, or the kernel is not selected
-    return mosaic_matmul.matmul(*arrays, **options)
+    return tuple(
+        mosaic_matmul.matmul(x8, x_scale, w.tiles, w.tensor_scale, w.bias, n=w.outputs, **options) for w in weights
+    )
 
 
-def _mosaic_matvec(*arrays: Any, out_dtype: Any, **options: Any) -> jax.Array:
+def _mosaic_matvec(
+    x8: jax.Array, x_scale: jax.Array, weights: Sequence["TiledWeight"], *, out_dtype: Any, **options: Any
+) -> tuple[jax.Array, ...]:
     from pallas_kernels import mosaic_matvec
 
     del out_dtype
-    return mosaic_matvec.matvec(*arrays, **options)
+    tiles, tensor_scales, biases, sizes = zip(*weights, strict=True)
+    return mosaic_matvec.matvec(x8, x_scale, tiles, tensor_scales, biases, sizes=sizes, **options)
+
+
+def _reference_tiled(
+    x8: jax.Array, x_scale: jax.Array, weights: Sequence["TiledWeight"], **options: Any
+) -> tuple[jax.Array, ...]:
+    return tuple(
+        reference.int4_fp8_matmul_tiled(x8, x_scale, w.tiles, w.tensor_scale, w.bias, n=w.outputs, **options)
+        for w in weights
+    )
 
 
 def _mosaic_decode(*arrays: jax.Array, **options: Any) -> jax.Array:
@@ -65,7 +81,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "int4_fp8_matmul_tiled": {
         "mosaic_gpu_matvec": _mosaic_matvec,
         "mosaic_gpu": _mosaic_matmul,
-        "reference": reference.int4_fp8_matmul_tiled,
+        "reference": _reference_tiled,
     },
     "quantize_rows": {"mosaic_gpu": _mosaic_rows("quantize_rows"), "reference": reference.quantize_fp8},
     "norm_quantize": {"mosaic_gpu": _mosaic_rows("norm_quantize"), "reference": reference.norm_quantize},
@@ -181,11 +197,28 @@ def _named(reasons: Mapping[str, str | None]) -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _tiled_refusals(m: int, n: int, k: int, share: int, out_dtype: Any) -> dict[str, str]:
-    """Why the Hopper kernels cannot make a result ``[m, n]`` of such a weight, if they cannot."""
-    reason = _no_hopper()
-    if n % weight_layout.TILE_N:
-        reason = f"{n=} is no multiple of {weight_layout.TILE_N}"
+class TiledWeight(NamedTuple):
+    """A weight ``W[n, k]`` in the layout that the Hopper kernels stream.
+
+    Attributes:
+      tiles: int32, from :func:`pallas_kernels.to_tiles`.
+      tensor_scale: scalar float32.
+      bias: ``[n]`` float, or None.
+      outputs: n.
+    """
+
+    tiles: jax.Array
+    tensor_scale: jax.Array
+    bias: jax.Array | None
+    outputs: int
+
+
+def _tiled_refusals(m: int, sizes: Sequence[int], k: int, share: int, out_dtype: Any) -> dict[str, str]:
+    """Why the Hopper kernels cannot multiply with weights of so many outputs, if they cannot."""
+    reason, n = _no_hopper(), sum(sizes)
+    odd = [size for size in sizes if size % weight_layout.TILE_N]
+    if odd:
+        reason = f"n={odd[0]} is no multiple of {weight_layout.TILE_N}"
     elif m == 0:
         reason = "there are no tokens"
     elif jnp.dtype(out_dtype) != jnp.bfloat16:
@@ -196,6 +229,59 @@ def _tiled_refusals(m: int, n: int, k: int, share: int, out_dtype: Any) -> dict[
     return _named({"mosaic_gpu": reason, "mosaic_gpu_matvec": few})
 
 
+def int4_fp8_matmuls_tiled(
+    x8: jax.Array,
+    x_scale: jax.Array,
+    weights: Sequence[TiledWeight],
+    *,
+    group_size: int,
+    scale_dtype: Any,
+    out_dtype: Any = jnp.bfloat16,
+    implementation: str | None = None,
+) -> tuple[jax.Array, ...]:
+    """:func:`int4_fp8_matmul` with exact numerics and several weights; one kernel takes all of them for few tokens.
+
+    Args:
+      x8: ``[m, k]`` e4m3.
+      x_scale: ``[m]`` float32.
+      weights: at least one.
+      group_size: inputs that share a weight scale: 32, 64 or 128, a divisor of k.
+      scale_dtype: of the scales in the tiles, e4m3 or bf16.
+      out_dtype: dtype of the results.
+      implementation: "mosaic_gpu" (Hopper GPUs, n a multiple of 64, bf16 results), "mosaic_gpu_matvec" (the same for up
+        to 8 tokens, and up to 16 of small weights), "reference", or None.
+
+    Returns:
+      ``[m, n]`` per weight.
+
+    Raises:
+      ValueError: there is no weight, or shapes or dtypes do not belong together.
+      NotImplementedError: ``implementation`` does not exist, or takes no such shape or device.
+    """
+    op = "int4_fp8_matmul_tiled"
+    if x8.ndim != 2:
+        raise ValueError(f"{op}: x8 is a matrix, got {x8.shape}")
+    if not weights:
+        raise ValueError(f"{op}: there are no weights")
+    m, k = x8.shape
+    if group_size not in weight_layout.GROUP_SIZES or k % group_size:
+        raise ValueError(f"{op}: {group_size=} must be one of {weight_layout.GROUP_SIZES} and divide {k=}")
+    if jnp.dtype(scale_dtype) not in (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.bfloat16)):
+        raise ValueError(f"{op}: scale_dtype must be float8_e4m3fn or bfloat16, got {jnp.dtype(scale_dtype).name}")
+    for weight in weights:
+        _check_factors(op, x8, x_scale, weight.tensor_scale, weight.bias, weight.outputs)
+        shape = weight_layout.tiles_shape(weight.outputs, k, group_size, scale_dtype)
+        _require(op, "tiles", weight.tiles, shape, (jnp.int32,))
+    share = weight_layout.share_bytes(group_size, scale_dtype)
+    settings = {"group_size": group_size, "scale_dtype": jnp.dtype(scale_dtype), "out_dtype": out_dtype}
+    refusals = _tiled_refusals(m, [weight.outputs for weight in weights], k, share, out_dtype)
+    if implementation is None and len(weights) > 1 and "mosaic_gpu_matvec" in refusals:
+        # Too much for one kernel: the best one for each.
+        return tuple(int4_fp8_matmuls_tiled(x8, x_scale, [weight], **settings)[0] for weight in weights)
+    products: tuple[jax.Array, ...] = select(op, implementation, refusals)(x8, x_scale, weights, **settings)
+    return products
+
+
 def int4_fp8_matmul_tiled(
     x8: jax.Array,
     x_scale: jax.Array,
@@ -204,49 +290,14 @@ def int4_fp8_matmul_tiled(
     bias: jax.Array | None = None,
     *,
     n: int,
-    group_size: int,
-    scale_dtype: Any,
-    out_dtype: Any = jnp.bfloat16,
-    implementation: str | None = None,
+    **settings: Any,
 ) -> jax.Array:
-    """:func:`int4_fp8_matmul` with exact numerics, for a weight in the layout that the Hopper kernel streams.
-
-    Args:
-      x8: ``[m, k]`` e4m3.
-      x_scale: ``[m]`` float32.
-      tiles: int32, from :func:`pallas_kernels.to_tiles`.
-      tensor_scale: scalar float32.
-      bias: ``[n]`` float, or None.
-      n: outputs.
-      group_size: inputs that share a weight scale: 32, 64 or 128, a divisor of k.
-      scale_dtype: of the scales in ``tiles``, e4m3 or bf16.
-      out_dtype: dtype of y.
-      implementation: "mosaic_gpu" (Hopper GPUs, n a multiple of 64, bf16 results), "mosaic_gpu_matvec" (the same for up
-        to 8 tokens, and up to 16 of small weights), "reference", or None.
+    """:func:`int4_fp8_matmuls_tiled` of one weight, whose parts are the fields of :class:`TiledWeight`.
 
     Returns:
       ``[m, n]``.
-
-    Raises:
-      ValueError: shapes or dtypes do not belong together.
-      NotImplementedError: ``implementation`` does not exist, or takes no such shape or device.
     """
-    op = "int4_fp8_matmul_tiled"
-    if x8.ndim != 2:
-        raise ValueError(f"{op}: x8 is a matrix, got {x8.shape}")
-    m, k = x8.shape
-    if group_size not in weight_layout.GROUP_SIZES or k % group_size:
-        raise ValueError(f"{op}: {group_size=} must be one of {weight_layout.GROUP_SIZES} and divide {k=}")
-    if jnp.dtype(scale_dtype) not in (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.bfloat16)):
-        raise ValueError(f"{op}: scale_dtype must be float8_e4m3fn or bfloat16, got {jnp.dtype(scale_dtype).name}")
-    _check_factors(op, x8, x_scale, tensor_scale, bias, n)
-    _require(op, "tiles", tiles, weight_layout.tiles_shape(n, k, group_size, scale_dtype), (jnp.int32,))
-    share = weight_layout.share_bytes(group_size, scale_dtype)
-    compute = select(op, implementation, _tiled_refusals(m, n, k, share, out_dtype))
-    return compute(
-        x8, x_scale, tiles, tensor_scale, bias,
-        n=n, group_size=group_size, scale_dtype=jnp.dtype(scale_dtype), out_dtype=out_dtype,
-    )  # fmt: skip
+    return int4_fp8_matmuls_tiled(x8, x_scale, [TiledWeight(tiles, tensor_scale, bias, n)], **settings)[0]
 
 
 def _row_refusals(op: str, *rows: jax.Array) -> dict[str, str]:

@@ -25,17 +25,23 @@ EVICT_FIRST = 0x12F0000000000000
 
 
 class Steps:
-    """The register-level steps for one shape; all take references or containers, and scalars as int32."""
+    """The register-level steps for one shape; all take references or containers, and scalars as int32.
 
-    def __init__(self, m: int, n: int, k: int, group_size: int, scale_dtype: Any, cut: Streaming) -> None:
-        self.m, self.n, self.k, self.cut = m, n, k, cut
+    Weights of ``sizes`` outputs each are multiplied with the same inputs as if they were one; a unit is of one of them.
+    """
+
+    def __init__(
+        self, m: int, sizes: Sequence[int], k: int, group_size: int, scale_dtype: Any, cut: Streaming
+    ) -> None:  # fmt: skip
+        self.m, self.sizes, self.k, self.cut = m, tuple(sizes), k, cut
+        self.first_units = [sum(self.sizes[:i]) // UNIT for i in range(len(self.sizes))]
         self.scale_dtype = scale_dtype
         self.groups = TILE_K // group_size
         self.blocks_of_tokens = -(-m // 8)  # as the tensor core takes them
         self.tiles = -(-k // TILE_K)
         self.share_bytes = share_bytes(group_size, scale_dtype)
         self.team, self.teams = cut.team, WARPS // cut.team
-        self.units = -(-n // UNIT)
+        self.units = sum(self.sizes) // UNIT
         self.blocks = min(STREAMING_MULTIPROCESSORS, self.units)
         self.results = -(-UNIT * 8 * self.blocks_of_tokens // (32 * cut.team))  # of a unit, that each thread adds up
         self.held = min(cut.rounds * cut.team, self.tiles)  # tiles whose inputs shared memory holds
@@ -47,7 +53,7 @@ class Steps:
             "codes": (8, jnp.int32),
             "scales": (self.groups, jnp.int32),
             "sums": (4 * self.blocks_of_tokens, jnp.float32),
-            "factors": (self.results + 1, jnp.float32),
+            "factors": (self.results + len(self.sizes), jnp.float32),
         }
         self.layout = {name: hopper.container_layout(count) for name, (count, _) in containers.items()}
         self.type = {name: hopper.container_type(count, dtype) for name, (count, dtype) in containers.items()}
@@ -87,16 +93,27 @@ class Steps:
         """The unit that a team works on when the first one works on ``first``."""
         return arith.addi(first.registers.item(), arith.muli(team, i32(self.blocks)))
 
+    def _of_weight(self, unit: ir.Value, values: Sequence[ir.Value]) -> ir.Value:
+        """Of a value per weight, that of the weight which a unit belongs to."""
+        picked = values[0]
+        for first, value in zip(self.first_units[1:], values[1:], strict=True):
+            picked = arith.select(arith.cmpi(arith.CmpIPredicate.ult, unit, i32(first)), picked, value)
+        return picked
+
+    def _in_weight(self, unit: ir.Value) -> ir.Value:
+        """A unit's number in its weight."""
+        return arith.subi(unit, self._of_weight(unit, [i32(first) for first in self.first_units]))
+
     def request(self) -> Operation:
-        """``(tiles, slots, arrivals, slot, first unit, first tile, wanted) -> ()``: has each warp's share copied.
+        """``(slots, arrivals, slot, first unit, first tile, wanted, *tiles) -> ()``: has each warp's share copied.
 
         Behind the last tile, and where it is not wanted, nothing is copied, and the slot's barrier completes at once.
         """
 
         @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType(), *[self.scalar] * 4), return_type=()
+            arg_types=(*[plgpu.RefType()] * 2, *[self.scalar] * 4, *[plgpu.RefType()] * len(self.sizes)), return_type=()
         )
-        def copy(_: Any, tiles: Any, slots: Any, arrivals: Any, slot: Any, unit: Any, first: Any, wanted: Any) -> Any:
+        def copy(_: Any, slots: Any, arrivals: Any, slot: Any, unit: Any, first: Any, wanted: Any, *tiles: Any) -> Any:
             i64, word = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32)
             thread, slot = utils.thread_idx(), slot.registers.item()
             team, warp = self._in_team(thread)
@@ -106,10 +123,12 @@ class Steps:
                 arith.cmpi(arith.CmpIPredicate.slt, unit, i32(self.units)),
             )
             exists = arith.andi(arith.extui(word, exists), wanted.registers.item())
-            index = arith.addi(arith.muli(arith.shrui(unit, i32(2)), i32(self.tiles)), tile)
-            index = arith.addi(arith.muli(index, i32(SHARES)), arith.andi(unit, i32(SHARES - 1)))
+            within = self._in_weight(unit)
+            index = arith.addi(arith.muli(arith.shrui(within, i32(2)), i32(self.tiles)), tile)
+            index = arith.addi(arith.muli(index, i32(SHARES)), arith.andi(within, i32(SHARES - 1)))
             offset = arith.muli(arith.extui(i64, index), hopper.constant(self.share_bytes, bits=64))
-            source = arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(tiles)), offset)
+            start = self._of_weight(unit, [llvm.ptrtoint(i64, utils.memref_ptr(ref)) for ref in tiles])
+            source = arith.addi(start, offset)
             # All lanes have read what the slot held before the copy may overwrite it.
             hopper.asm(
                 "{ .reg .pred p, q; setp.ne.b32 p, $4, 0; setp.ne.and.b32 q, $3, 0, p; bar.warp.sync 0xffffffff; "
@@ -303,21 +322,22 @@ class Steps:
         return [(arith.shrui(i, i32(4)), arith.andi(i, i32(UNIT - 1))) for i in at]
 
     def load_factors(self) -> Operation:
-        """``(token scales, tensor scale) -> factors``: those of a thread's results, and one that they share."""
+        """``(token scales, *tensor scales) -> factors``: those of a thread's results, then those of the weights."""
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=self.type["factors"])
-        def load(_: Any, token_scales: Any, tensor_scale: Any) -> Any:
+        @plgpu.inline_mgpu(arg_types=[plgpu.RefType()] * (1 + len(self.sizes)), return_type=self.type["factors"])
+        def load(_: Any, token_scales: Any, *tensor_scales: Any) -> Any:
             factors = []
             for token, _ in self._results(utils.thread_idx()):
                 exists = arith.cmpi(arith.CmpIPredicate.ult, token, i32(self.m))
                 factors.append(load_if(float_address(token_scales, token), exists))
             # Not multiplied here: nothing should wait for these loads yet.
-            return hopper.pack([*factors, load_if(float_address(tensor_scale, i32(0)), hopper.constant(1, bits=1))])
+            always = hopper.constant(1, bits=1)
+            return hopper.pack([*factors, *(load_if(float_address(ref, i32(0)), always) for ref in tensor_scales)])
 
         return cast(Operation, load)
 
     def finish(self, has_bias: bool, parts: int) -> Operation:
-        """``(sums, partial sums, factors, bias, y, first unit, part[, sums of units, turn]) -> ()``.
+        """``(sums, partial sums, factors, first unit, part, [sums of units, turn,] *outputs, *biases) -> ()``.
 
         Adds up the sums of a team's warps, in their order, and those of the parts before; of the last part, writes y.
         """
@@ -325,14 +345,19 @@ class Steps:
 
         @plgpu.inline_mgpu(
             arg_types=(
-                self.layout["sums"], plgpu.RefType(), self.layout["factors"], plgpu.RefType(), plgpu.RefType(),
-                self.scalar, self.scalar, *([plgpu.RefType(), self.scalar] if parts > 1 else []),
+                self.layout["sums"], plgpu.RefType(), self.layout["factors"], self.scalar, self.scalar,
+                *([plgpu.RefType(), self.scalar] if parts > 1 else []),
+                *[plgpu.RefType()] * (len(self.sizes) * (1 + has_bias)),
             ),
             return_type=(),
         )  # fmt: skip
-        def write(
-            _: Any, sums: Any, partial: Any, factors: Any, bias: Any, y: Any, unit: Any, part: Any, *before: Any
-        ) -> Any:
+        def write(_: Any, sums: Any, partial: Any, factors: Any, unit: Any, part: Any, *rest: Any) -> Any:
+            i64 = ir.IntegerType.get_signless(64)
+            before, rest = (rest[:2], rest[2:]) if parts > 1 else ((), rest)
+
+            def start(refs: Sequence[Any]) -> ir.Value:
+                return self._of_weight(unit, [llvm.ptrtoint(i64, utils.memref_ptr(ref)) for ref in refs])
+
             word, single = ir.IntegerType.get_signless(32), ir.F32Type.get()
             thread = utils.thread_idx()
             lane, warp = arith.andi(thread, i32(31)), arith.shrui(thread, i32(5))
@@ -346,18 +371,21 @@ class Steps:
                 offset = 4 * ((i // 4 * 8 + i % 2) * SUMS_PITCH + i % 4 // 2 * 8)
                 hopper.asm(f"st.shared.f32 [$0+{offset}], $1;", "r,f", [address, register], [])
             results = []
+            outputs, width = start(rest[: len(self.sizes)]), self._of_weight(unit, [i32(n) for n in self.sizes])
+            biases = start(rest[len(self.sizes) :]) if has_bias else None
+            exists = arith.cmpi(arith.CmpIPredicate.ult, unit, i32(self.units))
             for token, output in self._results(thread):
-                place = arith.addi(arith.muli(unit, i32(UNIT)), output)
-                here = arith.andi(
-                    arith.cmpi(arith.CmpIPredicate.ult, token, i32(self.m)),
-                    arith.cmpi(arith.CmpIPredicate.ult, place, i32(self.n)),
-                )
-                offset_of_output = load_if(float_address(bias, place), here) if has_bias else None
+                place = arith.addi(arith.muli(self._in_weight(unit), i32(UNIT)), output)
+                here = arith.andi(arith.cmpi(arith.CmpIPredicate.ult, token, i32(self.m)), exists)
+                offset_of_output = None
+                if biases is not None:
+                    address = arith.addi(biases, arith.extui(i64, arith.muli(place, i32(4))))
+                    offset_of_output = load_if(address, here)
                 results.append((token, output, place, here, offset_of_output))
             hopper.asm(f"bar.sync $0, {32 * self.team};", "r", [arith.addi(team, i32(1))], [])
             load = "{{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.f32 $0, 0f00000000; @p ld.shared.f32 $0, [$1+{}]; }}"
-            *of_tokens, of_all = hopper.unpack(factors)
-            of_all = arith.mulf(of_all, f32(1 / HALF_CODE_UNIT))
+            of_tokens, of_weights = hopper.unpack(factors)[: self.results], hopper.unpack(factors)[self.results :]
+            of_all = arith.mulf(self._of_weight(unit, of_weights), f32(1 / HALF_CODE_UNIT))
             for factor, (token, output, place, here, offset_of_output) in zip(of_tokens, results, strict=True):
                 element = arith.addi(arith.muli(token, i32(SUMS_PITCH)), output)
                 of_team = arith.addi(element, arith.muli(team, i32(self.team * SUMS_PITCH * tokens)))
@@ -387,21 +415,16 @@ class Steps:
                 result = arith.mulf(total, arith.mulf(factor, of_all))
                 if offset_of_output is not None:
                     result = arith.addf(result, offset_of_output)
-                self._store(y, token, place, result, last)
+                index = arith.addi(arith.muli(token, width), place)
+                target = arith.addi(outputs, arith.muli(arith.extui(i64, index), hopper.constant(2, bits=64)))
+                hopper.asm(
+                    "{ .reg .pred p; .reg .b16 b; setp.ne.b32 p, $2, 0; cvt.rn.bf16.f32 b, $1; "
+                    "@p st.global.b16 [$0], b; }",
+                    "l,f,r", [target, result, arith.extui(word, last)], [],
+                )  # fmt: skip
             return ()
 
         return cast(Operation, write)
-
-    def _store(self, y: Any, token: ir.Value, place: ir.Value, result: ir.Value, condition: ir.Value) -> None:
-        """Writes an element of y in bf16."""
-        i64, word = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32)
-        index = arith.muli(arith.extui(i64, token), hopper.constant(self.n, bits=64))
-        index = arith.addi(index, arith.extui(i64, place))
-        target = arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(y)), arith.muli(index, hopper.constant(2, bits=64)))
-        hopper.asm(
-            "{ .reg .pred p; .reg .b16 b; setp.ne.b32 p, $2, 0; cvt.rn.bf16.f32 b, $1; @p st.global.b16 [$0], b; }",
-            "l,f,r", [target, result, arith.extui(word, condition)], [],
-        )  # fmt: skip
 
 
 def lane_leads(thread: ir.Value) -> ir.Value:

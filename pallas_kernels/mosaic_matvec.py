@@ -9,6 +9,8 @@ warp waits for another one but where a team's partial sums are added up.
 """
 
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -23,16 +25,19 @@ from pallas_kernels.tiling import SUMS_PITCH, WARPS, Streaming, choose_streaming
 from pallas_kernels.weight_layout import share_bytes
 
 
-def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_bias: bool, cut: Streaming) -> Operation:
-    """The kernel for one shape: ``(x8, x_scale, tiles, tensor_scale [1], bias [n] or [1]) -> y [m, n]`` bf16."""
-    ops = Steps(m, n, k, group_size, scale_dtype, cut)
-    parts, turns = cut.parts(k), cut.turns(n)
+def make_kernel(
+    m: int, sizes: tuple[int, ...], k: int, group_size: int, scale_dtype: Any, has_bias: bool, cut: Streaming
+) -> Operation:
+    """The kernel for one shape: ``(x8, x_scale, *tiles, *tensor_scales [1], *biases [n] if any) -> *y [m, n]`` bf16."""
+    ops = Steps(m, sizes, k, group_size, scale_dtype, cut)
+    parts, turns = cut.parts(k), cut.turns(sum(sizes))
+    weights = len(sizes)
     sums_size = SUMS_PITCH * 8 * ops.blocks_of_tokens
 
-    def body(
-        x: Any, x_scale: Any, w: Any, tensor_scale: Any, bias: Any, y: Any,
-        held: Any, partial: Any, slots: Any, arrivals: Any, kept: Any = None,
-    ) -> None:  # fmt: skip
+    def body(x: Any, x_scale: Any, *refs: Any) -> None:
+        ends = itertools.accumulate((weights, weights, weights * has_bias, weights), initial=0)
+        w, tensor_scales, biases, y = (refs[start:end] for start, end in itertools.pairwise(ends))
+        held, partial, slots, arrivals, *kept = refs[len(refs) - len(scratch) :]
         block = jax.lax.axis_index("block")
 
         def after(at: Any) -> Any:
@@ -50,12 +55,12 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
         def request(at: Any, slot: Any) -> None:
             part, turn, at_round = at
             tile = (part * cut.rounds + at_round) * cut.team
-            ops.request()(w, slots, arrivals, slot, unit(turn), tile, (part < parts).astype(jnp.int32))
+            ops.request()(slots, arrivals, slot, unit(turn), tile, (part < parts).astype(jnp.int32), *w)
 
         ops.open_slots()(arrivals)
         # First, for all waits for the inputs, and what is read behind many tiles arrives behind them.
         inputs = ops.load_inputs()(x, jnp.int32(0))
-        factors = ops.load_factors()(x_scale, tensor_scale)
+        factors = ops.load_factors()(x_scale, *tensor_scales)
         to_read = (jnp.int32(0),) * 3
         for slot in range(cut.slots):
             request(to_read, jnp.int32(slot))
@@ -81,8 +86,9 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
             @pl.when(at_round == cut.rounds - 1)
             def unit_done() -> None:
                 odd = jax.lax.rem(part * turns + turn, jnp.int32(2))
-                before = [kept, turn] if parts > 1 else []
-                ops.finish(has_bias, parts)(sums, partial.at[odd], factors, bias, y, unit(turn), part, *before)
+                before = [*kept, turn] if parts > 1 else []
+                finish = ops.finish(has_bias, parts)
+                finish(sums, partial.at[odd], factors, unit(turn), part, *before, *y, *biases)
 
             slot += 1
             parity = jnp.where(slot == cut.slots, 1 - parity, parity)
@@ -103,7 +109,7 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
         scratch.append(plgpu.SMEM((turns * ops.teams * sums_size,), jnp.float32))
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((m, n), jnp.bfloat16),
+        out_type=tuple(jax.ShapeDtypeStruct((m, n), jnp.bfloat16) for n in sizes),
         scratch_types=scratch,
         grid=(ops.blocks,),
         grid_names=("block",),
@@ -114,42 +120,47 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
     return cast(Operation, kernel)
 
 
-@functools.partial(jax.jit, static_argnames=("n", "group_size", "scale_dtype", "cut"))
+@functools.partial(jax.jit, static_argnames=("sizes", "group_size", "scale_dtype", "cut"))
 def matvec(
     x8: jax.Array,
     x_scale: jax.Array,
-    tiles: jax.Array,
-    tensor_scale: jax.Array,
-    bias: jax.Array | None = None,
+    tiles: Sequence[jax.Array],
+    tensor_scales: Sequence[jax.Array],
+    biases: Sequence[jax.Array | None],
     *,
-    n: int,
+    sizes: tuple[int, ...],
     group_size: int,
     scale_dtype: Any,
     cut: Streaming | None = None,
-) -> jax.Array:
-    """:func:`pallas_kernels.mosaic_matmul.matmul` for up to 16 tokens: same arguments, same result, float32 sums.
+) -> tuple[jax.Array, ...]:
+    """:func:`pallas_kernels.mosaic_matmul.matmul` of up to 16 tokens and several weights at once, with float32 sums.
 
     Args:
       x8: ``[m, k]`` e4m3, m up to 16.
       x_scale: ``[m]`` float32.
-      tiles: int32, what :func:`pallas_kernels.weight_layout.to_tiles` makes of the weight.
-      tensor_scale: scalar float32.
-      bias: ``[n]`` float, or None.
-      n: outputs.
+      tiles: int32, per weight what :func:`pallas_kernels.weight_layout.to_tiles` makes of it.
+      tensor_scales: per weight, scalar float32.
+      biases: per weight ``[n]`` float, or None.
+      sizes: outputs n of each weight, multiples of 64.
       group_size: 32, 64 or 128, a divisor of k.
       scale_dtype: of the group scales in ``tiles``, e4m3 or bf16.
       cut: chosen by :func:`choose_streaming` if None.
 
     Returns:
-      ``[m, n]`` bf16.
+      Per weight ``[m, n]`` bf16.
 
     Raises:
       NotImplementedError: there are more tokens, or sums of that many outputs do not fit into shared memory.
     """
     m, k = x8.shape
+    n = sum(sizes)
     cut = cut or choose_streaming(m, n, k, share_bytes(group_size, scale_dtype))
     if cut is None:
         raise NotImplementedError(f"{m} tokens by {n} outputs by {k} inputs do not suit the kernel for few tokens")
-    kernel = make_kernel(m, n, k, group_size, jnp.dtype(scale_dtype), bias is not None, cut)
-    offsets = jnp.zeros((1,), jnp.float32) if bias is None else bias.astype(jnp.float32)
-    return cast(jax.Array, kernel(x8, x_scale, tiles, tensor_scale.reshape(1), offsets))
+    has_bias = any(bias is not None for bias in biases)
+    kernel = make_kernel(m, sizes, k, group_size, jnp.dtype(scale_dtype), has_bias, cut)
+    offsets = []
+    if has_bias:
+        zeros = [jnp.zeros((size,), jnp.float32) for size in sizes]
+        offsets = [z if bias is None else bias.astype(jnp.float32) for z, bias in zip(zeros, biases, strict=True)]
+    return tuple(kernel(x8, x_scale, *tiles, *(scale.reshape(1) for scale in tensor_scales), *offsets))

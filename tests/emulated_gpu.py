@@ -331,32 +331,26 @@ class Machine:
     def load(self, space, addresses, active, size):
         """``[threads, size]`` bytes."""
         out = np.zeros((self.block.threads, size), np.uint8)
-        if not active.any():
-            return out
-        assert np.all(addresses[active] % size == 0), "misaligned address"
-        if space == "shared":
-            self.block.touch(addresses, active, max(size, 4), False)
-            memory, at = self.block.shared, addresses[active].astype(np.int64)
-        else:
-            [array] = np.unique(addresses[active] >> U64(40))
-            memory, at = self.arrays[int(array) - 1], (addresses[active] & U64((1 << 40) - 1)).astype(np.int64)
-        assert np.all(at + size <= memory.size), "an address outside the array"
-        out[active] = memory[at[:, None] + np.arange(size)]
+        for memory, places, threads in self.accesses(space, addresses, active, size, False):
+            out[threads] = memory[places]
         return out
 
     def store(self, space, addresses, active, data):
-        if not active.any():
-            return
-        size = data.shape[1]
+        for memory, places, threads in self.accesses(space, addresses, active, data.shape[1], True):
+            memory[places] = data[threads]
+
+    def accesses(self, space, addresses, active, size, writing):
+        """Of each array that active threads address: its bytes, the places of ``size`` each, and the threads."""
         assert np.all(addresses[active] % size == 0), "misaligned address"
-        if space == "shared":
-            self.block.touch(addresses, active, max(size, 4), True)
-            memory, at = self.block.shared, addresses[active].astype(np.int64)
-        else:
-            [array] = np.unique(addresses[active] >> U64(40))
-            memory, at = self.arrays[int(array) - 1], (addresses[active] & U64((1 << 40) - 1)).astype(np.int64)
-        assert np.all(at + size <= memory.size), "an address outside the array"
-        memory[at[:, None] + np.arange(size)] = data[active]
+        arrays = addresses >> U64(40) if space == "global" else np.zeros_like(addresses)
+        if space == "shared" and active.any():
+            self.block.touch(addresses, active, max(size, 4), writing)
+        for array in np.unique(arrays[active]):
+            threads = active & (arrays == array)
+            memory = self.arrays[int(array) - 1] if space == "global" else self.block.shared
+            at = (addresses[threads] & U64((1 << 40) - 1)).astype(np.int64)
+            assert np.all(at + size <= memory.size), "an address outside the array"
+            yield memory, at[:, None] + np.arange(size), threads
 
     # Inline PTX
 

@@ -31,12 +31,40 @@ def test_matvec(m, n, k, group_size, scale_dtype, cut):
     tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
     bias = jnp.asarray(np.random.default_rng(5).normal(size=n) * 100, jnp.float32)
     with emulated(mosaic_matvec, matvec_steps, matmul_steps):
-        y = mosaic_matvec.matvec(
-            x, x_scale, tiles, jnp.float32(0.5), bias, n=n, group_size=group_size, scale_dtype=scale_dtype, cut=cut
-        )
+        [y] = mosaic_matvec.matvec(
+            x, x_scale, [tiles], [jnp.float32(0.5)], [bias],
+            sizes=(n,), group_size=group_size, scale_dtype=scale_dtype, cut=cut,
+        )  # fmt: skip
     expected = product(x, x_scale, values, scales, 0.5, bias)
     # Half a unit of bf16's eight bits; the sums are float32, of terms as large as the largest result.
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("m", "sizes", "k", "cut", "biased"),
+    [
+        (1, (192, 64, 64), 640, None, ()),
+        (3, (192, 64, 64), 640, None, (0, 1, 2)),
+        (5, (2112, 64), 256, None, (1,)),  # two units for some blocks, of which the second is of the second weight
+        (12, (64, 128), 640, Streaming(1, 4, 1, False), (0,)),  # inputs in two parts
+    ],
+)
+def test_matvec_of_several_weights(m, sizes, k, cut, biased):
+    x, x_scale = random_tokens(m + 1, m, k)
+    tiles, biases, expected = [], [], []
+    for i, n in enumerate(sizes):
+        values, scales = random_weight(i, n, k, 128, E4M3)
+        tiles.append(pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales))
+        bias = jnp.asarray(np.random.default_rng(i).normal(size=n) * 100, jnp.float32) if i in biased else None
+        biases.append(bias)
+        expected.append(product(x, x_scale, values, scales, 2.0**i, bias))
+    tensor_scales = [jnp.float32(2**i) for i in range(len(sizes))]
+    with emulated(mosaic_matvec, matvec_steps, matmul_steps):
+        results = mosaic_matvec.matvec(
+            x, x_scale, tiles, tensor_scales, biases, sizes=sizes, group_size=128, scale_dtype=E4M3, cut=cut
+        )
+    for y, exact in zip(results, expected, strict=True):  # tolerances as above
+        np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2**-8, atol=1e-6 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize(
@@ -106,4 +134,6 @@ def test_a_missing_barrier_is_a_race(monkeypatch):
     values, scales = random_weight(0, 64, 256, 128, E4M3)
     tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
     with emulated(mosaic_matvec, matvec_steps, matmul_steps), pytest.raises(RaceError, match="another warp"):
-        mosaic_matvec.matvec(*random_tokens(1, 2, 256), tiles, jnp.float32(1), n=64, group_size=128, scale_dtype=E4M3)
+        mosaic_matvec.matvec(
+            *random_tokens(1, 2, 256), [tiles], [jnp.float32(1)], [None], sizes=(64,), group_size=128, scale_dtype=E4M3
+        )

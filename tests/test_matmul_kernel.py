@@ -177,8 +177,8 @@ def test_many_inputs_are_not_for_the_kernel_of_few_tokens(m, k):
     assert tiling.choose_streaming(m, 4096, k, 1040) is None
     with pytest.raises(NotImplementedError, match=f"{m} tokens by 128 outputs by {k} inputs"):
         mosaic_matvec.matvec(
-            jnp.zeros((m, k), E4M3), jnp.ones(m), jnp.zeros((2, k // 128, 5, 208), jnp.int32), jnp.float32(1),
-            n=128, group_size=128, scale_dtype=E4M3,
+            jnp.zeros((m, k), E4M3), jnp.ones(m), [jnp.zeros((2, k // 128, 5, 208), jnp.int32)], [jnp.float32(1)],
+            [None], sizes=(128,), group_size=128, scale_dtype=E4M3,
         )  # fmt: skip
 
 
@@ -204,7 +204,14 @@ FEW = [
     (13, 1536, 576, 32, BF16),
     (16, 4096, 4096, 128, E4M3),
 ]
-KERNELS = [(mosaic_matmul.matmul, shape) for shape in LOWERED] + [(mosaic_matvec.matvec, shape) for shape in FEW]
+
+
+def matvec(x, x_scale, tiles, tensor_scale, bias=None, *, n, **how):
+    """One weight, as the other kernel takes it."""
+    return mosaic_matvec.matvec(x, x_scale, [tiles], [tensor_scale], [bias], sizes=(n,), **how)[0]
+
+
+KERNELS = [(mosaic_matmul.matmul, shape) for shape in LOWERED] + [(matvec, shape) for shape in FEW]
 
 
 @pytest.mark.parametrize(("multiply", "sizes"), KERNELS)
@@ -290,16 +297,34 @@ def test_tilings_agree_with_float32(how):
 @pytest.mark.parametrize("m", [2, 16])
 def test_streamings_agree_with_float32(m, cut):
     """70 tiles along k: parts of 16 or 32 tiles, of which the last is not full."""
-    results, expected = on_gpu(
-        mosaic_matvec.matvec, m, 8640, 8960, 64, E4M3, bias=False, repeats=3, cut=tiling.Streaming(*cut)
-    )
+    results, expected = on_gpu(matvec, m, 8640, 8960, 64, E4M3, bias=False, repeats=3, cut=tiling.Streaming(*cut))
     assert frobenius(results[0], expected) < TOLERANCE
     np.testing.assert_array_equal(np.asarray(results[0]).view(np.uint16), np.asarray(results[2]).view(np.uint16))
 
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize(("multiply", "m"), [(mosaic_matmul.matmul, 200), (mosaic_matvec.matvec, 5)])
+@pytest.mark.parametrize("m", [1, 4, 16, 40])
+@pytest.mark.parametrize("sizes", [(4096, 1024, 1024), (14336, 14336), (576, 192, 192)], ids=str)
+def test_several_weights_agree_with_float32(m, sizes):
+    """q, k and v, or gate and up; with 40 tokens, and with 16 of wide weights, each has a kernel of its own."""
+    k = 1024
+    x, x_scale = random_tokens(m + 1, m, k)
+    weights, expected = [], []
+    for i, n in enumerate(sizes):
+        values, scales = random_weight(i, n, k, 128, E4M3)
+        tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
+        bias = jnp.asarray(np.random.default_rng(i).normal(size=n) * 100, jnp.float32) if i else None
+        weights.append(pk.TiledWeight(tiles, jnp.float32(2**i), bias, n))
+        expected.append(product(x, x_scale, values, scales, 2.0**i, bias))
+    results = pk.int4_fp8_matmuls_tiled(x, x_scale, weights, group_size=128, scale_dtype=E4M3)
+    for y, exact in zip(results, expected, strict=True):
+        assert frobenius(y, exact) < TOLERANCE
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize(("multiply", "m"), [(mosaic_matmul.matmul, 200), (matvec, 5)])
 def test_thousand_launches_give_the_same(multiply, m):
     n, k = 1024, 2048
     values, scales = random_weight(0, n, k, 128, E4M3)
