@@ -300,6 +300,68 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    sizes: Annotated[
+        str, typer.Option(help="llama-2-7b, llama-2-13b, llama-3-8b, llama-3.2-1b, llama-3.2-3b or toy.")
+    ] = "llama-3-8b",
+    recipe: Annotated[str, typer.Option(help="Preset that needs no calibration.")] = "rtn",
+    feed_forward: Annotated[str, typer.Option(help="Numbers of tokens, such as 1,16,1024.")] = "1,4,16,16384",
+    prefill: Annotated[
+        str, typer.Option(help="Batch sizes and prompt lengths, such as 1x2048,16x1024.")
+    ] = "16x1024,16x2048,16x4096,1x2048",
+    decode: Annotated[str, typer.Option(help="Batch sizes and context lengths.")] = "1x1024,16x1024,64x1024",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated per sequence in each decode case.")] = 64,
+    commit: Annotated[str | None, typer.Option(help="Recorded beside the results.")] = None,
+    smoke: Annotated[bool, typer.Option(help="A toy on any device, to see the command work.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Time a Llama with random weights, quantised and in bf16, on this machine."""
+    from convert.folder import write_json
+    from fireq_jax.benchmark import run_benchmark
+
+    if smoke:
+        sizes, feed_forward, prefill, decode, new_tokens = "toy", "1,8", "1x32,2x16", "1x16,2x16", 32
+    tokens = [count for (count,) in _numbers("--feed-forward", feed_forward, 1)]
+    prompts, contexts = _numbers("--prefill", prefill, 2), _numbers("--decode", decode, 2)
+    with notes.status("starting ...") as status:
+        result = run_benchmark(
+            sizes, recipe=recipe, feed_forward=tokens, prefill=prompts, decode=contexts, new_tokens=new_tokens,
+            progress=lambda what: status.update(f"{what} ..."),
+        )  # fmt: skip
+    result |= {"command": " ".join(["fireq-jax", *sys.argv[1:]]), "commit": commit}
+    table = Table(title=f"{sizes}, {result['recipe']}, on {result['device']}; bf16 through the same code")
+    for column in ("", "INT4/FP8", "bf16", "speed"):
+        table.add_column(column, justify="left" if not column else "right")
+    for case in result["feed_forward"]:
+        _add_times(table, f"feed-forward block, {case['tokens']} tokens", case["microseconds"], "us")
+    for case in result["prefill"]:
+        _add_times(table, f"prefill, {case['batch']} x {case['length']}", case["milliseconds"], "ms")
+    for case in result["decode"]:
+        _add_times(table, f"decode, {case['batch']} x {case['context']}, per token", case["milliseconds"], "ms")
+    console.print(table)
+    if json_file is not None:
+        write_json(json_file, result)
+
+
+def _numbers(option: str, text: str, count: int) -> list[Any]:
+    """``1x2,3x4`` as tuples of ``count`` positive numbers."""
+    try:
+        groups = [tuple(int(number) for number in group.split("x")) for group in text.split(",") if group]
+    except ValueError:
+        groups = [()]
+    if any(len(group) != count or min(group) < 1 for group in groups):
+        example = "x".join(["16", "1024"][:count])
+        raise ValueError(f"{option} {text!r}: positive numbers like {example} are expected, with commas between them")
+    return groups
+
+
+def _add_times(table: Table, name: str, times: dict[str, float | None], unit: str) -> None:
+    ours, theirs = times["int4"], times["bf16"]
+    cells = ["out of memory" if t is None else f"{t:.3f} {unit}" for t in (ours, theirs)]
+    table.add_row(name, *cells, f"{theirs / ours:.2f}x" if ours and theirs else "-")
+
+
+@app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="A quantised checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],

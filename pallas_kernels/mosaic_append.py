@@ -64,6 +64,7 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool) -> Operation:
         num_threads=1,
         thread_name="warpgroup",
         compiler_params=hopper.COMPILER_PARAMS,
+        kernel_name="rotate_and_append",
     )
     return cast(Operation, kernel)
 

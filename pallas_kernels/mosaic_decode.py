@@ -69,6 +69,7 @@ def make_kernel(shape: DecodeShape, softmax_scale: float) -> Operation:
         num_threads=1,
         thread_name="warpgroup",
         compiler_params=hopper.COMPILER_PARAMS,
+        kernel_name="decode_attention",
     )
     return cast(Operation, kernel)
 
@@ -94,6 +95,7 @@ def make_combine(shape: DecodeShape, out_dtype: Any) -> Operation:
         num_threads=1,
         thread_name="warpgroup",
         compiler_params=hopper.COMPILER_PARAMS,
+        kernel_name="merge_splits",
     )
     return cast(Operation, kernel)
 

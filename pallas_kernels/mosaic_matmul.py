@@ -247,6 +247,7 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
         num_threads=WARPGROUPS * t.teams + 1,
         thread_name="warpgroup",
         compiler_params=hopper.COMPILER_PARAMS,
+        kernel_name="int4_matmul",
         **cluster_axis,
     )
     return cast(Operation, kernel)

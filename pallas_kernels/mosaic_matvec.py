@@ -116,6 +116,7 @@ def make_kernel(
         num_threads=WARPS // 4,
         thread_name="warpgroup",
         compiler_params=hopper.COMPILER_PARAMS,
+        kernel_name="int4_matvec",
     )
     return cast(Operation, kernel)
 

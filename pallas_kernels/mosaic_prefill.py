@@ -167,6 +167,7 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         compiler_params=hopper.COMPILER_PARAMS,
+        kernel_name="prefill_attention",
     )
     return cast(Operation, kernel)
 

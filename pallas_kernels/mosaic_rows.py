@@ -17,7 +17,7 @@ from pallas_kernels.row_steps import MAX_WARPGROUPS, VECTOR, Steps
 from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS
 
 
-def _launch(body: Any, ops: Steps, m: int, outputs: list[tuple[tuple[int, ...], Any]]) -> Operation:
+def _launch(name: str, body: Any, ops: Steps, m: int, outputs: list[tuple[tuple[int, ...], Any]]) -> Operation:
     kernel = plgpu.kernel(
         body,
         out_type=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs),
@@ -27,6 +27,7 @@ def _launch(body: Any, ops: Steps, m: int, outputs: list[tuple[tuple[int, ...], 
         num_threads=ops.warps // 4,
         thread_name="warpgroup",
         compiler_params=hopper.COMPILER_PARAMS,
+        kernel_name=name,
     )
     return cast(Operation, kernel)
 
@@ -51,7 +52,7 @@ def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         row = jax.lax.axis_index("row")
         ops.quantize()(ops.load()(x, row), x8, x_scale, scratch, row)
 
-    return _launch(body, ops, m, _rounded(m, k))(x)
+    return _launch("quantize_rows", body, ops, m, _rounded(m, k))(x)
 
 
 @functools.partial(jax.jit, static_argnames=("eps",))
@@ -69,7 +70,7 @@ def norm_quantize(
             values = ops.normalize(eps, gain_dtype)(ops.load()(x, row), gain, sums)
             ops.quantize()(values, x8, x_scale, peaks, row)
 
-        return x, *_launch(body, ops, m, _rounded(m, k))(x, gain)
+        return x, *_launch("norm_quantize", body, ops, m, _rounded(m, k))(x, gain)
 
     def body_adding(
         x: Any, addend: Any, gain: Any, total: Any, x8: Any, x_scale: Any, sums: Any, peaks: Any
@@ -78,7 +79,8 @@ def norm_quantize(
         values = ops.add()(ops.load()(x, row), addend, total, row)
         ops.quantize()(ops.normalize(eps, gain_dtype)(values, gain, sums), x8, x_scale, peaks, row)
 
-    return _launch(body_adding, ops, m, [((m, k), jnp.bfloat16), *_rounded(m, k)])(x, addend, gain)
+    outputs = [((m, k), jnp.bfloat16), *_rounded(m, k)]
+    return _launch("add_norm_quantize", body_adding, ops, m, outputs)(x, addend, gain)
 
 
 @jax.jit
@@ -91,4 +93,4 @@ def gate_quantize(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, jax.Array]
         row = jax.lax.axis_index("row")
         ops.quantize()(ops.gate()(ops.load()(gate, row), up, row), x8, x_scale, scratch, row)
 
-    return _launch(body, ops, m, _rounded(m, k))(gate, up)
+    return _launch("gate_quantize", body, ops, m, _rounded(m, k))(gate, up)

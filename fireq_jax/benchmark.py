@@ -1,0 +1,338 @@
+"""Speed of a Llama of given sizes, quantised and in bf16, through the same code in one run.
+
+Weights are random and made on the device, since speed does not depend on what they say. Times are wall-clock times of
+whole calls, or of a loop on the device over many blocks, so they hold what a user waits for: launches, gaps, sampling.
+"""
+
+import functools
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fireq_jax.config import LlamaConfig, RopeConfig
+from fireq_jax.generate import generate
+from fireq_jax.kv_cache import KVCache, cache_bytes_per_token
+from fireq_jax.layers import MLP, NormToFp8, RMSNorm
+from fireq_jax.llama import Llama
+from fireq_jax.qtensor import takes_fp8
+from fireq_jax.quantize import parameter_bytes, quantize
+
+Params = Mapping[str, Any]
+
+_LLAMA3 = RopeConfig(theta=5e5)
+SIZES = {
+    "llama-2-7b": LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128, 131072),
+    "llama-2-13b": LlamaConfig(32000, 5120, 13824, 40, 40, 40, 128, 131072),
+    "llama-3-8b": LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128, 131072, rope=_LLAMA3),
+    "llama-3.2-1b": LlamaConfig(128256, 2048, 8192, 16, 32, 8, 64, 131072, rope=_LLAMA3, tie_word_embeddings=True),
+    "llama-3.2-3b": LlamaConfig(128256, 3072, 8192, 28, 24, 8, 128, 131072, rope=_LLAMA3, tie_word_embeddings=True),
+    "toy": LlamaConfig(256, 128, 256, 2, 2, 1, 64, 1024),
+}
+# Largest relative Frobenius distance of a two-layer model's logits from those of the reference implementation. Both
+# round activations to e4m3, where sums that differ in the last bits now and then fall to different sides.
+CHECKED_TO = 0.05
+LAYERS_OF_A_LOOP = 8  # together larger than the L2 cache
+
+# What kernels' names tell of the operation they belong to; the first that fits counts.
+OPERATORS = {
+    "attention": ("prefill_attention", "decode_attention", "merge_splits", "sdpa", "fmha", "flash"),
+    "matmul": ("int4_mat", "nvjet", "gemm", "cutlass", "cublas", "dot"),
+    "norms and roundings": ("norm_quantize", "gate_quantize", "quantize_rows"),
+    "rotation and cache": ("rotate_and_append",),
+}
+
+
+def run_benchmark(
+    name: str,
+    *,
+    recipe: str = "rtn",
+    feed_forward: Sequence[int] = (),
+    prefill: Sequence[tuple[int, int]] = (),
+    decode: Sequence[tuple[int, int]] = (),
+    new_tokens: int = 64,
+    operators: bool = True,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Measures a model and the same model in bf16.
+
+    Args:
+      name: a key of ``SIZES``.
+      recipe: a preset that needs no calibration.
+      feed_forward: numbers of tokens at which a feed-forward block (norm, MLP, residual sum) is measured.
+      prefill: pairs of batch size and prompt length.
+      decode: pairs of batch size and context length.
+      new_tokens: tokens generated per sequence at each of these.
+      operators: whether the first case of ``prefill`` and of ``decode`` is profiled kernel by kernel (on a GPU).
+      progress: called with what comes next.
+
+    Returns:
+      Sizes, device, versions, and a list of cases per kind, each with ``int4`` and ``bf16`` measurements: None where
+      the device's memory does not suffice.
+
+    Raises:
+      ValueError: there are no such sizes, or a case does not fit the model's positions.
+      RuntimeError: the kernels' logits are not those of the reference implementation; nothing was timed.
+    """
+    if name not in SIZES:
+        raise ValueError(f"unknown sizes {name!r}; known: {', '.join(SIZES)}")
+    config = SIZES[name]
+    for batch, length in (*prefill, *((b, context + new_tokens) for b, context in decode)):
+        if batch < 1 or not 1 <= length <= config.max_positions:
+            raise ValueError(f"{batch} x {length} tokens: there are {config.max_positions} positions")
+    model = Llama(config)
+    progress("making weights")
+    params: dict[str, Params] = {"bf16": random_params(config)}
+    params["int4"] = jax.block_until_ready(quantize(params["bf16"], recipe))
+    progress("checking against the reference implementation")
+    distance = distance_from_reference(model, params["int4"])
+    if not distance <= CHECKED_TO:
+        raise RuntimeError(
+            f"logits are {distance:.3f} from those of the reference implementation; at most {CHECKED_TO}"
+        )
+    result: dict[str, Any] = {
+        "sizes": name,
+        "config": asdict(config),
+        "recipe": recipe,
+        "device": jax.devices()[0].device_kind,
+        "versions": {package: version(package) for package in ("fireq-jax", "jax", "jaxlib", "flax")},
+        "distance_from_reference": distance,
+        "copy_bytes_per_second": copy_bandwidth(),
+        "parameter_bytes": {kind: parameter_bytes(p) for kind, p in params.items()},
+        "cache_bytes_per_token": {
+            "int4": cache_bytes_per_token(config, "int4"), "bf16": cache_bytes_per_token(config, "float"),
+        },
+        "feed_forward": [],
+        "prefill": [],
+        "decode": [],
+        "operators": {},
+    }  # fmt: skip
+    for tokens in feed_forward:
+        progress(f"feed-forward block, {tokens} tokens")
+        seconds = {kind: _unless_too_large(time_feed_forward, config, p, tokens) for kind, p in params.items()}
+        result["feed_forward"].append({"tokens": tokens} | _by_kind("microseconds", seconds, 1e6))
+    for batch, length in prefill:
+        progress(f"prefill, {batch} x {length}")
+        seconds = {kind: _unless_too_large(time_prefill, model, p, batch, length) for kind, p in params.items()}
+        result["prefill"].append({"batch": batch, "length": length} | _by_kind("milliseconds", seconds, 1e3))
+    for batch, context in decode:
+        progress(f"decode, {batch} x {context}")
+        seconds = {
+            kind: _unless_too_large(time_decode, model, p, batch, context, new_tokens) for kind, p in params.items()
+        }
+        needed = {
+            kind: step_bytes(config, p, result["cache_bytes_per_token"][kind], batch, context + new_tokens / 2)
+            for kind, p in params.items()
+        }
+        case = {"batch": batch, "context": context, "new_tokens": new_tokens, "bytes": needed}
+        result["decode"].append(case | _by_kind("milliseconds", seconds, 1e3))
+    if operators:
+        for what, cases in (("prefill", prefill), ("decode", decode)):
+            for batch, length in cases[:1]:
+                progress(f"kernels of {what}, {batch} x {length}")
+                result["operators"][f"{what} {batch} x {length}"] = {
+                    kind: kernel_times(*_call(what, model, p, batch, length)) for kind, p in params.items()
+                }
+    return result
+
+
+def random_params(config: LlamaConfig) -> Params:
+    """A float parameter pytree of normal numbers in bf16, norms of ones."""
+    shapes = jax.eval_shape(lambda: Llama(config).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))["params"]
+    count = 0
+
+    def leaf(path: Any, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        nonlocal count
+        count += 1
+        if path[-1].key == "scale":
+            return jnp.ones(shape.shape, jnp.bfloat16)
+        return _normal(jax.random.key(count), shape.shape)
+
+    result: Params = jax.tree_util.tree_map_with_path(leaf, shapes)
+    return result
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return 0.02 * jax.random.normal(key, shape, jnp.bfloat16)
+
+
+def _cache_kind(params: Params) -> Any:
+    return "int4" if "recipe" in params else "float"
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _prefill(model: Llama, params: Params, tokens: jax.Array, lengths: jax.Array, capacity: int) -> Any:
+    cache = KVCache.zeros(model.config, tokens.shape[0], capacity, _cache_kind(params), model.dtype)
+    weights = {name: leaf for name, leaf in params.items() if name != "recipe"}
+    return model.apply({"params": weights}, tokens, lengths, cache, method="prefill")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(model: Llama, params: Params, tokens: jax.Array, cache: KVCache) -> Any:
+    weights = {name: leaf for name, leaf in params.items() if name != "recipe"}
+    return model.apply({"params": weights}, tokens, cache, method="decode")
+
+
+def _tokens(config: LlamaConfig, batch: int, length: int) -> jax.Array:
+    return jax.random.randint(jax.random.key(batch), (batch, length), 0, config.vocab_size, jnp.int32)
+
+
+def distance_from_reference(model: Llama, params: Params) -> float:
+    """Relative Frobenius distance of the logits of the first two layers, behind a prompt and a token more."""
+    few = min(2, model.config.num_layers)
+    small = model.clone(config=replace(model.config, num_layers=few))
+    kept = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
+    kept |= {f"layers_{i}": params[f"layers_{i}"] for i in range(few)}
+    tokens, lengths = _tokens(model.config, 2, 131), jnp.asarray([130, 77], jnp.int32)
+    logits = []
+    for implementation in (None, "reference"):
+        network = small.clone(implementation=implementation)
+        first, cache = _prefill(network, kept, tokens[:, :-1], lengths, 132)
+        second, _ = _decode(network, kept, tokens[:, -1:], cache)
+        logits.append(jnp.stack([first, second[:, 0]]))
+    return float(jnp.linalg.norm(logits[0] - logits[1]) / jnp.linalg.norm(logits[1]))
+
+
+def _seconds(call: Callable[[], Any], repeats: int = 3) -> float:
+    """The shortest of a few calls, behind one that compiles: what else the machine does only ever adds."""
+    jax.block_until_ready(call())
+    found = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(call())
+        found.append(time.perf_counter() - began)
+    return min(found)
+
+
+def _unless_too_large(measure: Callable[..., float], *arguments: Any) -> float | None:
+    """What ``measure`` gives, or None if the device's memory does not suffice."""
+    try:
+        return measure(*arguments)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None
+
+
+def _by_kind(unit: str, seconds: Mapping[str, float | None], factor: float) -> dict[str, Any]:
+    return {unit: {kind: None if s is None else s * factor for kind, s in seconds.items()}}
+
+
+def copy_bandwidth(size: int = 1 << 28) -> float:
+    """Bytes per second, read and written, of an elementwise pass over ``size`` float32."""
+    if jax.default_backend() == "cpu":
+        size >>= 4
+    passes = 16
+    call = jax.jit(lambda x: jax.lax.fori_loop(0, passes, lambda _, y: y + 1, x))
+    x = jnp.zeros(size, jnp.float32)
+    return 2 * 4 * size * passes / _seconds(lambda: call(x))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _feed_forward(config: LlamaConfig, layers: Sequence[Params], x: jax.Array, rounds: int) -> jax.Array:
+    def one_round(_: Any, x: jax.Array) -> jax.Array:
+        addend = jnp.zeros_like(x)
+        for layer in layers:
+            weights, gain = {"params": layer["mlp"]}, {"params": layer["post_attention_norm"]}
+            normed: Any
+            if takes_fp8(layer["mlp"]["gate"]["kernel"]):
+                x, normed = NormToFp8(config.rms_norm_eps).apply(gain, x, addend)
+            else:
+                x = x + addend
+                normed = RMSNorm(config.rms_norm_eps).apply(gain, x)
+            addend = cast(jax.Array, MLP(config).apply(weights, normed))
+        return x + addend
+
+    return jax.lax.fori_loop(0, rounds, one_round, x)
+
+
+def time_feed_forward(config: LlamaConfig, params: Params, tokens: int) -> float:
+    """Seconds per block, of a loop over the blocks of several layers."""
+    layers = [params[f"layers_{i}"] for i in range(min(LAYERS_OF_A_LOOP, config.num_layers))]
+    rounds = max(1, 64 // math.isqrt(tokens))
+    x = jax.random.normal(jax.random.key(0), (1, tokens, config.hidden_size), jnp.bfloat16)
+    return _seconds(lambda: _feed_forward(config, layers, x, rounds)) / (rounds * len(layers))
+
+
+def _call(what: str, model: Llama, params: Params, batch: int, length: int) -> tuple[Callable[..., Any], Any]:
+    """A prefill or a decode step, and its arguments."""
+    if what == "prefill":
+        lengths = jnp.full(batch, length, jnp.int32)
+        return _prefill, (model, params, _tokens(model.config, batch, length), lengths, length)
+    cache = KVCache.zeros(model.config, batch, length + 2, _cache_kind(params), model.dtype)
+    cache = replace(cache, lengths=jnp.full(batch, length, jnp.int32))
+    return _decode, (model, params, _tokens(model.config, batch, 1), cache)
+
+
+def time_prefill(model: Llama, params: Params, batch: int, length: int) -> float:
+    """Seconds until the logits behind full prompts are there."""
+    call, arguments = _call("prefill", model, params, batch, length)
+    return _seconds(lambda: call(*arguments))
+
+
+def time_decode(model: Llama, params: Params, batch: int, context: int, new_tokens: int) -> float:
+    """Seconds per token of :func:`fireq_jax.generate` behind prompts of ``context`` tokens, greedy sampling included.
+
+    The difference of two calls that generate one token and ``new_tokens`` more.
+    """
+    prompts = np.asarray(_tokens(model.config, batch, context))
+    capacity = context + new_tokens + 2
+
+    def call(count: int) -> Any:
+        return generate(
+            model, params, prompts, max_new_tokens=count, eos_token_ids=(), cache_capacity=capacity
+        ).tokens  # fmt: skip
+
+    return (_seconds(lambda: call(new_tokens + 1)) - _seconds(lambda: call(1))) / new_tokens
+
+
+def step_bytes(config: LlamaConfig, params: Params, of_token: int, batch: int, context: float) -> int:
+    """Bytes that a decode step must read: every weight but the input embedding, and the caches."""
+    weights = parameter_bytes({name: leaf for name, leaf in params.items() if name != "recipe"})
+    if "lm_head" in params:
+        weights -= parameter_bytes(params["embed"])
+    return round(weights + batch * context * of_token)
+
+
+def kernel_times(call: Callable[..., Any], arguments: Any) -> dict[str, Any]:
+    """Microseconds of the kernels of a call by operation, and of each kernel's name; empty where no GPU runs them."""
+    jax.block_until_ready(call(*arguments))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(call(*arguments))
+        [trace] = Path(folder).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+        events = [
+            event
+            for plane in planes
+            if plane.name.startswith("/device:GPU")
+            for line in plane.lines
+            if line.name.startswith("Stream")
+            for event in line.events
+        ]
+    names: dict[str, dict[str, float]] = {}
+    for event in events:
+        entry = names.setdefault(event.name, {"count": 0, "microseconds": 0.0})
+        entry["count"] += 1
+        entry["microseconds"] += event.duration_ns / 1e3
+    by_operator = dict.fromkeys((*OPERATORS, "other"), 0.0)
+    for name, entry in names.items():
+        by_operator[operator_of(name)] += entry["microseconds"]
+    return {"microseconds": by_operator, "kernels": names} if names else {}
+
+
+def operator_of(kernel: str) -> str:
+    """The operation that a kernel of this name belongs to."""
+    for operator, parts in OPERATORS.items():
+        if any(part in kernel for part in parts):
+            return operator
+    return "other"
