@@ -264,12 +264,17 @@ class Attention(nn.Module):
         q, k, v = project(x, [linear(name, (config.hidden_size,), shape) for name, shape in shapes.items()])
         output = linear("o", query_shape, (config.hidden_size,))
         positions = starts[:, None] + jnp.arange(q.shape[1])
-        if isinstance(cache, Int4LayerCache) and mode == "cached":
-            q8, q_scale, arrays = pallas_kernels.rotate_and_append(
-                q, k, v, *rope, cache.arrays(), starts, lengths,
-                scale=scale, key_offset=offset, implementation=self.implementation,
-            )  # fmt: skip
-            out = pallas_kernels.decode_attention(q8, q_scale, *arrays, positions, **self._settings())
+        if isinstance(cache, Int4LayerCache):
+            fresh = (q, k, v, *rope, cache.arrays(), starts, lengths)
+            tables: Any = {"scale": scale, "key_offset": offset, "implementation": self.implementation}
+            if mode == "cached":
+                q8, q_scale, arrays = pallas_kernels.rotate_and_append(*fresh, **tables)
+                out = pallas_kernels.decode_attention(q8, q_scale, *arrays, positions, **self._settings())
+            else:
+                prompt, arrays = pallas_kernels.rotate_and_round(*fresh, **tables)
+                # Slots before the new tokens are those of the prefix, written or not in this call.
+                prefix: Any = (arrays, starts) if mode == "continue" else (None, None)
+                out = pallas_kernels.prefill_attention(*prompt, lengths, *prefix, **self._settings())
             return output(out), Int4LayerCache(*arrays)
 
         q, k = pallas_kernels.apply_ropes(q, k, *rope, scale)
@@ -278,9 +283,7 @@ class Attention(nn.Module):
         self.sow("statistics", "queries", q)
         self.sow("statistics", "keys", k)
         updated = None if cache is None else cache.append(k, v, starts, lengths)
-        if isinstance(updated, Int4LayerCache):
-            out = self._int4_attention(q, k, v, updated, positions, lengths, mode)
-        elif updated is None or mode == "prefill":
+        if updated is None or mode == "prefill":
             out = self._float_attention(q, k, v, None)
         else:
             out = self._float_attention(q, updated.k.swapaxes(1, 2), updated.v.swapaxes(1, 2), positions)
@@ -307,27 +310,6 @@ class Attention(nn.Module):
         if leaf.shape != needed:
             raise ValueError(f"{self.name}: {name} is {leaf.shape}, the model needs {needed}")
         return leaf
-
-    def _int4_attention(
-        self,
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        cache: Int4LayerCache,
-        positions: jax.Array,
-        lengths: jax.Array,
-        mode: AttentionMode,
-    ) -> jax.Array:
-        """Attention of a prompt's e4m3 queries; ``cache`` already holds the new tokens."""
-        q8, q_scale = pallas_kernels.quantize_fp8(q)
-        # The scale of a sequence must not depend on the padding behind it.
-        real = (jnp.arange(q.shape[1]) < lengths[:, None])[..., None, None]
-        k8, k_scale = pallas_kernels.quantize_fp8(jnp.where(real, k, 0), axis=(1, 3))
-        v8, v_scale = pallas_kernels.quantize_fp8(jnp.where(real, v, 0), axis=(1, 3))
-        # Slots before the new tokens are those of the prefix, written or not in this call.
-        prefix = (cache.arrays(), positions[:, 0]) if mode == "continue" else (None, None)
-        fresh = (k8, k_scale, v8, v_scale)
-        return pallas_kernels.prefill_attention(q8, q_scale, *fresh, lengths, *prefix, **self._settings())
 
     def _float_attention(self, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array | None) -> jax.Array:
         """Attends to slots up to ``positions``, or among the new tokens if that is None."""

@@ -13,6 +13,7 @@ from pallas_kernels.dispatch import (
     prefill_attention,
     quantize_rows,
     rotate_and_append,
+    rotate_and_round,
 )
 from pallas_kernels.packing import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
 from pallas_kernels.reference import (
@@ -23,10 +24,12 @@ from pallas_kernels.reference import (
     dequantize_int4,
     hadamard,
     mix_channels,
+    quantize_blocks,
     quantize_fp8,
     quantize_kv,
     round_to_bf16,
     round_to_e4m3,
+    transpose_values,
     write_rows,
 )
 from pallas_kernels.weight_layout import can_tile, from_tiles, to_tiles
@@ -54,13 +57,16 @@ __all__ = [
     "norm_quantize",
     "pack_int4",
     "prefill_attention",
+    "quantize_blocks",
     "quantize_fp8",
     "quantize_kv",
     "quantize_rows",
     "rotate_and_append",
+    "rotate_and_round",
     "round_to_bf16",
     "round_to_e4m3",
     "to_tiles",
+    "transpose_values",
     "unpack_int4",
     "write_rows",
 ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import jax.numpy as jnp
@@ -14,10 +15,11 @@ from pallas_kernels import hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.packing import INT4_MAX, INT4_MIN
-from pallas_kernels.reference import E4M3_MAX
-from pallas_kernels.row_steps import balanced
+from pallas_kernels.reference import SCALE_TOKENS
+from pallas_kernels.row_steps import balanced, e4m3_scale, largest_magnitude
 
 WARPS = 4  # of a block, each with a head of a token
+VALUES_PITCH = SCALE_TOKENS + 4  # bytes from a channel to the next one, so that lanes write to different banks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Steps:
         self.scalar = plgpu.Layout.WG_SPLAT(())
         self.layout = hopper.container_layout(2 * self.each)
         self.type = hopper.container_type(2 * self.each, jnp.float32)
+        self.single_layout, self.single_type = hopper.container_layout(1), hopper.container_type(1, jnp.float32)
 
     def _lane(self) -> ir.Value:
         return arith.andi(utils.thread_idx(), i32(31))
@@ -149,31 +152,40 @@ class Steps:
 
         return cast(Operation, mix)
 
+    def _rounded(self, registers: Sequence[ir.Value], scale: ir.Value) -> list[ir.Value]:
+        """A lane's channels of the first and of the second half, over the scale, as e4m3 in the lowest bytes."""
+        word = ir.IntegerType.get_signless(32)
+        convert = "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; mov.b16 h, 0; mov.b32 $0, {l, h}; }"
+        quotients = [hopper.divide(r, scale) for r in registers]
+        if self.each == 1:  # a byte of each half
+            pair = hopper.pure_asm(convert, "=r,f,f", quotients, word)
+            return [pair, arith.shrui(pair, i32(8))]
+        return [hopper.pure_asm(convert, "=r,f,f", quotients[2 * i : 2 * i + 2], word) for i in range(2)]
+
+    def _store_row(
+        self, x8: Any, row: ir.Value, registers: Sequence[ir.Value], scale: ir.Value, exists: ir.Value
+    ) -> None:  # fmt: skip
+        """Writes a warp's head to a row of ``head_dim`` e4m3."""
+        d = self.shape.head_dim
+        for half, part in enumerate(self._rounded(registers, scale)):
+            at = arith.addi(arith.muli(self._lane(), i32(self.each)), i32(half * d // 2))
+            store_bytes(
+                pointer(x8, row, d, at, 1), part, self.each, arith.extui(ir.IntegerType.get_signless(32), exists)
+            )
+
     def store_queries(self) -> Operation:
         """``(values, q8, q_scale, first unit) -> ()``: e4m3 with the scale ``max|x| / 448``, or 1 of zeros."""
-        heads, d = self.shape.heads, self.shape.head_dim
+        heads = self.shape.heads
 
         @plgpu.inline_mgpu(arg_types=(self.layout, plgpu.RefType(), plgpu.RefType(), self.scalar), return_type=())
         def store(_: Any, values: Any, q8: Any, q_scale: Any, first: Any) -> Any:
-            word, single = ir.IntegerType.get_signless(32), ir.F32Type.get()
+            word = ir.IntegerType.get_signless(32)
             token, head, exists = self._unit(first, heads)
             registers = hopper.unpack(values)
-            magnitudes = [hopper.pure_asm("abs.f32 $0, $1;", "=f,f", [r], single) for r in registers]
-            peak = hopper.across_lanes(balanced(magnitudes, hopper.maximum_or_nan), hopper.maximum_or_nan)
-            zero = arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0))
-            scale = arith.select(zero, f32(1), hopper.divide(peak, f32(E4M3_MAX)))
-            convert = "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; mov.b16 h, 0; mov.b32 $0, {l, h}; }"
+            peak = hopper.across_lanes(largest_magnitude(registers), hopper.maximum_or_nan)
+            scale = e4m3_scale(peak)
             row = arith.addi(arith.muli(token, i32(heads)), head)
-            flag = arith.extui(word, exists)
-            quotients = [hopper.divide(r, scale) for r in registers]
-            if self.each == 1:  # a byte of each half
-                pair = hopper.pure_asm(convert, "=r,f,f", quotients, word)
-                parts = [pair, arith.shrui(pair, i32(8))]
-            else:
-                parts = [hopper.pure_asm(convert, "=r,f,f", quotients[2 * i : 2 * i + 2], word) for i in range(2)]
-            for half, part in enumerate(parts):
-                at = arith.addi(arith.muli(self._lane(), i32(self.each)), i32(half * d // 2))
-                store_bytes(pointer(q8, row, d, at, 1), part, self.each, flag)
+            self._store_row(q8, row, registers, scale, exists)
             first_lane = arith.cmpi(arith.CmpIPredicate.eq, self._lane(), i32(0))
             hopper.asm(
                 "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }", "l,f,r",
@@ -236,6 +248,155 @@ class Steps:
             return ()
 
         return cast(Operation, store)
+
+
+class BlockSteps(Steps):
+    """Steps of a block of threads that takes ``SCALE_TOKENS`` tokens of a kv head, which share a scale.
+
+    A unit's number is that of its token in such a block, after all tokens of the blocks before. Blocks are counted per
+    sequence, kv head and, last, along the tokens; what a sequence's last one has too much does not exist.
+    """
+
+    def __init__(self, shape: AppendShape) -> None:
+        super().__init__(shape)
+        self.blocks = -(-shape.tokens // SCALE_TOKENS)  # of a sequence and head
+
+    def _position(self, first: Any) -> tuple[ir.Value, ir.Value]:
+        """A warp's sequence and head as one number, and its token in the sequence."""
+        unit = arith.addi(first.registers.item(), arith.shrui(utils.thread_idx(), i32(5)))
+        size = i32(self.blocks * SCALE_TOKENS)
+        return arith.divui(unit, size), arith.remui(unit, size)
+
+    def _unit(self, first: Any, heads: int) -> tuple[ir.Value, ir.Value, ir.Value]:
+        rest, number = self._position(first)
+        exists = arith.cmpi(arith.CmpIPredicate.ult, number, i32(self.shape.tokens))
+        number = arith.minui(number, i32(self.shape.tokens - 1))
+        token = arith.addi(arith.muli(arith.divui(rest, i32(heads)), i32(self.shape.tokens)), number)
+        return token, arith.remui(rest, i32(heads)), exists
+
+    def keep_real(self) -> Operation:
+        """``(values, lengths, first unit) -> values``: zeros behind the real tokens."""
+
+        @plgpu.inline_mgpu(arg_types=(self.layout, plgpu.RefType(), self.scalar), return_type=self.type)
+        def keep(_: Any, values: Any, lengths: Any, first: Any) -> Any:
+            rest, number = self._position(first)
+            sequence = arith.divui(rest, i32(self.shape.kv_heads))
+            length = load_word(pointer(lengths, sequence, 1, i32(0), 4))
+            real = arith.andi(
+                arith.cmpi(arith.CmpIPredicate.slt, number, length),
+                arith.cmpi(arith.CmpIPredicate.ult, number, i32(self.shape.tokens)),
+            )
+            return hopper.pack([arith.select(real, r, f32(0)) for r in hopper.unpack(values)])
+
+        return cast(Operation, keep)
+
+    def peak(self) -> Operation:
+        """``(values, peak) -> peak``: the largest magnitude that a thread has seen."""
+
+        @plgpu.inline_mgpu(arg_types=(self.layout, self.single_layout), return_type=self.single_type)
+        def grow(_: Any, values: Any, peak: Any) -> Any:
+            [before] = hopper.unpack(peak)
+            return hopper.pack([hopper.maximum_or_nan(before, largest_magnitude(hopper.unpack(values)))])
+
+        return cast(Operation, grow)
+
+    def share_scale(self) -> Operation:
+        """``(peak, scales, scratch, block) -> scale``: the threads' common scale, written to its place, too."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(self.single_layout, plgpu.RefType(), plgpu.RefType(), self.scalar), return_type=self.single_type
+        )
+        def share(_: Any, peak: Any, scales: Any, scratch: Any, block: Any) -> Any:
+            word, single = ir.IntegerType.get_signless(32), ir.F32Type.get()
+            thread, base = utils.thread_idx(), hopper.shared_address(scratch)
+            mine = hopper.across_lanes(hopper.unpack(peak)[0], hopper.maximum_or_nan)
+            first_lane = arith.cmpi(arith.CmpIPredicate.eq, self._lane(), i32(0))
+            hopper.asm(
+                "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.shared.f32 [$0], $1; }", "r,f,r",
+                [
+                    arith.addi(base, arith.muli(arith.shrui(thread, i32(5)), i32(4))), mine,
+                    arith.extui(word, first_lane),
+                ], [],
+            )  # fmt: skip
+            hopper.block_barrier()
+            peaks = [hopper.asm(f"ld.shared.f32 $0, [$1+{4 * w}];", "=f,r", [base], [single])[0] for w in range(WARPS)]
+            scale = e4m3_scale(balanced(peaks, hopper.maximum_or_nan))
+            first = arith.cmpi(arith.CmpIPredicate.eq, thread, i32(0))
+            hopper.asm(
+                "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }", "l,f,r",
+                [pointer(scales, block.registers.item(), 1, i32(0), 4), scale, arith.extui(word, first)], [],
+            )  # fmt: skip
+            return hopper.pack([scale])
+
+        return cast(Operation, share)
+
+    def store_keys(self) -> Operation:
+        """``(values, scale, k8, first unit) -> ()``."""
+        heads = self.shape.kv_heads
+
+        @plgpu.inline_mgpu(
+            arg_types=(self.layout, self.single_layout, plgpu.RefType(), self.scalar), return_type=()
+        )  # fmt: skip
+        def store(_: Any, values: Any, scale: Any, k8: Any, first: Any) -> Any:
+            token, head, exists = self._unit(first, heads)
+            row = arith.addi(arith.muli(token, i32(heads)), head)
+            self._store_row(k8, row, hopper.unpack(values), hopper.unpack(scale)[0], exists)
+            return ()
+
+        return cast(Operation, store)
+
+    def hold_values(self) -> Operation:
+        """``(values, scale, tile, first unit) -> ()``: into shared memory, a row per channel.
+
+        Tokens come to the places that :func:`pallas_kernels.reference.transpose_values` gives them.
+        """
+        half_rows = self.shape.head_dim // 2
+
+        @plgpu.inline_mgpu(
+            arg_types=(self.layout, self.single_layout, plgpu.RefType(), self.scalar), return_type=()
+        )  # fmt: skip
+        def hold(_: Any, values: Any, scale: Any, tile: Any, first: Any) -> Any:
+            _rest, number = self._position(first)
+            number = arith.andi(number, i32(SCALE_TOKENS - 1))
+            # Of a token 16 a + 8 h + 2 i + e the place is 16 a + 4 i + 2 h + e.
+            place = arith.andi(number, i32(~14 & 127))
+            place = arith.addi(place, arith.shli(arith.andi(arith.shrui(number, i32(1)), i32(3)), i32(2)))
+            place = arith.addi(place, arith.shli(arith.andi(arith.shrui(number, i32(3)), i32(1)), i32(1)))
+            base = arith.addi(hopper.shared_address(tile), place)
+            for half, part in enumerate(self._rounded(hopper.unpack(values), hopper.unpack(scale)[0])):
+                for i in range(self.each):
+                    row = arith.addi(arith.muli(self._lane(), i32(self.each)), i32(half * half_rows + i))
+                    hopper.asm(
+                        "{ .reg .b16 l, h; mov.b32 {l, h}, $1; st.shared.b8 [$0], l; }", "r,r",
+                        [arith.addi(base, arith.muli(row, i32(VALUES_PITCH))), arith.shrui(part, i32(8 * i))], [],
+                    )  # fmt: skip
+            return ()
+
+        return cast(Operation, hold)
+
+    def write_values(self) -> Operation:
+        """``(tile, v8, block) -> ()``: what all threads hold, ``SCALE_TOKENS`` bytes of each channel."""
+        d = self.shape.head_dim
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), self.scalar), return_type=())
+        def write(_: Any, tile: Any, v8: Any, block: Any) -> Any:
+            word = ir.IntegerType.get_signless(32)
+            hopper.block_barrier()
+            head, block = arith.divui(block.registers.item(), i32(self.blocks)), block.registers.item()
+            number = arith.subi(block, arith.muli(head, i32(self.blocks)))
+            column = arith.addi(arith.muli(number, i32(SCALE_TOKENS)), arith.muli(self._lane(), i32(4)))
+            warp = arith.shrui(utils.thread_idx(), i32(5))
+            source = arith.addi(hopper.shared_address(tile), arith.muli(self._lane(), i32(4)))
+            source = arith.addi(source, arith.muli(warp, i32(VALUES_PITCH)))
+            for i in range(d // WARPS):
+                row = arith.addi(arith.addi(arith.muli(head, i32(d)), warp), i32(i * WARPS))
+                offset = i * WARPS * VALUES_PITCH
+                [four] = hopper.asm(f"ld.shared.b32 $0, [$1+{offset}];", "=r,r", [source], [word])
+                target = pointer(v8, row, self.blocks * SCALE_TOKENS, column, 1)
+                hopper.asm("st.global.b32 [$0], $1;", "l,r", [target, four], [])
+            return ()
+
+        return cast(Operation, write)
 
 
 def pointer(ref: Any, row: ir.Value, columns: int, column: ir.Value, size: int) -> ir.Value:

@@ -58,6 +58,12 @@ def _mosaic_append(*arrays: Any, **options: Any) -> Any:
     return mosaic_append.rotate_and_append(*arrays, **options)
 
 
+def _mosaic_round(*arrays: Any, **options: Any) -> Any:
+    from pallas_kernels import mosaic_append
+
+    return mosaic_append.rotate_and_round(*arrays, **options)
+
+
 def _mosaic_prefill(*arrays: Any, out_dtype: Any, **options: Any) -> jax.Array:
     from pallas_kernels import mosaic_prefill
 
@@ -88,6 +94,7 @@ _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Any]]] = {
     "gate_quantize": {"mosaic_gpu": _mosaic_rows("gate_quantize"), "reference": reference.gate_quantize},
     "prefill_attention": {"mosaic_gpu": _mosaic_prefill, "reference": reference.prefill_attention},
     "rotate_and_append": {"mosaic_gpu": _mosaic_append, "reference": reference.rotate_and_append},
+    "rotate_and_round": {"mosaic_gpu": _mosaic_round, "reference": reference.rotate_and_round},
     "decode_attention": {"mosaic_gpu": _mosaic_decode, "reference": reference.decode_attention},
 }
 
@@ -422,11 +429,13 @@ def prefill_attention(
     op = "prefill_attention"
     if k8.ndim != 4:
         raise ValueError(f"{op}: k8 must be [batch, tokens, kv heads, head_dim], got {k8.shape}")
-    b, _, kv, d = k8.shape
+    b, t, kv, d = k8.shape
     _check_queries(op, q8, q_scale, kv, d)
-    for name, values, scale in (("k", k8, k_scale), ("v", v8, v_scale)):
-        _require(op, f"{name}8", values, (q8.shape[0], q8.shape[1], kv, d), (jnp.float8_e4m3fn,))
-        _require(op, f"{name}_scale", scale, (b, kv), (jnp.float32,))
+    blocks = -(-t // reference.SCALE_TOKENS)
+    _require(op, "k8", k8, (q8.shape[0], q8.shape[1], kv, d), (jnp.float8_e4m3fn,))
+    _require(op, "v8", v8, (b, kv, d, blocks * reference.SCALE_TOKENS), (jnp.float8_e4m3fn,))
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        _require(op, name, scale, (b, kv, blocks), (jnp.float32,))
     _require(op, "lengths", lengths, (b,), (jnp.int32,))
     if (prefix is None) != (prefix_lengths is None):
         raise ValueError(f"{op}: prefix and prefix_lengths are given together or not at all")
@@ -440,27 +449,25 @@ def prefill_attention(
     )  # fmt: skip
 
 
-def rotate_and_append(
+Cache = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+Prompt = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def _rotate(
+    op: str,
+    implementation: str | None,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
-    cache: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    cache: Cache,
     starts: jax.Array,
     lengths: jax.Array,
-    *,
-    scale: jax.Array | None = None,
-    key_offset: jax.Array | None = None,
-    implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
-    """E4m3 queries, and int4 keys and values in the cache; see :func:`pallas_kernels.reference.rotate_and_append`.
-
-    Raises:
-      ValueError: shapes or dtypes do not belong together.
-      NotImplementedError: ``implementation`` does not exist, or takes no such shape or device.
-    """
-    op = "rotate_and_append"
+    scale: jax.Array | None,
+    key_offset: jax.Array | None,
+) -> Any:
+    """Checks what comes out of the projections, and computes ``op`` of it."""
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"{op}: q and k must be [batch, tokens, heads, head_dim], got {q.shape} and {k.shape}")
     (b, t, h, d), kv = q.shape, k.shape[2]
@@ -484,8 +491,60 @@ def rotate_and_append(
         reason = f"head_dim={d} is not 64 or 128"
     elif q.dtype != jnp.bfloat16:
         reason = f"q is {q.dtype}, not bfloat16"
+    elif t == 0:
+        reason = "there are no tokens"
     compute = select(op, implementation, _named({"mosaic_gpu": reason}))
     return compute(q, k, v, cos, sin, cache, starts, lengths, scale=scale, key_offset=key_offset)
+
+
+def rotate_and_append(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    cache: Cache,
+    starts: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: jax.Array | None = None,
+    key_offset: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, Cache]:
+    """E4m3 queries, and int4 keys and values in the cache; see :func:`pallas_kernels.reference.rotate_and_append`.
+
+    Raises:
+      ValueError: shapes or dtypes do not belong together.
+      NotImplementedError: ``implementation`` does not exist, or takes no such shape or device.
+    """
+    arrays = (q, k, v, cos, sin, cache, starts, lengths, scale, key_offset)
+    q8, q_scale, cache = _rotate("rotate_and_append", implementation, *arrays)
+    return q8, q_scale, cache
+
+
+def rotate_and_round(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    cache: Cache,
+    starts: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: jax.Array | None = None,
+    key_offset: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[Prompt, Cache]:
+    """What prefill attention takes, and the cache; see :func:`pallas_kernels.reference.rotate_and_round`.
+
+    Raises:
+      ValueError: shapes or dtypes do not belong together.
+      NotImplementedError: ``implementation`` does not exist, or takes no such shape or device.
+    """
+    arrays = (q, k, v, cos, sin, cache, starts, lengths, scale, key_offset)
+    prompt, cache = _rotate("rotate_and_round", implementation, *arrays)
+    return prompt, cache
 
 
 def _decode_refusals(queries: tuple[int, ...], codes: tuple[int, ...], out_dtype: Any) -> dict[str, str]:

@@ -1,7 +1,9 @@
-"""What comes between the projections and decode attention, in one kernel of Pallas:Mosaic GPU.
+"""What comes between the projections and attention, in one kernel of Pallas:Mosaic GPU.
 
 Queries are rotated, scaled, mixed and rounded to e4m3; keys the same, but to int4 and into the cache, and values into
-the cache, in place. A warp takes a head of a token. XLA needs more than a dozen kernels for it.
+the cache, in place. A warp takes a head of a token. For a prompt's own attention keys and values are rounded to e4m3,
+too: a block takes 128 tokens of a head, which share a scale, and goes through them twice. XLA needs more than a dozen
+kernels for it.
 """
 
 from typing import Any, Literal, cast
@@ -12,61 +14,154 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.append_steps import WARPS, AppendShape, Steps
+from pallas_kernels.append_steps import VALUES_PITCH, WARPS, AppendShape, BlockSteps, Steps
 from pallas_kernels.matmul_steps import Operation
+from pallas_kernels.reference import SCALE_TOKENS
+from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS
 
 Cache = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
-def make_kernel(shape: AppendShape, scaled: bool, mixed: bool) -> Operation:
-    """The kernel for one shape, whose references to the cache are written to."""
+QUERIES = 8  # heads of a token that each warp takes, one after another, where a prompt has enough of them
+
+
+def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> Operation:
+    """The kernel for one shape, whose references to the cache are written to.
+
+    Its results are queries and their scales; of a prompt, also keys, their scales, values and their scales.
+    """
     s, ops = shape, Steps(shape)
     m = s.batch * s.tokens
-    query_blocks, key_blocks = -(-m * s.heads // WARPS), -(-m * s.kv_heads // WARPS)
+    each = QUERIES if prompt and m * s.heads >= QUERIES * WARPS * STREAMING_MULTIPROCESSORS else 1
+    query_blocks = -(-m * s.heads // (WARPS * each))
+    tiles = BlockSteps(shape)
+    key_blocks = s.batch * s.kv_heads * tiles.blocks if prompt else -(-m * s.kv_heads // WARPS)
 
     def body(
         q: Any, k: Any, v: Any, cos: Any, sin: Any, scale: Any, offset: Any, starts: Any,
-        lengths: Any, k_codes: Any, k_scales: Any, v_codes: Any, v_scales: Any, q8: Any, q_scale: Any,
+        lengths: Any, k_codes: Any, k_scales: Any, v_codes: Any, v_scales: Any, q8: Any, q_scale: Any, *of_prompt: Any,
     ) -> None:  # fmt: skip
+        # Long blocks run first.
         block = jax.lax.axis_index("block")
+        key_block, query_block = jax.lax.rem(block, jnp.int32(key_blocks)), block - 2 * key_blocks
 
-        def rotated(x: Any, heads: int, operation: Literal["times", "over"], first: Any) -> Any:
-            values = ops.rotate(heads)(ops.load(heads)(x, first), cos, sin, first)
-            return ops.combine(heads, operation)(values, scale, first) if scaled else values
+        def rotated(x: Any, steps: Steps, heads: int, operation: Literal["times", "over"], first: Any) -> Any:
+            values = steps.rotate(heads)(steps.load(heads)(x, first), cos, sin, first)
+            return steps.combine(heads, operation)(values, scale, first) if scaled else values
 
-        @pl.when(block < query_blocks)
+        def key(steps: Steps, first: Any) -> Any:
+            values = rotated(k, steps, s.kv_heads, "over", first)
+            if not mixed:
+                return values
+            return steps.mix()(steps.combine(s.kv_heads, "minus")(values, offset, first))
+
+        def value(steps: Steps, first: Any) -> Any:
+            return steps.load(s.kv_heads)(v, first)
+
+        @pl.when(query_block >= 0)
         def queries() -> None:
-            first = block * WARPS
-            values = rotated(q, s.heads, "times", first)
-            ops.store_queries()(ops.mix()(values) if mixed else values, q8, q_scale, first)
+            def store(i: Any, _: None) -> None:
+                first = (query_block * each + i) * WARPS
+                values = rotated(q, ops, s.heads, "times", first)
+                ops.store_queries()(ops.mix()(values) if mixed else values, q8, q_scale, first)
 
-        @pl.when((block >= query_blocks) & (block < query_blocks + key_blocks))
+            if each == 1:
+                store(0, None)
+            else:
+                jax.lax.fori_loop(0, each, store, None)
+
+        def append(make: Any, steps: Steps, codes: Any, scales: Any, first: Any) -> Any:
+            values = make(steps, first)
+            steps.store_codes()(values, codes, scales, starts, lengths, first)
+            return values
+
+        def round_block(make: Any, codes: Any, code_scales: Any, store: Any, scales: Any, scratch: Any) -> None:
+            def first(i: Any) -> Any:
+                return key_block * SCALE_TOKENS + i * WARPS
+
+            def grow(i: Any, peak: Any) -> Any:
+                values = append(make, tiles, codes, code_scales, first(i))
+                return tiles.peak()(tiles.keep_real()(values, lengths, first(i)), peak)
+
+            nothing = plgpu.layout_cast(jnp.zeros((hopper.WARPGROUP,), jnp.float32), tiles.single_layout)
+            peak = jax.lax.fori_loop(0, SCALE_TOKENS // WARPS, grow, nothing)
+            shared = tiles.share_scale()(peak, scales, scratch, key_block)
+
+            def again(i: Any, _: None) -> None:
+                store(tiles.keep_real()(make(tiles, first(i)), lengths, first(i)), shared, first(i))
+
+            jax.lax.fori_loop(0, SCALE_TOKENS // WARPS, again, None)
+
+        @pl.when(block < key_blocks)
         def keys() -> None:
-            first = (block - query_blocks) * WARPS
-            values = rotated(k, s.kv_heads, "over", first)
-            if mixed:
-                values = ops.mix()(ops.combine(s.kv_heads, "minus")(values, offset, first))
-            ops.store_codes()(values, k_codes, k_scales, starts, lengths, first)
+            if not prompt:
+                append(key, ops, k_codes, k_scales, block * WARPS)
+                return
+            k8, k8_scale, _, _, scratch, _ = of_prompt
 
-        @pl.when(block >= query_blocks + key_blocks)
+            def store(values: Any, shared: Any, first: Any) -> None:
+                tiles.store_keys()(values, shared, k8, first)
+
+            round_block(key, k_codes, k_scales, store, k8_scale, scratch)
+
+        @pl.when((block >= key_blocks) & (query_block < 0))
         def values() -> None:
-            first = (block - query_blocks - key_blocks) * WARPS
-            ops.store_codes()(ops.load(s.kv_heads)(v, first), v_codes, v_scales, starts, lengths, first)
+            if not prompt:
+                append(value, ops, v_codes, v_scales, key_block * WARPS)
+                return
+            _, _, v8, v8_scale, scratch, tile = of_prompt
 
+            def store(values: Any, shared: Any, first: Any) -> None:
+                tiles.hold_values()(values, shared, tile, first)
+
+            round_block(value, v_codes, v_scales, store, v8_scale, scratch)
+            tiles.write_values()(tile, v8, key_block)
+
+    e4m3 = jnp.float8_e4m3fn
+    results = [((s.batch, s.tokens, s.heads, s.head_dim), e4m3), ((s.batch, s.tokens, s.heads), jnp.float32)]
+    scratch: list[Any] = []
+    if prompt:
+        padded, scales = tiles.blocks * SCALE_TOKENS, ((s.batch, s.kv_heads, tiles.blocks), jnp.float32)
+        results += [((s.batch, s.tokens, s.kv_heads, s.head_dim), e4m3), scales]
+        results += [((s.batch, s.kv_heads, s.head_dim, padded), e4m3), scales]
+        scratch = [
+            plgpu.SMEM((WARPS,), jnp.float32), plgpu.SMEM((s.head_dim * VALUES_PITCH // 4,), jnp.int32)
+        ]  # fmt: skip
     kernel = plgpu.kernel(
         body,
-        out_type=(
-            jax.ShapeDtypeStruct((s.batch, s.tokens, s.heads, s.head_dim), jnp.float8_e4m3fn),
-            jax.ShapeDtypeStruct((s.batch, s.tokens, s.heads), jnp.float32),
-        ),
+        out_type=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results),
+        scratch_types=scratch,
         grid=(query_blocks + 2 * key_blocks,),
         grid_names=("block",),
         num_threads=1,
         thread_name="warpgroup",
         compiler_params=hopper.COMPILER_PARAMS,
-        kernel_name="rotate_and_append",
+        kernel_name="rotate_and_round" if prompt else "rotate_and_append",
     )
     return cast(Operation, kernel)
+
+
+def _launch(
+    prompt: bool,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    cache: Cache,
+    starts: jax.Array,
+    lengths: jax.Array,
+    scale: jax.Array | None,
+    key_offset: jax.Array | None,
+) -> tuple[tuple[jax.Array, ...], Cache]:
+    b, t, h, d = q.shape
+    kv, slots = k.shape[2], cache[0].shape[2]
+    kernel = make_kernel(AppendShape(b, t, h, kv, d, slots), scale is not None, key_offset is not None, prompt)
+    tables = [jnp.zeros((1,), jnp.float32) if table is None else table for table in (scale, key_offset)]
+    refs = [jax.new_ref(x) for x in cache]
+    results = kernel(q, k, v, cos, sin, *tables, starts, lengths, *refs)
+    k_codes, k_scales, v_codes, v_scales = (jax.freeze(ref) for ref in refs)
+    return results, (k_codes, k_scales, v_codes, v_scales)
 
 
 @jax.jit
@@ -84,11 +179,23 @@ def rotate_and_append(
     key_offset: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Cache]:
     """:func:`pallas_kernels.reference.rotate_and_append` of bf16 heads of 64 or 128 channels."""
-    b, t, h, d = q.shape
-    kv, slots = k.shape[2], cache[0].shape[2]
-    kernel = make_kernel(AppendShape(b, t, h, kv, d, slots), scale is not None, key_offset is not None)
-    tables = [jnp.zeros((1,), jnp.float32) if table is None else table for table in (scale, key_offset)]
-    refs = [jax.new_ref(x) for x in cache]
-    q8, q_scale = kernel(q, k, v, cos, sin, *tables, starts, lengths, *refs)
-    k_codes, k_scales, v_codes, v_scales = (jax.freeze(ref) for ref in refs)
-    return q8, q_scale, (k_codes, k_scales, v_codes, v_scales)
+    (q8, q_scale), cache = _launch(False, q, k, v, cos, sin, cache, starts, lengths, scale, key_offset)
+    return q8, q_scale, cache
+
+
+@jax.jit
+def rotate_and_round(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    cache: Cache,
+    starts: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: jax.Array | None = None,
+    key_offset: jax.Array | None = None,
+) -> tuple[tuple[jax.Array, ...], Cache]:
+    """:func:`pallas_kernels.reference.rotate_and_round` of bf16 heads of 64 or 128 channels."""
+    return _launch(True, q, k, v, cos, sin, cache, starts, lengths, scale, key_offset)

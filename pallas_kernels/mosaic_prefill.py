@@ -6,7 +6,7 @@ keys to hide. While a warpgroup weighs one block's scores (running maximum, ``ex
 values of the block before for it, and works for the other warpgroup.
 
 Queries and weights are register operands. The scores' registers become those of the weights as they are, because the
-values lie in a matching order of keys (:func:`transpose_values`).
+values lie in a matching order of keys (:func:`pallas_kernels.reference.transpose_values`).
 """
 
 import functools
@@ -23,19 +23,7 @@ from pallas_kernels.prefill_steps import ROWS, PrefillShape, Steps
 
 WARPGROUPS = 2  # that compute; a third one copies
 TILE = WARPGROUPS * ROWS
-KEYS = 128
-STAGES = 2
-
-
-def transpose_values(v8: jax.Array, keys: int) -> jax.Array:
-    """``[b, t, kv, d]`` to ``[b, kv, d, t']``, keys in the order in which the second product takes them.
-
-    Of each 16 keys, 8 h + 2 t + e comes to place 4 t + 2 h + e. Behind the last key are zeros, up to a multiple of
-    ``keys``.
-    """
-    b, t, kv, d = v8.shape
-    padded = jnp.pad(v8, ((0, 0), (0, -t % keys), (0, 0), (0, 0)))
-    return padded.reshape(b, -1, 2, 4, 2, kv, d).transpose(0, 5, 6, 1, 3, 2, 4).reshape(b, kv, d, -1)
+STAGES = 3
 
 
 def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Operation:
@@ -94,7 +82,7 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
         def compute() -> None:
             plgpu.set_max_registers(240, action="increase")
             row = first_row + warpgroup * ROWS
-            queries, factors, limits = ops.load_queries()(q8, q_scale, k_scale, lengths, sequence, head, kv_head, row)
+            queries, factors, limits = ops.load_queries()(q8, q_scale, lengths, sequence, head, row)
 
             def zeros(name: str) -> Any:
                 return plgpu.layout_cast(jnp.zeros(ops.type[name].shape, jnp.float32), ops.layout[name])
@@ -102,46 +90,41 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
             def slot(i: Any) -> Any:
                 return jax.lax.rem(i, jnp.int32(stages))
 
-            # Blocks of keys that only the other warpgroup's rows see.
-            skipped = count - blocks_up_to(row + ROWS - 1)
+            def scales(i: Any) -> Any:
+                return ops.load_scales()(k_scale, v_scale, sequence, kv_head, jnp.maximum(count - 1 - i, 0))
 
-            def skip(i: Any, _: None) -> None:
-                for full, empty in ((k_full, k_empty), (v_full, v_empty)):
-                    plgpu.barrier_wait(full.at[slot(i)])
-                    plgpu.barrier_arrive(empty.at[slot(i)])
-
-            if s.keys < TILE:
-                jax.lax.fori_loop(0, skipped, skip, None)
-            first = skipped if s.keys < TILE else jnp.int32(0)
-
-            plgpu.barrier_wait(k_full.at[slot(first)])
+            plgpu.barrier_wait(k_full.at[0])
             no_weights = plgpu.layout_cast(jnp.zeros(ops.type["weights"].shape, jnp.int32), ops.layout["weights"])
-            scores = ops.score()(zeros("scores"), queries, k_smem.at[slot(first)])
+            in_use, following = scales(0), scales(1)
+            scores = ops.score()(zeros("scores"), queries, k_smem.at[0])
             scores = ops.wait("scores", 0)(scores, queries, no_weights)
-            plgpu.barrier_arrive(k_empty.at[slot(first)])
-            scores = ops.mask()(scores, limits, (count - 1 - first) * s.keys)
-            rounded, maxima, sums, _ = ops.weigh()(scores, factors, ops.start()(zeros("pair")), zeros("pair"), y_smem)
+            plgpu.barrier_arrive(k_empty.at[0])
+            scores = ops.mask()(scores, limits, (count - 1) * s.keys)
+            rounded, maxima, sums, _ = ops.weigh()(
+                scores, factors, in_use, in_use, ops.start()(zeros("pair")), zeros("pair"), y_smem
+            )
             weights = ops.round_weights()(rounded)
 
             def step(i: Any, carry: Any) -> Any:
-                scores, weights, output, maxima, sums = carry
+                scores, weights, output, maxima, sums, before, now = carry
                 plgpu.barrier_wait(k_full.at[slot(i)])
                 scores = ops.score()(scores, queries, k_smem.at[slot(i)])
                 plgpu.barrier_wait(v_full.at[slot(i - 1)])
                 output = ops.gather()(output, weights, v_smem.at[slot(i - 1)])
+                following = scales(i + 1)
                 scores = ops.wait("scores", 1)(scores, queries, weights)
                 plgpu.barrier_arrive(k_empty.at[slot(i)])
-                scores, maxima, sums, shrink = ops.weigh()(scores, factors, maxima, sums, y_smem)
+                scores, maxima, sums, shrink = ops.weigh()(scores, factors, before, now, maxima, sums, y_smem)
                 output = ops.wait("output", 0)(output, queries, weights)
                 plgpu.barrier_arrive(v_empty.at[slot(i - 1)])
-                return scores, ops.round_weights()(scores), ops.shrink()(output, shrink), maxima, sums
+                return scores, ops.round_weights()(scores), ops.shrink()(output, shrink), maxima, sums, now, following
 
-            carry = (rounded, weights, zeros("output"), maxima, sums)
-            _, weights, output, _, sums = jax.lax.fori_loop(first + 1, count, step, carry)
+            carry = (rounded, weights, zeros("output"), maxima, sums, in_use, following)
+            _, weights, output, _, sums, last_scales, _ = jax.lax.fori_loop(1, count, step, carry)
             plgpu.barrier_wait(v_full.at[slot(count - 1)])
             output = ops.gather()(output, weights, v_smem.at[slot(count - 1)])
             output = ops.wait("output", 0)(output, queries, weights)
-            ops.store()(output, sums, v_scale, sequence, kv_head, y_smem.at[warpgroup])
+            ops.store()(output, sums, last_scales, y_smem.at[warpgroup])
             plgpu.commit_smem()
             for chunk in range(chunks):
                 plgpu.copy_smem_to_gmem(
@@ -172,7 +155,7 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
     return cast(Operation, kernel)
 
 
-@functools.partial(jax.jit, static_argnames=("softmax_scale", "keys", "stages"))
+@functools.partial(jax.jit, static_argnames=("softmax_scale", "stages"))
 def prefill_attention(
     q8: jax.Array,
     q_scale: jax.Array,
@@ -183,7 +166,6 @@ def prefill_attention(
     lengths: jax.Array,
     *,
     softmax_scale: float,
-    keys: int = KEYS,
     stages: int = STAGES,
 ) -> jax.Array:
     """:func:`pallas_kernels.reference.prefill_attention` without a prefix.
@@ -192,19 +174,16 @@ def prefill_attention(
       q8: ``[b, t, h, d]`` e4m3; d is 64 or 128.
       q_scale: ``[b, t, h]`` float32.
       k8: ``[b, t, kv, d]`` e4m3.
-      k_scale: ``[b, kv]`` float32.
-      v8: ``[b, t, kv, d]`` e4m3.
-      v_scale: ``[b, kv]`` float32.
+      k_scale: ``[b, kv, blocks of keys]`` float32.
+      v8: ``[b, kv, d, t']`` e4m3, transposed.
+      v_scale: as k_scale.
       lengths: ``[b]`` int32.
       softmax_scale: usually ``d ** -0.5``.
-      keys: of a block, 64 or 128.
       stages: blocks of keys and of values that shared memory holds.
 
     Returns:
       ``[b, t, h, d]`` bf16.
     """
     b, t, h, d = q8.shape
-    shape = PrefillShape(b, t, h, k8.shape[2], d, keys)
-    kernel = make_kernel(shape, softmax_scale, stages)
-    values = transpose_values(v8, keys)
-    return cast(jax.Array, kernel(q8, q_scale, k8, k_scale, values, v_scale, lengths))
+    kernel = make_kernel(PrefillShape(b, t, h, k8.shape[2], d), softmax_scale, stages)
+    return cast(jax.Array, kernel(q8, q_scale, k8, k_scale, v8, v_scale, lengths))

@@ -13,6 +13,7 @@ from jaxlib.mlir.dialects import arith, llvm
 from pallas_kernels import hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
+from pallas_kernels.reference import SCALE_TOKENS
 
 ROWS = 64  # query rows of a warpgroup
 LOG2_E = math.log2(math.e)
@@ -31,7 +32,6 @@ class PrefillShape:
       heads: query heads.
       kv_heads: key/value heads.
       head_dim: 64 or 128.
-      keys: of a block; a multiple of 32.
     """
 
     batch: int
@@ -39,7 +39,11 @@ class PrefillShape:
     heads: int
     kv_heads: int
     head_dim: int
-    keys: int
+
+    @property
+    def keys(self) -> int:
+        """Of a block, which share a scale."""
+        return SCALE_TOKENS
 
 
 class Steps:
@@ -75,20 +79,20 @@ class Steps:
         return arith.addi(arith.muli(warp, i32(16)), arith.shrui(lane, i32(2))), arith.andi(lane, i32(3))
 
     def load_queries(self) -> Operation:
-        """``(q8, q_scale, k_scale, lengths, sequence, head, kv head, first row) -> (queries, factors, limits)``.
+        """``(q8, q_scale, lengths, sequence, head, first row) -> (queries, factors, limits)``.
 
-        The register operand of the first product, what scores are multiplied by (for powers of two), and the last key
-        that each of a thread's rows sees. Rows behind the last token are zeros.
+        The register operand of the first product, what scores are multiplied by (for powers of two, and beside the
+        keys' scales), and the last key that each of a thread's rows sees. Rows behind the last token are zeros.
         """
         s = self.shape
 
         @plgpu.inline_mgpu(
-            arg_types=(*[plgpu.RefType()] * 4, *[self.scalar] * 4),
+            arg_types=(*[plgpu.RefType()] * 3, *[self.scalar] * 3),
             return_type=(self.type["queries"], self.type["factors"], self.type["limits"]),
         )
-        def load(_: Any, q8: Any, q_scale: Any, k_scale: Any, lengths: Any, *where: Any) -> Any:
+        def load(_: Any, q8: Any, q_scale: Any, lengths: Any, *where: Any) -> Any:
             i64, word, single = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32), ir.F32Type.get()
-            sequence, head, kv_head, first = (x.registers.item() for x in where)
+            sequence, head, first = (x.registers.item() for x in where)
             row, t = self._row()
             row = arith.addi(first, row)
 
@@ -104,9 +108,7 @@ class Steps:
                 )[0]  # fmt: skip
 
             always = i32(1)
-            scale = arith.addi(arith.muli(sequence, i32(s.kv_heads)), kv_head)
-            scale = arith.bitcast(single, read(pointer(k_scale, scale, 4), always))
-            scale = arith.mulf(scale, f32(self.softmax_scale * LOG2_E))
+            scale = f32(self.softmax_scale * LOG2_E)
             # An empty sequence sees its first key, for want of another one: what comes out must be finite.
             length = arith.maxsi(read(pointer(lengths, sequence, 4), always), i32(1))
             halves: list[list[ir.Value]] = []
@@ -123,6 +125,31 @@ class Steps:
             # Four registers per 32 elements: rows r and r + 8 of the first 16, then of the others.
             operand = [halves[half][i] for i in range(s.head_dim // 16) for half in range(2)]
             return hopper.pack(operand), hopper.pack(factors), hopper.pack(limits)
+
+        return cast(Operation, load)
+
+    def load_scales(self) -> Operation:
+        """``(k_scale, v_scale, sequence, kv head, block of keys) -> scales``: of the block's keys and of its values."""
+        s = self.shape
+
+        @plgpu.inline_mgpu(
+            arg_types=(*[plgpu.RefType()] * 2, *[self.scalar] * 3), return_type=self.type["pair"]
+        )  # fmt: skip
+        def load(_: Any, k_scale: Any, v_scale: Any, *where: Any) -> Any:
+            i64 = ir.IntegerType.get_signless(64)
+            sequence, kv_head, block = (x.registers.item() for x in where)
+            place = arith.addi(arith.muli(sequence, i32(s.kv_heads)), kv_head)
+            place = arith.addi(arith.muli(place, i32(-(-s.tokens // s.keys))), block)
+            offset = arith.muli(arith.extui(i64, place), hopper.constant(4, bits=64))
+            return hopper.pack(
+                [
+                    hopper.asm(
+                        "ld.global.nc.f32 $0, [$1];", "=f,l",
+                        [arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(ref)), offset)], [ir.F32Type.get()],
+                    )[0]
+                    for ref in (k_scale, v_scale)
+                ]
+            )  # fmt: skip
 
         return cast(Operation, load)
 
@@ -197,45 +224,51 @@ class Steps:
         return cast(Operation, hide)
 
     def weigh(self) -> Operation:
-        """``(scores, factors, maxima, sums, scratch) -> (weights as float32, maxima, sums, shrink)``.
+        """``(scores, factors, scales before, scales, maxima, sums, scratch) -> (weights, maxima, sums, shrink)``.
 
-        ``shrink`` brings what was summed before to the new maxima. ``scratch`` is any shared memory; it stays as it is.
+        The weights are float32. Scales are those of the keys and values of the block before and of this one. ``shrink``
+        brings the output so far to the new maxima and to this block's scale of values. ``scratch`` is any shared
+        memory; it stays as it is.
         """
 
         @plgpu.inline_mgpu(
             arg_types=(
                 self.layout["scores"],
                 self.layout["factors"],
-                self.layout["pair"],
-                self.layout["pair"],
+                *[self.layout["pair"]] * 4,
                 plgpu.RefType(self.output_swizzle),
             ),
             return_type=(self.type["scores"], self.type["pair"], self.type["pair"], self.type["pair"]),
         )
-        def weigh(_: Any, scores: Any, factors: Any, maxima: Any, sums: Any, scratch: Any) -> Any:
-            registers, factors = hopper.unpack(scores), hopper.unpack(factors)
+        def weigh(
+            _: Any, scores: Any, factors: Any, before: Any, now: Any, maxima: Any, sums: Any, scratch: Any
+        ) -> Any:
+            registers = hopper.unpack(scores)
+            (_key_scale, value_before), (key_scale, value_scale) = hopper.unpack(before), hopper.unpack(now)
+            factors = [arith.mulf(factor, key_scale) for factor in hopper.unpack(factors)]
             maxima, sums = hopper.unpack(maxima), hopper.unpack(sums)
+            change_of_unit = hopper.divide(value_before, value_scale)
             weights, largest, totals, shrink = list(registers), [], [], []
             for half in range(2):
                 mine = [i for i in range(len(registers)) if i % 4 // 2 == half]
                 # Three short chains rather than a long one.
-                chains = [maxima[half], registers[mine[0]], registers[mine[1]]]
-                for j, i in enumerate(mine[2:]):
+                chains = [registers[i] for i in mine[:3]]
+                for j, i in enumerate(mine[3:]):
                     chains[j % 3] = hopper.maximum(chains[j % 3], registers[i])
-                peak = hopper.across_lanes(
-                    hopper.maximum(hopper.maximum(chains[0], chains[1]), chains[2]), hopper.maximum, 4
-                )
+                here = hopper.maximum(hopper.maximum(chains[0], chains[1]), chains[2])
+                here = arith.mulf(hopper.across_lanes(here, hopper.maximum, 4), factors[half])
+                peak = hopper.maximum(maxima[half], here)
                 largest.append(peak)
-                # 2^(score · factor - peak · factor + 8): the maxima are those of scores before they are scaled.
-                offset = arith.subf(f32(WEIGHT_EXPONENT), arith.mulf(peak, factors[half]))
-                change = arith.mulf(arith.subf(maxima[half], peak), factors[half])
-                shrink.append(hopper.exp2(change))
+                # 2^(score · factor - peak + 8)
+                offset = arith.subf(f32(WEIGHT_EXPONENT), peak)
+                change = hopper.exp2(arith.subf(maxima[half], peak))
+                shrink.append(arith.mulf(change, change_of_unit))
                 parts = [f32(0)] * 3
                 for j, i in enumerate(mine):
                     weights[i] = hopper.exp2(hopper.multiply_add(registers[i], factors[half], offset))
                     parts[j % 3] = arith.addf(parts[j % 3], weights[i])
                 total = arith.addf(arith.addf(parts[0], parts[1]), parts[2])
-                totals.append(hopper.multiply_add(sums[half], shrink[half], total))
+                totals.append(hopper.multiply_add(sums[half], change, total))
                 # ptxas would move all of this behind the next wait for the tensor core, which is what it must overlap.
                 # It does not move a store there, and this one is never made: no sum is that large.
                 hopper.asm(
@@ -281,7 +314,7 @@ class Steps:
         return cast(Operation, scale)
 
     def store(self) -> Operation:
-        """``(output, sums, v_scale, sequence, kv head, tile in shared memory) -> ()``: divided by the sums, in bf16.
+        """``(output, sums, scales, tile in shared memory) -> ()``: times the values' scale, by the sums, in bf16.
 
         The tile is ``[head_dim / 64, 64, 64]`` in rows of 128 bytes with the 128-byte swizzle.
         """
@@ -289,19 +322,12 @@ class Steps:
 
         @plgpu.inline_mgpu(
             arg_types=(
-                self.layout["output"], self.layout["pair"], plgpu.RefType(), self.scalar, self.scalar,
-                plgpu.RefType(self.output_swizzle),
+                self.layout["output"], self.layout["pair"], self.layout["pair"], plgpu.RefType(self.output_swizzle),
             ),
             return_type=(),
         )  # fmt: skip
-        def write(_: Any, output: Any, sums: Any, v_scale: Any, sequence: Any, kv_head: Any, tile: Any) -> Any:
-            i64, single = ir.IntegerType.get_signless(64), ir.F32Type.get()
-            index = arith.addi(arith.muli(sequence.registers.item(), i32(s.kv_heads)), kv_head.registers.item())
-            address = arith.addi(
-                llvm.ptrtoint(i64, utils.memref_ptr(v_scale)),
-                arith.muli(arith.extui(i64, index), hopper.constant(4, bits=64)),
-            )
-            [scale] = hopper.asm("ld.global.nc.f32 $0, [$1];", "=f,l", [address], [single])
+        def write(_: Any, output: Any, sums: Any, scales: Any, tile: Any) -> Any:
+            scale = hopper.unpack(scales)[1]
             factors = []
             for total in hopper.unpack(sums):
                 # The four lanes of a row each summed their own columns.

@@ -19,6 +19,8 @@ E4M3 = jnp.float8_e4m3fn
 E4M3_MAX = 448.0
 # Probabilities are in [0, 1], where e4m3 has few values left; times 256 they use its normal range.
 PROBABILITY_SCALE = 256.0
+# Tokens of a prompt whose e4m3 keys, or values, of a head share a scale: a block of the prefill kernel.
+SCALE_TOKENS = 128
 # Rows of scores are independent, so long prompts are attended in blocks of this many queries: the score matrix
 # stays small and every number stays the same.
 QUERY_BLOCK = 512
@@ -335,6 +337,76 @@ def rotate_and_append(
     return *quantize_fp8(q), append_int4(cache, k, v, starts, lengths)
 
 
+def quantize_blocks(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """:func:`quantize_fp8` of a prompt's keys or values: a scale per head and block of ``SCALE_TOKENS`` tokens.
+
+    Args:
+      x: ``[b, t, kv, d]`` float.
+
+    Returns:
+      ``[b, t, kv, d]`` e4m3 and ``[b, kv, ceil(t / SCALE_TOKENS)]`` float32.
+    """
+    b, t, kv, d = x.shape
+    blocks = jnp.pad(x, ((0, 0), (0, -t % SCALE_TOKENS), (0, 0), (0, 0))).reshape(b, -1, SCALE_TOKENS, kv, d)
+    rounded, scale = quantize_fp8(blocks, axis=(2, 4))
+    return rounded.reshape(b, -1, kv, d)[:, :t], scale.swapaxes(1, 2)
+
+
+def _expand_blocks(scale: jax.Array, t: int) -> jax.Array:
+    """``[b, kv, blocks]`` to ``[b, t, kv, 1]``."""
+    return jnp.repeat(scale, SCALE_TOKENS, axis=2)[:, :, :t].swapaxes(1, 2)[..., None]
+
+
+def transpose_values(v8: jax.Array) -> jax.Array:
+    """``[b, t, kv, d]`` to ``[b, kv, d, t']``, where t' is t up to the next multiple of ``SCALE_TOKENS``, zeros there.
+
+    Of each 16 tokens, 8 h + 2 i + e comes to place 4 i + 2 h + e: the order in which the tensor core's registers of the
+    scores, rounded, are those of the second product's operand.
+    """
+    b, t, kv, d = v8.shape
+    padded = jnp.pad(v8, ((0, 0), (0, -t % SCALE_TOKENS), (0, 0), (0, 0)))
+    return padded.reshape(b, -1, 2, 4, 2, kv, d).transpose(0, 5, 6, 1, 3, 2, 4).reshape(b, kv, d, -1)
+
+
+def restore_values(transposed: jax.Array, t: int) -> jax.Array:
+    """``[b, t, kv, d]`` from what :func:`transpose_values` makes of it."""
+    b, kv, d, _ = transposed.shape
+    split = transposed.reshape(b, kv, d, -1, 4, 2, 2).transpose(0, 3, 5, 4, 6, 1, 2)
+    return split.reshape(b, -1, kv, d)[:, :t]
+
+
+def rotate_and_round(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    cache: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    starts: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: jax.Array | None = None,
+    key_offset: jax.Array | None = None,
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
+    """:func:`rotate_and_append`, and the e4m3 keys and values of a prompt's own attention.
+
+    Arguments are those of :func:`rotate_and_append`. Keys and values are rounded twice, each time from full precision.
+
+    Returns:
+      ``(q8, q_scale, k8, k_scale, v8, v_scale)`` as :func:`prefill_attention` takes them, zeros behind the real
+      tokens' keys and values; and the cache.
+    """
+    q, k = apply_ropes(q, k, cos, sin, scale)
+    if key_offset is not None:
+        q, k = mix_channels(q), mix_channels(k - key_offset)
+    # The scales of a block must not depend on the padding behind it.
+    real = (jnp.arange(q.shape[1]) < lengths[:, None])[..., None, None]
+    k8, k_scale = quantize_blocks(jnp.where(real, k, 0))
+    v8, v_scale = quantize_blocks(jnp.where(real, v, 0))
+    prompt = (*quantize_fp8(q), k8, k_scale, transpose_values(v8), v_scale)
+    return prompt, append_int4(cache, k, v, starts, lengths)
+
+
 def hadamard(d: int) -> np.ndarray:
     """An orthonormal ``[d, d]`` float32 matrix whose entries have equal magnitude in blocks as large as d allows.
 
@@ -448,9 +520,9 @@ def prefill_attention(
       q8: ``[b, t, h, d]`` e4m3, already rotated.
       q_scale: ``[b, t, h]`` float32.
       k8: ``[b, t, kv, d]`` e4m3.
-      k_scale: ``[b, kv]`` float32.
-      v8: ``[b, t, kv, d]`` e4m3.
-      v_scale: ``[b, kv]`` float32.
+      k_scale: ``[b, kv, ceil(t / SCALE_TOKENS)]`` float32.
+      v8: ``[b, kv, d, t']`` e4m3, from :func:`transpose_values`.
+      v_scale: as k_scale.
       lengths: ``[b]`` int32, how many of the t tokens are real.
       prefix: cached ``(k_codes, k_scales, v_codes, v_scales)`` as in :func:`decode_attention`; all new tokens see
         the first ``prefix_lengths[i]`` slots.
@@ -462,8 +534,8 @@ def prefill_attention(
       ``[b, t, h, d]`` ``out_dtype``. Rows at and behind ``lengths[i]`` are finite and mean nothing.
     """
     b, t = q8.shape[:2]
-    k = _pad_keys(k8.astype(jnp.float32) * k_scale[:, None, :, None], 1)
-    v = _pad_keys(v8.astype(jnp.float32) * v_scale[:, None, :, None], 1)
+    k = _pad_keys(k8.astype(jnp.float32) * _expand_blocks(k_scale, t), 1)
+    v = _pad_keys(restore_values(v8, t).astype(jnp.float32) * _expand_blocks(v_scale, t), 1)
     # A new token sees new tokens up to itself. The key's index is compared with the query's, prefix keys get
     # index -1 where they are valid, and t (never visible) where they are not.
     fresh = jnp.arange(k.shape[1])

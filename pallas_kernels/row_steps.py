@@ -155,13 +155,9 @@ class Steps:
             arg_types=(self.layout, plgpu.RefType(), plgpu.RefType(), plgpu.RefType(), self.scalar), return_type=()
         )
         def quantize(_: Any, values: Any, x8: Any, x_scale: Any, scratch: Any, row: Any) -> Any:
-            i64, word, single = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32), ir.F32Type.get()
+            i64, word = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32)
             registers, row = hopper.unpack(values), row.registers.item()
-            magnitudes = [hopper.pure_asm("abs.f32 $0, $1;", "=f,f", [r], single) for r in registers]
-            peak = self._across_block(balanced(magnitudes, hopper.maximum_or_nan), scratch, hopper.maximum_or_nan)
-            scale = hopper.divide(peak, f32(E4M3_MAX))
-            zero = arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0))
-            scale = arith.select(zero, f32(1), scale)
+            scale = e4m3_scale(self._across_block(largest_magnitude(registers), scratch, hopper.maximum_or_nan))
             packed = []
             for i in range(0, len(registers), 4):
                 quotients = [hopper.divide(r, scale) for r in registers[i : i + 4]]
@@ -195,6 +191,19 @@ def from_bf16x2(word: ir.Value) -> list[ir.Value]:
 def to_words(values: Sequence[ir.Value]) -> list[ir.Value]:
     """float32 to packed bf16."""
     return [hopper.to_bf16x2(values[i], values[i + 1]) for i in range(0, len(values), 2)]
+
+
+def largest_magnitude(registers: Sequence[ir.Value]) -> ir.Value:
+    """Of a thread's float32 registers, or NaN if one is."""
+    single = ir.F32Type.get()
+    magnitudes = [hopper.pure_asm("abs.f32 $0, $1;", "=f,f", [r], single) for r in registers]
+    return balanced(magnitudes, hopper.maximum_or_nan)
+
+
+def e4m3_scale(peak: ir.Value) -> ir.Value:
+    """``peak / 448``, or 1 if that is 0."""
+    scale = hopper.divide(peak, f32(E4M3_MAX))
+    return arith.select(arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0)), f32(1), scale)
 
 
 def balanced(values: Sequence[ir.Value], combine: Any) -> ir.Value:

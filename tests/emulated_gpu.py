@@ -2,7 +2,7 @@
 
 Inside :func:`emulated` the kernels of ``mosaic_matvec`` and ``mosaic_decode`` run as they are written: every operation
 on registers acts on a vector of all threads of a block, inline PTX is executed instruction by instruction, blocks run
-one after another. Shared memory is watched: a word that one warp wrote and another reads or writes before the next
+one after another. Shared memory is watched: a byte that one warp wrote and another reads or writes before the next
 barrier is a race. What a copy brings is garbage until its barrier was waited for.
 
 Kernels that have barriers of Pallas run every warpgroup in a Python thread of its own. A wgmma is computed when it is
@@ -23,12 +23,12 @@ from jax.experimental.pallas import mosaic_gpu
 
 U32, U64, F32, PRED, B16 = np.uint32, np.uint64, np.float32, np.bool_, np.uint16
 SHARED_BYTES = 232448
-# Who touched a word of shared memory last: a warp's number, or one of these and a team's number.
+# Who touched a byte of shared memory last: a warp's number, or one of these and a team's number.
 MEMBERS, DONE, STRANGERS = 1000, 2000, 3000
 
 
 class RaceError(AssertionError):
-    """Two warps touch a word of shared memory without a barrier between them."""
+    """Two warps touch a byte of shared memory without a barrier between them."""
 
 
 class Register:
@@ -121,8 +121,8 @@ class Block:
         self.shared = np.full(SHARED_BYTES, 0xA5, np.uint8)  # what is read before it is written is garbage
         self.used = 0
         self.warp = np.arange(threads) // 32
-        self.writer = np.full(SHARED_BYTES // 4, -1)
-        self.reader = np.full(SHARED_BYTES // 4, -1)
+        self.writer = np.full(SHARED_BYTES, -1, np.int16)
+        self.reader = np.full(SHARED_BYTES, -1, np.int16)
         self.arrivals = {}
         self.team = np.zeros(threads // 32, np.int64)
 
@@ -152,30 +152,29 @@ class Block:
             owner[within] += DONE - MEMBERS
 
     def apart(self, owner, warps):
-        """Whether a warp may not touch a word because of ``owner``."""
+        """Whether a warp may not touch a byte because of ``owner``."""
         other = (owner >= 0) & (owner < MEMBERS) & (owner != warps)
         others = (owner >= MEMBERS) & (owner < DONE)
         strangers = (owner >= DONE) & (owner != DONE + self.team[warps])
         return other | others | strangers
 
     def touch(self, addresses, active, size, writing):
-        for byte in range(0, size, 4):
-            words, warps = (addresses[active] + byte) // 4, self.warp[active]
-            owner = self.writer[words]
-            if np.any(self.apart(owner, warps)):
-                raise RaceError("a word that another warp wrote")
-            if writing:
-                if np.any(self.apart(self.reader[words], warps)):
-                    raise RaceError("a word that another warp reads")
-                self.writer[words] = warps
-            else:
-                first = self.reader[words]
-                team = self.team[warps]
-                same = (first < 0) | (first == warps) | (first == DONE + team)
-                in_team = (first == MEMBERS + team) | (
-                    (first < MEMBERS) & (self.team[np.clip(first, 0, len(self.team) - 1)] == team)
-                )
-                self.reader[words] = np.where(same, warps, np.where(in_team, MEMBERS + team, STRANGERS))
+        at = (addresses[active, None] + np.arange(size, dtype=addresses.dtype)).reshape(-1)
+        warps = self.warp[active].repeat(size)
+        if np.any(self.apart(self.writer[at], warps)):
+            raise RaceError("a byte that another warp wrote")
+        if writing:
+            if np.any(self.apart(self.reader[at], warps)):
+                raise RaceError("a byte that another warp reads")
+            self.writer[at] = warps
+            return
+        first = self.reader[at]
+        team = self.team[warps]
+        same = (first < 0) | (first == warps) | (first == DONE + team)
+        in_team = (first == MEMBERS + team) | (
+            (first < MEMBERS) & (self.team[np.clip(first, 0, len(self.team) - 1)] == team)
+        )
+        self.reader[at] = np.where(same, warps, np.where(in_team, MEMBERS + team, STRANGERS))
 
 
 class Warpgroup(Block):
@@ -344,7 +343,7 @@ class Machine:
         assert np.all(addresses[active] % size == 0), "misaligned address"
         arrays = addresses >> U64(40) if space == "global" else np.zeros_like(addresses)
         if space == "shared" and active.any():
-            self.block.touch(addresses, active, max(size, 4), writing)
+            self.block.touch(addresses, active, size, writing)
         for array in np.unique(arrays[active]):
             threads = active & (arrays == array)
             memory = self.arrays[int(array) - 1] if space == "global" else self.block.shared

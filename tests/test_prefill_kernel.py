@@ -21,9 +21,11 @@ def inputs(batch, tokens, heads, kv_heads, head_dim, lengths, spread=1.0):
     k[..., 3] *= 8
     v = rng.normal(size=(batch, tokens, kv_heads, head_dim)) + 0.5
     q8, q_scale = pk.quantize_fp8(jnp.asarray(q, jnp.float32))
-    k8, k_scale = pk.quantize_fp8(jnp.asarray(k, jnp.float32), axis=(1, 3))
-    v8, v_scale = pk.quantize_fp8(jnp.asarray(v, jnp.float32), axis=(1, 3))
-    return q8, q_scale, k8, k_scale, v8, v_scale, jnp.asarray(lengths, jnp.int32)
+    # Blocks of 128 tokens differ in size, and so do their scales.
+    sizes = np.exp(rng.normal(size=(-(-tokens // 128), 2))).repeat(128, 0)[:tokens, :, None, None]
+    k8, k_scale = pk.quantize_blocks(jnp.asarray(k * sizes[:, 0], jnp.float32))
+    v8, v_scale = pk.quantize_blocks(jnp.asarray(v * sizes[:, 1], jnp.float32))
+    return q8, q_scale, k8, k_scale, pk.transpose_values(v8), v_scale, jnp.asarray(lengths, jnp.int32)
 
 
 def real(x, lengths):
@@ -51,19 +53,19 @@ def check(arguments, kernel):
 
 
 @pytest.mark.parametrize(
-    ("batch", "tokens", "heads", "kv_heads", "head_dim", "lengths", "keys", "stages"),
+    ("batch", "tokens", "heads", "kv_heads", "head_dim", "lengths", "stages"),
     [
-        (1, 1, 2, 1, 64, [1], 128, 2),
-        (2, 65, 1, 1, 128, [65, 3], 128, 2),
-        (1, 300, 3, 1, 64, [300], 128, 2),
-        (2, 257, 2, 2, 64, [256, 100], 64, 3),  # the second warpgroup starts a block behind the first
-        (1, 400, 1, 1, 128, [390], 64, 2),
+        (1, 1, 2, 1, 64, [1], 2),
+        (2, 65, 1, 1, 128, [65, 3], 2),
+        (1, 300, 3, 1, 64, [300], 2),
+        (2, 257, 2, 2, 64, [256, 100], 3),
+        (1, 400, 1, 1, 128, [390], 3),
     ],
 )
-def test_on_the_emulated_multiprocessor(batch, tokens, heads, kv_heads, head_dim, lengths, keys, stages):
+def test_on_the_emulated_multiprocessor(batch, tokens, heads, kv_heads, head_dim, lengths, stages):
     arguments = inputs(batch, tokens, heads, kv_heads, head_dim, lengths)
     with emulated(mosaic_prefill, prefill_steps):
-        check(arguments, functools.partial(mosaic_prefill.prefill_attention, keys=keys, stages=stages))
+        check(arguments, functools.partial(mosaic_prefill.prefill_attention, stages=stages))
 
 
 def test_an_empty_sequence_gives_finite_rows():
@@ -95,15 +97,16 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("keys", [64, 128])
 @pytest.mark.parametrize("sizes", SHAPES)
-def test_lowers_for_cuda_without_a_gpu(sizes, keys):
+def test_lowers_for_cuda_without_a_gpu(sizes):
     b, t, h, kv, d = sizes
     shape, e4m3 = jax.ShapeDtypeStruct, jnp.float8_e4m3fn
-    kernel = functools.partial(mosaic_prefill.prefill_attention, softmax_scale=d**-0.5, keys=keys)
-    new, scale = shape((b, t, kv, d), e4m3), shape((b, kv), jnp.float32)
+    kernel = functools.partial(mosaic_prefill.prefill_attention, softmax_scale=d**-0.5)
+    blocks = -(-t // 128)
+    scale = shape((b, kv, blocks), jnp.float32)
     arguments = (
-        shape((b, t, h, d), e4m3), shape((b, t, h), jnp.float32), new, scale, new, scale, shape((b,), jnp.int32)
+        shape((b, t, h, d), e4m3), shape((b, t, h), jnp.float32), shape((b, t, kv, d), e4m3), scale,
+        shape((b, kv, d, 128 * blocks), e4m3), scale, shape((b,), jnp.int32),
     )  # fmt: skip
     assert "mosaic_gpu" in jax.jit(kernel).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 

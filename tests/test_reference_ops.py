@@ -160,19 +160,80 @@ def int4_cache(rng, b, kv, s, d):
     return pk.pack_int4(jnp.asarray(codes)), jnp.asarray(scales), values.transpose(0, 2, 1, 3)
 
 
+def in_blocks(values):
+    """e4m3 keys or values with a scale per 128 tokens, and what they stand for."""
+    x8, scale = pk.quantize_blocks(jnp.asarray(values, jnp.float32))
+    scales = np.asarray(scale, np.float64).repeat(128, 2)[:, :, : values.shape[1]].swapaxes(1, 2)
+    return x8, scale, np.asarray(x8, np.float64) * scales[..., None]
+
+
+def test_blocks_of_tokens_have_scales_of_their_own():
+    values = np.random.default_rng(0).normal(size=(2, 300, 3, 16))
+    values[:, 128:256] *= 1000
+    values[1, 256:, 2] = 0
+    x8, scale, back = in_blocks(values)
+    assert (x8.shape, scale.shape) == ((2, 300, 3, 16), (2, 3, 3))
+    absmax = np.stack([np.abs(values[:, i : i + 128]).max((1, 3)) for i in (0, 128, 256)], 2)
+    np.testing.assert_allclose(scale, np.where(absmax > 0, absmax / 448, 1), rtol=FLOAT32)
+    # Half a unit of e4m3's four bits, or of its smallest subnormal.
+    steps = np.asarray(scale).repeat(128, 2)[:, :, :300].swapaxes(1, 2)[..., None]
+    assert np.all(np.abs(back - values) <= np.maximum(np.abs(values) / 16, 2**-10 * steps) * (1 + 1e-6))
+
+
+def test_transposed_values_lie_as_documented_and_come_back():
+    v8, _ = pk.quantize_fp8(jnp.asarray(np.random.default_rng(0).normal(size=(2, 150, 3, 16))))
+    transposed = np.asarray(pk.transpose_values(v8), np.float32)
+    assert transposed.shape == (2, 3, 16, 256)
+    for token in (0, 1, 2, 7, 8, 13, 127, 128, 149):
+        h, i, e = token % 16 // 8, token % 8 // 2, token % 2
+        place = token // 16 * 16 + 4 * i + 2 * h + e
+        np.testing.assert_array_equal(transposed[..., place], np.asarray(v8[:, token], np.float32))
+    np.testing.assert_array_equal(reference.restore_values(pk.transpose_values(v8), 150), v8)
+    assert np.sum(transposed != 0) == np.sum(np.asarray(v8, np.float32) != 0)
+
+
+def test_rounded_prompts_are_the_parts_they_are_made_of():
+    """Keys and values of unreal tokens are zeros, and scales do not see them; the cache is that of decoding."""
+    rng = np.random.default_rng(0)
+    b, t, h, kv, d = 2, 140, 4, 2, 16
+    q, k, v = (jnp.asarray(rng.normal(size=(b, t, n, d)), jnp.bfloat16) for n in (h, kv, kv))
+    lengths = np.array([140, 130], np.int32)
+    k = k.at[1, 130:].set(1e4)
+    angles = rng.uniform(0, 9, (b, t, 1, d // 2))
+    tables = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+    cache = (jnp.zeros((b, kv, 160, d // 2), jnp.uint8), jnp.zeros((b, kv, 160), jnp.bfloat16)) * 2
+    scale = jnp.asarray(rng.uniform(0.5, 2, (kv, d)), jnp.float32)
+    arrays = (q, k, v, *tables, cache, jnp.array([0, 3], jnp.int32), jnp.asarray(lengths))
+    (q8, q_scale, k8, k_scale, v8, v_scale), filled = pk.rotate_and_round(*arrays, scale=scale)
+    expected8, expected_scale, expected_cache = pk.rotate_and_append(*arrays, scale=scale)
+    for actual, expected in zip((q8, q_scale, *filled), (expected8, expected_scale, *expected_cache), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+    _, rotated = pk.apply_ropes(q, k, *tables, scale)
+    for i in range(b):
+        for fresh, x8, found in ((rotated, k8, k_scale), (v, reference.restore_values(v8, t), v_scale)):
+            kept = np.asarray(fresh, np.float32)[i : i + 1, : lengths[i]]
+            _, expected, back = in_blocks(kept)
+            np.testing.assert_allclose(found[i], expected[0], rtol=FLOAT32)
+            scales = np.asarray(found[i], np.float64).repeat(128, 1)[:, :t].T[..., None]
+            actual = np.asarray(x8[i], np.float64) * scales
+            np.testing.assert_allclose(actual[: lengths[i]], back[0], rtol=FLOAT32)
+            assert not actual[lengths[i] :].any()
+
+
 # e4m3(256 p) has a relative error of at most 2^-4 per weight, independent over the keys; measured 0.01 to 0.02.
 PREFILL = 0.03
 
 
 @pytest.mark.parametrize("prefix_slots", [0, 9])
-@pytest.mark.parametrize(("h", "kv", "d"), [(4, 4, 16), (6, 2, 32), (7, 1, 64)])
-def test_prefill_attention(h, kv, d, prefix_slots):
+@pytest.mark.parametrize(("h", "kv", "d", "t"), [(4, 4, 16, 13), (6, 2, 32, 150), (7, 1, 64, 13)])
+def test_prefill_attention(h, kv, d, t, prefix_slots):
     rng = np.random.default_rng(h)
-    b, t, scale = 3, 13, d**-0.5
+    b, scale = 3, d**-0.5
     q8, q_scale, q = fp8(rng, (b, t, h, d), -1)
-    k8, k_scale, k = fp8(rng, (b, t, kv, d), (1, 3))
-    v8, v_scale, v = fp8(rng, (b, t, kv, d), (1, 3))
-    lengths = np.array([13, 1, 6], np.int32)
+    k8, k_scale, k = in_blocks(rng.normal(size=(b, t, kv, d)))
+    v8, v_scale, v = in_blocks(rng.normal(size=(b, t, kv, d)))
+    v8 = pk.transpose_values(v8)
+    lengths = np.array([t, 1, 6], np.int32)
     prefix, prefix_lengths = None, np.zeros(b, np.int32)
     if prefix_slots:
         k_codes, k_scales, k_old = int4_cache(rng, b, kv, prefix_slots, d)
@@ -204,14 +265,14 @@ def test_prefill_attention_of_extreme_scores(scores):
     else:
         q, k = q * 300, k * 300
     q8, q_scale = pk.quantize_fp8(jnp.asarray(q))
-    k8, k_scale = pk.quantize_fp8(jnp.asarray(k), (1, 3))
-    v8, v_scale, v = fp8(rng, (1, t, 1, d), (1, 3))
+    k8, k_scale, k64 = in_blocks(k)
+    v8, v_scale, v = in_blocks(rng.normal(size=(1, t, 1, d)))
     lengths = jnp.array([t], jnp.int32)
     out = pk.prefill_attention(
-        q8, q_scale, k8, k_scale, v8, v_scale, lengths, softmax_scale=d**-0.5, out_dtype=jnp.float32
-    )
+        q8, q_scale, k8, k_scale, pk.transpose_values(v8), v_scale, lengths, softmax_scale=d**-0.5,
+        out_dtype=jnp.float32,
+    )  # fmt: skip
     q64 = np.asarray(q8, np.float64) * np.asarray(q_scale, np.float64)[..., None]
-    k64 = np.asarray(k8, np.float64) * np.asarray(k_scale, np.float64)[:, None, :, None]
     expected = attention_oracle(q64[0], k64[0], v[0], np.tril(np.ones((t, t), bool)), d**-0.5)
     assert relative_error(out[0], expected) < PREFILL
 
@@ -237,8 +298,9 @@ def test_decode_attention(h, kv, d, t):
 def test_long_prompts_are_attended_in_blocks_without_changing_a_bit(monkeypatch):
     rng = np.random.default_rng(0)
     q8, q_scale, _ = fp8(rng, (2, 29, 4, 16), -1)
-    k8, k_scale, _ = fp8(rng, (2, 29, 2, 16), (1, 3))
-    v8, v_scale, _ = fp8(rng, (2, 29, 2, 16), (1, 3))
+    k8, k_scale, _ = in_blocks(rng.normal(size=(2, 29, 2, 16)))
+    v8, v_scale, _ = in_blocks(rng.normal(size=(2, 29, 2, 16)))
+    v8 = pk.transpose_values(v8)
     lengths = jnp.array([29, 11], jnp.int32)
 
     def attend():
