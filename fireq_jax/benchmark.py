@@ -16,10 +16,8 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fireq_jax.config import LlamaConfig, RopeConfig
-from fireq_jax.generate import generate
 from fireq_jax.kv_cache import KVCache, cache_bytes_per_token
 from fireq_jax.layers import MLP, NormToFp8, RMSNorm
 from fireq_jax.llama import Llama
@@ -37,9 +35,10 @@ SIZES = {
     "llama-3.2-3b": LlamaConfig(128256, 3072, 8192, 28, 24, 8, 128, 131072, rope=_LLAMA3, tie_word_embeddings=True),
     "toy": LlamaConfig(256, 128, 256, 2, 2, 1, 64, 1024),
 }
-# Largest relative Frobenius distance of a two-layer model's logits from those of the reference implementation. Both
-# round activations to e4m3, where sums that differ in the last bits now and then fall to different sides.
-CHECKED_TO = 0.05
+# A random model's logits move by a tenth when its embedding moves by a unit of bf16, since activations then fall to
+# other sides of their roundings. So kernels are not held to the reference implementation's logits but to its distance
+# from the bf16 model's, times this.
+CHECKED_TO = 1.25
 LAYERS_OF_A_LOOP = 8  # together larger than the L2 cache
 
 # What kernels' names tell of the operation they belong to; the first that fits counts.
@@ -47,7 +46,7 @@ OPERATORS = {
     "attention": ("prefill_attention", "decode_attention", "merge_splits", "sdpa", "fmha", "flash"),
     "matmul": ("int4_mat", "nvjet", "gemm", "cutlass", "cublas", "dot"),
     "norms and roundings": ("norm_quantize", "gate_quantize", "quantize_rows"),
-    "rotation and cache": ("rotate_and_append",),
+    "rotation and cache": ("rotate_and_append", "rotate_and_round"),
 }
 
 
@@ -80,7 +79,8 @@ def run_benchmark(
 
     Raises:
       ValueError: there are no such sizes, or a case does not fit the model's positions.
-      RuntimeError: the kernels' logits are not those of the reference implementation; nothing was timed.
+      RuntimeError: the kernels' logits are further from the bf16 model's than those of the reference implementation;
+        nothing was timed.
     """
     if name not in SIZES:
         raise ValueError(f"unknown sizes {name!r}; known: {', '.join(SIZES)}")
@@ -93,10 +93,11 @@ def run_benchmark(
     params: dict[str, Params] = {"bf16": random_params(config)}
     params["int4"] = jax.block_until_ready(quantize(params["bf16"], recipe))
     progress("checking against the reference implementation")
-    distance = distance_from_reference(model, params["int4"])
-    if not distance <= CHECKED_TO:
+    distances = distances_from_float(model, params["int4"], params["bf16"])
+    if not distances["kernels"] <= CHECKED_TO * distances["reference"]:
         raise RuntimeError(
-            f"logits are {distance:.3f} from those of the reference implementation; at most {CHECKED_TO}"
+            f"the kernels' logits are {distances['kernels']:.3f} from the bf16 model's, those of the reference "
+            f"implementation {distances['reference']:.3f}; at most {CHECKED_TO} times that is expected"
         )
     result: dict[str, Any] = {
         "sizes": name,
@@ -104,7 +105,7 @@ def run_benchmark(
         "recipe": recipe,
         "device": jax.devices()[0].device_kind,
         "versions": {package: version(package) for package in ("fireq-jax", "jax", "jaxlib", "flax")},
-        "distance_from_reference": distance,
+        "distances_from_bf16": distances,
         "copy_bytes_per_second": copy_bandwidth(),
         "parameter_bytes": {kind: parameter_bytes(p) for kind, p in params.items()},
         "cache_bytes_per_token": {
@@ -186,20 +187,26 @@ def _tokens(config: LlamaConfig, batch: int, length: int) -> jax.Array:
     return jax.random.randint(jax.random.key(batch), (batch, length), 0, config.vocab_size, jnp.int32)
 
 
-def distance_from_reference(model: Llama, params: Params) -> float:
-    """Relative Frobenius distance of the logits of the first two layers, behind a prompt and a token more."""
+def distances_from_float(model: Llama, params: Params, float_params: Params) -> dict[str, float]:
+    """How far logits are from the float model's, relative Frobenius: by kernels, and by the reference implementation.
+
+    Of the first two layers, behind a prompt and, through the cache, behind a token more.
+    """
     few = min(2, model.config.num_layers)
     small = model.clone(config=replace(model.config, num_layers=few))
-    kept = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
-    kept |= {f"layers_{i}": params[f"layers_{i}"] for i in range(few)}
     tokens, lengths = _tokens(model.config, 2, 131), jnp.asarray([130, 77], jnp.int32)
-    logits = []
-    for implementation in (None, "reference"):
+
+    def logits(params: Params, implementation: str | None) -> jax.Array:
+        kept = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
+        kept |= {f"layers_{i}": params[f"layers_{i}"] for i in range(few)}
         network = small.clone(implementation=implementation)
         first, cache = _prefill(network, kept, tokens[:, :-1], lengths, 132)
         second, _ = _decode(network, kept, tokens[:, -1:], cache)
-        logits.append(jnp.stack([first, second[:, 0]]))
-    return float(jnp.linalg.norm(logits[0] - logits[1]) / jnp.linalg.norm(logits[1]))
+        return jnp.stack([first, second[:, 0]])
+
+    expected = logits(float_params, None)
+    found = {"kernels": logits(params, None), "reference": logits(params, "reference")}
+    return {name: float(jnp.linalg.norm(x - expected) / jnp.linalg.norm(expected)) for name, x in found.items()}
 
 
 def _seconds(call: Callable[[], Any], repeats: int = 3) -> float:
@@ -279,20 +286,23 @@ def time_prefill(model: Llama, params: Params, batch: int, length: int) -> float
     return _seconds(lambda: call(*arguments))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _decode_greedily(model: Llama, params: Params, tokens: jax.Array, cache: KVCache, steps: int) -> jax.Array:
+    weights = {name: leaf for name, leaf in params.items() if name != "recipe"}
+
+    def step(_: Any, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
+        logits, grown = cast(Any, model.apply({"params": weights}, *carry, method="decode"))
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), grown
+
+    return jax.lax.fori_loop(0, steps, step, (tokens, cache))[0]
+
+
 def time_decode(model: Llama, params: Params, batch: int, context: int, new_tokens: int) -> float:
-    """Seconds per token of :func:`fireq_jax.generate` behind prompts of ``context`` tokens, greedy sampling included.
-
-    The difference of two calls that generate one token and ``new_tokens`` more.
-    """
-    prompts = np.asarray(_tokens(model.config, batch, context))
-    capacity = context + new_tokens + 2
-
-    def call(count: int) -> Any:
-        return generate(
-            model, params, prompts, max_new_tokens=count, eos_token_ids=(), cache_capacity=capacity
-        ).tokens  # fmt: skip
-
-    return (_seconds(lambda: call(new_tokens + 1)) - _seconds(lambda: call(1))) / new_tokens
+    """Seconds per token of a loop on the device that begins behind ``context`` tokens; choosing the tokens included."""
+    cache = KVCache.zeros(model.config, batch, context + new_tokens, _cache_kind(params), model.dtype)
+    cache = replace(cache, lengths=jnp.full(batch, context, jnp.int32))
+    tokens = _tokens(model.config, batch, 1)
+    return _seconds(lambda: _decode_greedily(model, params, tokens, cache, new_tokens)) / new_tokens
 
 
 def step_bytes(config: LlamaConfig, params: Params, of_token: int, batch: int, context: float) -> int:
