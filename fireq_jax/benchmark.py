@@ -104,7 +104,7 @@ def run_benchmark(
         "config": asdict(config),
         "recipe": recipe,
         "device": jax.devices()[0].device_kind,
-        "versions": {package: version(package) for package in ("fireq-jax", "jax", "jaxlib", "flax")},
+        "versions": {package: version(package) for package in ("jax", "jaxlib", "flax")},
         "distances_from_bf16": distances,
         "copy_bytes_per_second": copy_bandwidth(),
         "parameter_bytes": {kind: parameter_bytes(p) for kind, p in params.items()},

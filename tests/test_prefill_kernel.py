@@ -64,19 +64,22 @@ def oracle(q8, q_scale, k8, k_scale, v8, v_scale, lengths):
 
 
 # The result is rounded to bf16 (1.7e-3 of the Frobenius norm). Scores that differ in their last bits let some weights
-# fall to another side of their rounding, 2^-3 apart, which counts in rows of few keys.
+# fall to another side of their rounding, which counts in rows of few keys.
 TOLERANCE, WORST_ROW = 2.5e-3, 1e-2
+# The tensor core keeps about 14 bits of a score: 2^-8 of a score of 64, as these inputs have them, so that many more
+# weights fall to another side, up to 2^-3 of a weight apart.
+GPU_TOLERANCE, GPU_WORST_ROW = 8e-3, 2**-3
 
 
-def check(arguments, kernel):
+def check(arguments, kernel, tolerance=TOLERANCE, worst_row=WORST_ROW):
     lengths, head_dim = arguments[-1], arguments[0].shape[-1]
     y = kernel(*arguments, softmax_scale=head_dim**-0.5)
     assert y.dtype == BF16
     assert np.all(np.isfinite(np.asarray(y, np.float32)))
     actual, expected = real(y, lengths), oracle(*arguments)
     errors = np.linalg.norm(actual - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
-    assert frobenius(actual, expected) < TOLERANCE
-    assert errors.max() < WORST_ROW
+    assert frobenius(actual, expected) < tolerance
+    assert errors.max() < worst_row
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,8 @@ def test_named_kernel_is_refused_where_it_cannot_run(head_dim, out_dtype, messag
 @pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 127, 128, 129, 1000])
 def test_kernel_against_the_reference(tokens, heads, head_dim):
     arguments = inputs(3, tokens, *heads, head_dim, [tokens, max(1, tokens // 3), 1])
-    check(arguments, functools.partial(pk.prefill_attention, implementation="mosaic_gpu"))
+    kernel = functools.partial(pk.prefill_attention, implementation="mosaic_gpu")
+    check(arguments, kernel, GPU_TOLERANCE, GPU_WORST_ROW)
 
 
 @pytest.mark.gpu
@@ -171,7 +175,8 @@ def test_hard_inputs_against_the_reference(kind):
         k8 = jnp.ones_like(k8)
     elif kind == "dominant":
         k8 = k8.at[:, 5].set(jnp.where(q8[:, 699, :1].astype(jnp.float32) > 0, 448, -448).astype(k8.dtype))
-    check((q8, q_scale, k8, *rest), functools.partial(pk.prefill_attention, implementation="mosaic_gpu"))
+    kernel = functools.partial(pk.prefill_attention, implementation="mosaic_gpu")
+    check((q8, q_scale, k8, *rest), kernel, GPU_TOLERANCE, GPU_WORST_ROW)
 
 
 @pytest.mark.gpu
