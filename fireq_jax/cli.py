@@ -328,7 +328,8 @@ def bench(
             sizes, recipe=recipe, feed_forward=tokens, prefill=prompts, decode=contexts, new_tokens=new_tokens,
             progress=lambda what: status.update(f"{what} ..."),
         )  # fmt: skip
-    result |= {"command": " ".join(["fireq-jax", *sys.argv[1:]]), "commit": commit}
+    command = f"fireq-jax bench --sizes {sizes} --recipe {recipe} --feed-forward {feed_forward} --prefill {prefill}"
+    result |= {"command": f"{command} --decode {decode} --new-tokens {new_tokens}", "commit": commit}
     table = Table(title=f"{sizes}, {result['recipe']}, on {result['device']}; bf16 through the same code")
     for column in ("", "INT4/FP8", "bf16", "speed"):
         table.add_column(column, justify="left" if not column else "right")

@@ -1,0 +1,181 @@
+"""Turns what ``fireq-jax bench --json`` wrote into the tables of docs/benchmarks.md and README.md and the plot.
+
+uv run --group plots python examples/benchmark_report.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pages import fill
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+PLOT = ROOT / "docs" / "benchmarks.svg"
+README = ROOT / "README.md"
+# Prefill of Llama-3-8B in 1000 tokens per second, as the paper has them (arXiv 2505.20839), on an H100, batch 16.
+PAPER = {
+    "FireQ": {1024: 37.2, 2048: 34.5, 4096: 32.9},
+    "TensorRT-LLM FP16": {1024: 28.8, 2048: 13.6, 4096: 13.8},
+    "QServe": {1024: 29.4, 2048: 29.4, 4096: 28.5},
+}
+
+
+def speed(times: dict[str, float | None]) -> str:
+    return f"{times['bf16'] / times['int4']:.2f}x" if times["bf16"] and times["int4"] else "-"
+
+
+def shown(value: float | None, digits: int = 2) -> str:
+    return "out of memory" if value is None else f"{value:.{digits}f}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
+
+
+def feed_forward_table(results: dict[str, Any]) -> str:
+    rows = []
+    for case in results["feed_forward"]:
+        times = case["microseconds"]
+        rows.append([str(case["tokens"]), shown(times["int4"], 1), shown(times["bf16"], 1), speed(times)])
+    return table(["tokens", "INT4/FP8, us", "bf16, us", "speed"], rows)
+
+
+def prefill_table(results: dict[str, Any]) -> str:
+    rows = []
+    for case in results["prefill"]:
+        times = case["milliseconds"]
+        batch, length = case["batch"], case["length"]
+        rates = [None if times[kind] is None else batch * length / times[kind] for kind in ("int4", "bf16")]
+        paper = [
+            f"{of_length[length]:.1f}"
+            if batch == 16 and length in of_length and results["sizes"] == "llama-3-8b"
+            else "-"
+            for of_length in PAPER.values()
+        ]
+        cells = [f"{batch} x {length}", shown(times["int4"], 1), shown(times["bf16"], 1), speed(times)]
+        rows.append([*cells, *(shown(rate, 1) for rate in rates), *paper])
+    header = ["batch x tokens", "INT4/FP8, ms", "bf16, ms", "speed", "INT4/FP8, k tokens/s", "bf16, k tokens/s"]
+    return table([*header, *(f"{name} in the paper" for name in PAPER)], rows)
+
+
+def decode_table(results: dict[str, Any]) -> str:
+    rows = []
+    for case in results["decode"]:
+        times = case["milliseconds"]
+        rate = None if times["int4"] is None else case["bytes"]["int4"] / times["int4"] / 1e9
+        cells = [f"{case['batch']} x {case['context']}", shown(times["int4"], 3), shown(times["bf16"], 3), speed(times)]
+        rows.append([*cells, shown(rate), f"{case['bytes']['int4'] / 1e9:.2f}"])
+    header = ["batch x context", "INT4/FP8, ms per token", "bf16, ms per token", "speed", "TB/s", "of GB per step"]
+    return table(header, rows)
+
+
+def operators_table(results: dict[str, Any]) -> str:
+    parts = []
+    for case, kinds in results["operators"].items():
+        columns = [kind for kind in ("int4", "bf16") if kinds[kind]]
+        if not columns:
+            continue
+        totals = {kind: sum(kinds[kind]["microseconds"].values()) for kind in columns}
+        rows = []
+        for operator in kinds[columns[0]]["microseconds"]:
+            cells = [operator]
+            for kind in columns:
+                us = kinds[kind]["microseconds"][operator]
+                cells.append(f"{us / 1e3:.2f} ({us / totals[kind]:.0%})")
+            rows.append(cells)
+        rows.append(["all", *(f"{totals[kind] / 1e3:.2f}" for kind in columns)])
+        names = {"int4": "INT4/FP8, ms", "bf16": "bf16, ms"}
+        parts.append(f"{case}:\n\n" + table(["kernels", *(names[kind] for kind in columns)], rows))
+    return "\n\n".join(parts)
+
+
+def page(results: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    far = results["distances_from_bf16"]
+    parts = [
+        f"{results['sizes']}, random weights, recipe `{results['recipe']}`, {results['device']}; {versions}; "
+        f"commit {results['commit']}: `{results['command']}`.",
+        "Before anything is timed, logits of two layers are compared with the bf16 model's: the kernels are "
+        f"{far['kernels']:.4f} away (relative Frobenius norm), the reference implementation of the same roundings "
+        f"{far['reference']:.4f}. Weights without structure lose much in 4 bits; the numbers must agree.",
+        "### Prefill",
+        prefill_table(results),
+        "### Decoding",
+        "A loop on the device, greedy choice included. Bytes are those of all weights but the input embedding, and of "
+        "the caches.",
+        decode_table(results),
+        "### Feed-forward block",
+        "Norm, gate and up, SiLU, down, residual sum and all roundings.",
+        feed_forward_table(results),
+        "### Where the time goes",
+        "Sums of the kernels' own times, from one profiled call; the decode step's cache is not donated here, so that "
+        "its copies count as other.",
+        operators_table(results),
+    ]
+    return "\n\n".join(parts)
+
+
+def readme_table(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"prefill, {c['batch']} x {c['length']} tokens",
+            shown(c["milliseconds"]["int4"], 1) + " ms",
+            speed(c["milliseconds"]),
+        ]
+        for c in results["prefill"]
+    ]
+    rows += [
+        [
+            f"decoding at {c['context']} tokens, batch {c['batch']}",
+            shown(c["milliseconds"]["int4"]) + " ms per token",
+            speed(c["milliseconds"]),
+        ]
+        for c in results["decode"]
+    ]
+    return table([f"{results['sizes']} on one {results['device']}", "time", "speed to bf16"], rows)
+
+
+def draw_plot(results: dict[str, Any]) -> None:
+    """Ratios of all cases, and the kernels' times by operation."""
+    import matplotlib as mpl  # the tables need no plot
+    import matplotlib.pyplot as plt
+
+    mpl.rcParams["svg.hashsalt"] = "fireq-jax"  # the same numbers give the same file
+    ratios = {f"block, {c['tokens']}": c["microseconds"] for c in results["feed_forward"]}
+    ratios |= {f"prefill, {c['batch']} x {c['length']}": c["milliseconds"] for c in results["prefill"]}
+    ratios |= {f"decode, {c['batch']} x {c['context']}": c["milliseconds"] for c in results["decode"]}
+    ratios = {name: times for name, times in ratios.items() if times["int4"] and times["bf16"]}
+    profiled = {case: kinds for case, kinds in results["operators"].items() if all(kinds.values())}
+    figure, axes = plt.subplots(
+        1, 1 + len(profiled), figsize=(5 + 3 * len(profiled), 4), layout="constrained", squeeze=False
+    )
+    first, *others = axes[0]
+    first.barh(list(ratios), [times["bf16"] / times["int4"] for times in ratios.values()])
+    first.axvline(1, color="black", linewidth=0.8)
+    first.invert_yaxis()
+    first.set_xlabel("speed to bf16")
+    for axis, (case, kinds) in zip(others, profiled.items(), strict=True):
+        bottoms = dict.fromkeys(kinds, 0.0)
+        for operator in kinds["int4"]["microseconds"]:
+            heights = {kind: kinds[kind]["microseconds"][operator] / 1e3 for kind in kinds}
+            axis.bar(list(kinds), list(heights.values()), bottom=list(bottoms.values()), label=operator)
+            bottoms = {kind: bottoms[kind] + heights[kind] for kind in kinds}
+        axis.set_title(case)
+        axis.set_ylabel("ms")
+    if others:
+        others[0].legend(fontsize="small")
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+def main() -> None:
+    found = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("bench-*.json"))]
+    fill(PAGE, "benchmarks", "\n\n".join(f"## {results['sizes']}\n\n{page(results)}" for results in found))
+    [shown_first] = [results for results in found if results["sizes"] == "llama-3-8b"]
+    fill(README, "benchmarks", readme_table(shown_first))
+    draw_plot(shown_first)
+
+
+if __name__ == "__main__":
+    main()

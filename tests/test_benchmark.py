@@ -1,0 +1,133 @@
+"""``fireq-jax bench`` and the page that is made of what it writes."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_cli import run
+
+from fireq_jax import benchmark
+from fireq_jax.kv_cache import cache_bytes_per_token
+from fireq_jax.quantize import parameter_bytes
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def report():
+    sys.path.insert(0, str(ROOT / "examples"))
+    import benchmark_report
+
+    sys.path.pop(0)
+    return benchmark_report
+
+
+def test_smoke(monkeypatch, capsys, tmp_path, report):
+    code, out, _ = run(monkeypatch, capsys, "bench", "--smoke", "--commit", "abc", "--json", tmp_path / "toy.json")
+    assert code == 0
+    result = json.loads((tmp_path / "toy.json").read_text())
+    assert (result["sizes"], result["commit"], result["config"]["hidden_size"]) == ("toy", "abc", 128)
+    assert [case["tokens"] for case in result["feed_forward"]] == [1, 8]
+    assert [(case["batch"], case["length"]) for case in result["prefill"]] == [(1, 32), (2, 16)]
+    assert [(case["batch"], case["context"], case["new_tokens"]) for case in result["decode"]] == [
+        (1, 16, 32), (2, 16, 32),
+    ]  # fmt: skip
+    times = [case["microseconds"] for case in result["feed_forward"]]
+    times += [case["milliseconds"] for case in (*result["prefill"], *result["decode"])]
+    assert all(set(pair) == {"int4", "bf16"} and min(pair.values()) > 0 for pair in times)
+    assert 0 < result["distances_from_bf16"]["reference"] < 1
+    assert result["copy_bytes_per_second"] > 1e8
+    # Two layers of q, k, v, o, gate, up and down, the embedding and the head, in bf16, and five norms.
+    floats = 2 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 256) + 2 * 256 * 128 + 5 * 128
+    assert result["parameter_bytes"]["bf16"] == 2 * floats
+    for case in result["decode"]:
+        cache = case["batch"] * (16 + 32 / 2) * cache_bytes_per_token(benchmark.SIZES["toy"], "float")
+        assert case["bytes"]["bf16"] == 2 * (floats - 256 * 128) + cache
+    assert "decode, 2 x 16, per token" in out
+    assert f"{result['prefill'][0]['milliseconds']['int4']:.1f}" in report.page(result)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--sizes", "llama-9"), "unknown sizes 'llama-9'"),
+        (("--prefill", "16"), "--prefill '16': positive numbers like 16x1024"),
+        (("--decode", "0x5"), "--decode '0x5'"),
+        (("--feed-forward", "many"), "--feed-forward 'many'"),
+        (("--sizes", "toy", "--prefill", "1x2000"), "1 x 2000 tokens: there are 1024 positions"),
+    ],
+)
+def test_refuses_what_it_cannot_measure(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(benchmark, "random_params", lambda *_: pytest.fail("began to work"))
+    code, _, err = run(monkeypatch, capsys, "bench", *arguments)
+    assert code == 2
+    assert message in " ".join(err.split())
+
+
+def test_wrong_kernels_are_not_timed(monkeypatch):
+    """The check sees a kernel that computes something else."""
+    import pallas_kernels
+
+    right = pallas_kernels.decode_attention
+
+    def wrong(*arrays, implementation=None, **options):
+        out = right(*arrays, implementation=implementation, **options)
+        return out if implementation else -10 * out
+
+    monkeypatch.setattr(pallas_kernels, "decode_attention", wrong)
+    monkeypatch.setattr(benchmark, "time_prefill", lambda *_: pytest.fail("was timed"))
+    jax.clear_caches()
+    with pytest.raises(RuntimeError, match="the kernels' logits are"):
+        benchmark.run_benchmark("toy", prefill=[(1, 8)])
+    jax.clear_caches()
+
+
+def test_out_of_memory_is_a_result():
+    def too_much():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+
+    def broken():
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    assert benchmark._unless_too_large(too_much) is None
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        benchmark._unless_too_large(broken)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "operator"),
+    [
+        ("int4_matvec_mosaic_gpu_kernel", "matmul"),
+        ("nvjet_sm90_tst_176x128_64x5_1x2_h_bz_TNN", "matmul"),
+        ("gemm_fusion_dot_1", "matmul"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_", "attention"),
+        ("add_norm_quantize_mosaic_gpu_kernel", "norms and roundings"),
+        ("rotate_and_round_mosaic_gpu_kernel", "rotation and cache"),
+        ("loop_add_fusion_29", "other"),
+    ],
+)
+def test_kernels_belong_to_operations(kernel, operator):
+    assert benchmark.operator_of(kernel) == operator
+
+
+def test_random_weights_have_the_sizes_of_the_model():
+    params = benchmark.random_params(benchmark.SIZES["toy"])
+    assert parameter_bytes(params) == 722176
+    kernel = np.asarray(params["layers_0"]["mlp"]["gate"]["kernel"], np.float32)
+    assert 0.019 < kernel.std() < 0.021
+
+
+def test_the_page_holds_the_stored_results(report):
+    results = json.loads((ROOT / "docs" / "results" / "bench-llama-3-8b.json").read_text("utf-8"))
+    page, readme = (ROOT / "docs" / "benchmarks.md").read_text("utf-8"), (ROOT / "README.md").read_text("utf-8")
+    assert report.page(results) in page
+    assert report.readme_table(results) in readme
+    # 16 x 1024 tokens, and the paper's number beside ours.
+    first = results["prefill"][0]["milliseconds"]
+    assert f"{16 * 1024 / first['int4']:.1f} | {16 * 1024 / first['bf16']:.1f} | 37.2 |" in page
+    lost = json.loads(json.dumps(results))
+    lost["prefill"][0]["milliseconds"]["bf16"] = None
+    assert "out of memory | - |" in report.prefill_table(lost)
