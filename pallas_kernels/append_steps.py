@@ -156,7 +156,7 @@ class Steps:
         """A lane's channels of the first and of the second half, over the scale, as e4m3 in the lowest bytes."""
         word = ir.IntegerType.get_signless(32)
         convert = "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; mov.b16 h, 0; mov.b32 $0, {l, h}; }"
-        quotients = [hopper.divide(r, scale) for r in registers]
+        quotients = hopper.divide_all(registers, scale)
         if self.each == 1:  # a byte of each half
             pair = hopper.pure_asm(convert, "=r,f,f", quotients, word)
             return [pair, arith.shrui(pair, i32(8))]
@@ -216,8 +216,8 @@ class Steps:
             rounded = hopper.to_bf16x2(scale, f32(0))
             scale = arith.bitcast(single, arith.shli(rounded, i32(16)))
             nibbles = []
-            for register in registers:
-                code = hopper.pure_asm("cvt.rni.s32.f32 $0, $1;", "=r,f", [hopper.divide(register, scale)], word)
+            for quotient in hopper.divide_all(registers, scale):
+                code = hopper.pure_asm("cvt.rni.s32.f32 $0, $1;", "=r,f", [quotient], word)
                 code = arith.minsi(arith.maxsi(code, i32(INT4_MIN)), i32(INT4_MAX))
                 nibbles.append(arith.andi(code, i32(0xF)))
             sequence, number = arith.divui(token, i32(s.tokens)), arith.remui(token, i32(s.tokens))

@@ -216,6 +216,29 @@ def divide(a: ir.Value, b: ir.Value) -> ir.Value:
     return pure_asm("div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], a.type)
 
 
+def divide_all(values: Sequence[ir.Value], divisor: ir.Value) -> list[ir.Value]:
+    """Float32 quotients of one divisor, correctly rounded (but all NaN where it is infinite), with one reciprocal.
+
+    The remainder of a quotient's first approximation corrects it (Markstein, IBM J. Res. Dev. 34, 1990).
+    """
+    single = divisor.type
+    magnitude = pure_asm("abs.f32 $0, $1;", "=f,f", [divisor], single)
+    # A small divisor's reciprocal would overflow.
+    small = arith.cmpf(arith.CmpFPredicate.OGT, f32(2.0**-32), magnitude)
+    enlarge = arith.select(small, f32(2.0**100), f32(1))
+    divisor = arith.mulf(divisor, enlarge)
+    negative = arith.subf(f32(0), divisor)
+    reciprocal = pure_asm("rcp.approx.ftz.f32 $0, $1;", "=f,f", [divisor], single)
+    error = multiply_add(negative, reciprocal, f32(1))
+    reciprocal = multiply_add(reciprocal, error, reciprocal)
+    quotients = []
+    for value in values:
+        value = arith.mulf(value, enlarge)
+        first = arith.mulf(value, reciprocal)
+        quotients.append(multiply_add(multiply_add(negative, first, value), reciprocal, first))
+    return quotients
+
+
 def multiply_add(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     """The product of a and b, plus c, rounded once."""
     return pure_asm("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], a.type)

@@ -247,7 +247,7 @@ class Steps:
             (_key_scale, value_before), (key_scale, value_scale) = hopper.unpack(before), hopper.unpack(now)
             factors = [arith.mulf(factor, key_scale) for factor in hopper.unpack(factors)]
             maxima, sums = hopper.unpack(maxima), hopper.unpack(sums)
-            change_of_unit = hopper.divide(value_before, value_scale)
+            [change_of_unit] = hopper.divide_all([value_before], value_scale)
             weights, largest, totals, shrink = list(registers), [], [], []
             for half in range(2):
                 mine = [i for i in range(len(registers)) if i % 4 // 2 == half]

@@ -158,14 +158,13 @@ class Steps:
             i64, word = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32)
             registers, row = hopper.unpack(values), row.registers.item()
             scale = e4m3_scale(self._across_block(largest_magnitude(registers), scratch, hopper.maximum_or_nan))
-            packed = []
+            packed, quotients = [], hopper.divide_all(registers, scale)
             for i in range(0, len(registers), 4):
-                quotients = [hopper.divide(r, scale) for r in registers[i : i + 4]]
                 convert = (
                     "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; "
                     "mov.b32 $0, {l, h}; }"
                 )
-                packed.append(hopper.pure_asm(convert, "=r,f,f,f,f", quotients, word))
+                packed.append(hopper.pure_asm(convert, "=r,f,f,f,f", quotients[i : i + 4], word))
             self._write(x8, row, packed, 1)
             place = arith.addi(
                 llvm.ptrtoint(i64, utils.memref_ptr(x_scale)),

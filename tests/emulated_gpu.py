@@ -659,7 +659,7 @@ def emulated(*modules):
         "wgmma_e4m3": issue, "wait_for_wgmma": wait_for_products, "store_matrices": store_matrices,
         "k_major_descriptor": lambda address, row_bytes=128: (int(address.values[0]), row_bytes),
         "thread_in_warpgroup": lambda: Register(np.arange(machine.block.threads, dtype=U32) % U32(128)),
-        "asm": asm, "pure_asm": pure_asm, "constant": constant, "ir": ir,
+        "asm": asm, "pure_asm": pure_asm, "constant": constant, "ir": ir, "arith": arith,
         "i32": lambda value: constant(value, 32), "f32": lambda value: Register(machine.full(value, F32)),
         "pack": list, "unpack": list,
         "shared_address": lambda ref: Register(machine.full(ref.address, U32)),
