@@ -74,7 +74,7 @@ def generate(
       key: PRNG key; required unless sampling is greedy.
       prompt_lengths: ``[batch]`` int, real tokens per row of an array of prompts; None if there is no padding.
       eos_token_ids: tokens that end a sequence; None takes the config's, ``()`` never stops.
-      cache_capacity: cache slots per sequence; None takes what prompts and new tokens need.
+      cache_capacity: cache slots per sequence, one more if that is odd; None takes what prompts and new tokens need.
 
     Returns:
       A :class:`Generation`.
@@ -160,6 +160,8 @@ def _prepare(
         raise ValueError(
             f"the longest prompt has {longest} tokens, {max_new_tokens=} more make {needed}: beyond {cache_capacity=}"
         )
+    if cache_capacity % 2 and cache_capacity < config.max_positions:
+        cache_capacity += 1  # the Hopper kernel takes slots in pairs
     eos = tuple(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
     return _Run(tokens, lengths, key, eos, cache_capacity)
 

@@ -28,11 +28,10 @@ def _mosaic_matmul(
 
 
 def _mosaic_matvec(
-    x8: jax.Array, x_scale: jax.Array, weights: Sequence["TiledWeight"], *, out_dtype: Any, **options: Any
+    x8: jax.Array, x_scale: jax.Array, weights: Sequence["TiledWeight"], **options: Any
 ) -> tuple[jax.Array, ...]:
     from pallas_kernels import mosaic_matvec
 
-    del out_dtype
     tiles, tensor_scales, biases, sizes = zip(*weights, strict=True)
     return mosaic_matvec.matvec(x8, x_scale, tiles, tensor_scales, biases, sizes=sizes, **options)
 
@@ -228,12 +227,15 @@ def _tiled_refusals(m: int, sizes: Sequence[int], k: int, share: int, out_dtype:
         reason = f"n={odd[0]} is no multiple of {weight_layout.TILE_N}"
     elif m == 0:
         reason = "there are no tokens"
-    elif jnp.dtype(out_dtype) != jnp.bfloat16:
-        reason = f"out_dtype={jnp.dtype(out_dtype).name} is not bfloat16"
-    few = reason
+    many = few = reason
+    dtype = jnp.dtype(out_dtype)
+    if dtype != jnp.bfloat16:
+        many = f"out_dtype={dtype.name} is not bfloat16"
+    if dtype not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
+        few = f"out_dtype={dtype.name} is not bfloat16 or float32"
     if few is None and choose_streaming(m, n, k, share) is None:
         few = f"{m} tokens by {n} outputs by {k} inputs do not suit the kernel for few tokens"
-    return _named({"mosaic_gpu": reason, "mosaic_gpu_matvec": few})
+    return _named({"mosaic_gpu": many, "mosaic_gpu_matvec": few})
 
 
 def int4_fp8_matmuls_tiled(
@@ -256,7 +258,7 @@ def int4_fp8_matmuls_tiled(
       scale_dtype: of the scales in the tiles, e4m3 or bf16.
       out_dtype: dtype of the results.
       implementation: "mosaic_gpu" (Hopper GPUs, n a multiple of 64, bf16 results), "mosaic_gpu_matvec" (the same for up
-        to 8 tokens, and up to 16 of small weights), "reference", or None.
+        to 8 tokens, and up to 16 of small weights; float32 results, too), "reference", or None.
 
     Returns:
       ``[m, n]`` per weight.

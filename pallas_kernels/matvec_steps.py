@@ -31,9 +31,10 @@ class Steps:
     """
 
     def __init__(
-        self, m: int, sizes: Sequence[int], k: int, group_size: int, scale_dtype: Any, cut: Streaming
-    ) -> None:  # fmt: skip
+        self, m: int, sizes: Sequence[int], k: int, group_size: int, scale_dtype: Any, out_dtype: Any, cut: Streaming
+    ) -> None:
         self.m, self.sizes, self.k, self.cut = m, tuple(sizes), k, cut
+        self.out_size = jnp.dtype(out_dtype).itemsize  # of bf16 or float32
         self.first_units = [sum(self.sizes[:i]) // UNIT for i in range(len(self.sizes))]
         self.scale_dtype = scale_dtype
         self.groups = TILE_K // group_size
@@ -416,11 +417,13 @@ class Steps:
                 if offset_of_output is not None:
                     result = arith.addf(result, offset_of_output)
                 index = arith.addi(arith.muli(token, width), place)
-                target = arith.addi(outputs, arith.muli(arith.extui(i64, index), hopper.constant(2, bits=64)))
+                offset = arith.muli(arith.extui(i64, index), hopper.constant(self.out_size, bits=64))
+                store = "cvt.rn.bf16.f32 b, $1; @p st.global.b16 [$0], b;"
+                if self.out_size == 4:
+                    store = "@p st.global.f32 [$0], $1;"
                 hopper.asm(
-                    "{ .reg .pred p; .reg .b16 b; setp.ne.b32 p, $2, 0; cvt.rn.bf16.f32 b, $1; "
-                    "@p st.global.b16 [$0], b; }",
-                    "l,f,r", [target, result, arith.extui(word, last)], [],
+                    f"{{ .reg .pred p; .reg .b16 b; setp.ne.b32 p, $2, 0; {store} }}", "l,f,r",
+                    [arith.addi(outputs, offset), result, arith.extui(word, last)], [],
                 )  # fmt: skip
             return ()
 

@@ -26,10 +26,17 @@ from pallas_kernels.weight_layout import share_bytes
 
 
 def make_kernel(
-    m: int, sizes: tuple[int, ...], k: int, group_size: int, scale_dtype: Any, has_bias: bool, cut: Streaming
+    m: int,
+    sizes: tuple[int, ...],
+    k: int,
+    group_size: int,
+    scale_dtype: Any,
+    out_dtype: Any,
+    has_bias: bool,
+    cut: Streaming,
 ) -> Operation:
-    """The kernel for one shape: ``(x8, x_scale, *tiles, *tensor_scales [1], *biases [n] if any) -> *y [m, n]`` bf16."""
-    ops = Steps(m, sizes, k, group_size, scale_dtype, cut)
+    """The kernel for one shape: ``(x8, x_scale, *tiles, *tensor_scales [1], *biases [n] if any) -> *y [m, n]``."""
+    ops = Steps(m, sizes, k, group_size, scale_dtype, out_dtype, cut)
     parts, turns = cut.parts(k), cut.turns(sum(sizes))
     weights = len(sizes)
     sums_size = SUMS_PITCH * 8 * ops.blocks_of_tokens
@@ -109,7 +116,7 @@ def make_kernel(
         scratch.append(plgpu.SMEM((turns * ops.teams * sums_size,), jnp.float32))
     kernel = plgpu.kernel(
         body,
-        out_type=tuple(jax.ShapeDtypeStruct((m, n), jnp.bfloat16) for n in sizes),
+        out_type=tuple(jax.ShapeDtypeStruct((m, n), out_dtype) for n in sizes),
         scratch_types=scratch,
         grid=(ops.blocks,),
         grid_names=("block",),
@@ -121,7 +128,7 @@ def make_kernel(
     return cast(Operation, kernel)
 
 
-@functools.partial(jax.jit, static_argnames=("sizes", "group_size", "scale_dtype", "cut"))
+@functools.partial(jax.jit, static_argnames=("sizes", "group_size", "scale_dtype", "out_dtype", "cut"))
 def matvec(
     x8: jax.Array,
     x_scale: jax.Array,
@@ -132,6 +139,7 @@ def matvec(
     sizes: tuple[int, ...],
     group_size: int,
     scale_dtype: Any,
+    out_dtype: Any = jnp.bfloat16,
     cut: Streaming | None = None,
 ) -> tuple[jax.Array, ...]:
     """:func:`pallas_kernels.mosaic_matmul.matmul` of up to 16 tokens and several weights at once, with float32 sums.
@@ -145,10 +153,11 @@ def matvec(
       sizes: outputs n of each weight, multiples of 64.
       group_size: 32, 64 or 128, a divisor of k.
       scale_dtype: of the group scales in ``tiles``, e4m3 or bf16.
+      out_dtype: of the results, bf16 or float32.
       cut: chosen by :func:`choose_streaming` if None.
 
     Returns:
-      Per weight ``[m, n]`` bf16.
+      Per weight ``[m, n]``.
 
     Raises:
       NotImplementedError: there are more tokens, or sums of that many outputs do not fit into shared memory.
@@ -159,7 +168,7 @@ def matvec(
     if cut is None:
         raise NotImplementedError(f"{m} tokens by {n} outputs by {k} inputs do not suit the kernel for few tokens")
     has_bias = any(bias is not None for bias in biases)
-    kernel = make_kernel(m, sizes, k, group_size, jnp.dtype(scale_dtype), has_bias, cut)
+    kernel = make_kernel(m, sizes, k, group_size, jnp.dtype(scale_dtype), jnp.dtype(out_dtype), has_bias, cut)
     offsets = []
     if has_bias:
         zeros = [jnp.zeros((size,), jnp.float32) for size in sizes]

@@ -320,6 +320,12 @@ def test_several_weights_agree_with_float32(m, sizes):
     results = pk.int4_fp8_matmuls_tiled(x, x_scale, weights, group_size=128, scale_dtype=E4M3)
     for y, exact in zip(results, expected, strict=True):
         assert frobenius(y, exact) < TOLERANCE
+    results = pk.int4_fp8_matmuls_tiled(
+        x, x_scale, weights, group_size=128, scale_dtype=E4M3, out_dtype=jnp.float32
+    )  # fmt: skip
+    for y, exact in zip(results, expected, strict=True):
+        assert y.dtype == jnp.float32
+        assert frobenius(y, exact) < 1e-6  # of float32 sums
 
 
 @pytest.mark.gpu
