@@ -67,8 +67,7 @@ def _mosaic_prefill(*arrays: Any, out_dtype: Any, **options: Any) -> jax.Array:
     from pallas_kernels import mosaic_prefill
 
     del out_dtype  # bf16, or the kernel is not selected
-    *arrays_of_prompt, _prefix, _prefix_lengths = arrays
-    return mosaic_prefill.prefill_attention(*arrays_of_prompt, **options)
+    return mosaic_prefill.prefill_attention(*arrays, **options)
 
 
 def _mosaic_rows(name: str) -> Callable[..., Any]:
@@ -392,7 +391,7 @@ def _check_cache(op: str, cache: tuple[jax.Array, ...], batch: int) -> None:
     _require(op, "v_scales", v_scales, shape[:3], (jnp.bfloat16,))
 
 
-def _prefill_refusals(queries: tuple[int, ...], has_prefix: bool, out_dtype: Any) -> dict[str, str]:
+def _prefill_refusals(queries: tuple[int, ...], out_dtype: Any) -> dict[str, str]:
     """Why the Hopper kernel cannot attend with such queries, if it cannot."""
     _, tokens, _, head_dim = queries
     reason = _no_hopper()
@@ -400,8 +399,6 @@ def _prefill_refusals(queries: tuple[int, ...], has_prefix: bool, out_dtype: Any
         reason = f"{head_dim=} is not 64 or 128"
     elif tokens == 0:
         reason = "there are no tokens"
-    elif has_prefix:
-        reason = "there is a prefix"
     elif jnp.dtype(out_dtype) != jnp.bfloat16:
         reason = f"out_dtype={jnp.dtype(out_dtype).name} is not bfloat16"
     return _named({"mosaic_gpu": reason})
@@ -444,7 +441,11 @@ def prefill_attention(
     if prefix is not None and prefix_lengths is not None:
         _check_cache(op, prefix, b)
         _require(op, "prefix_lengths", prefix_lengths, (b,), (jnp.int32,))
-    compute = select(op, implementation, _prefill_refusals(q8.shape, prefix is not None, out_dtype))
+    refusals = _prefill_refusals(q8.shape, out_dtype)
+    if prefix is not None and implementation is None:
+        # Behind a prefix no GPU has run the kernel yet, only an emulation of one: who wants it names it.
+        refusals["mosaic_gpu"] = "there is a prefix"
+    compute = select(op, implementation, refusals)
     return compute(
         q8, q_scale, k8, k_scale, v8, v_scale, lengths, prefix, prefix_lengths,
         softmax_scale=softmax_scale, out_dtype=out_dtype,

@@ -1,14 +1,15 @@
 """FP8 causal attention of prompts on Hopper, in Pallas:Mosaic GPU.
 
 A block takes 128 query rows of a head, 64 for each of two warpgroups; a third one copies keys and values.
-Blocks of keys are gone through from the last one that a row sees to the first, so that only the first block taken has
-keys to hide. While a warpgroup weighs one block's scores (running maximum, ``exp2``, sums), the tensor core adds up the
-values of the block before for it, and works for the other warpgroup.
+Blocks of keys are gone through from the last one that a row sees to the first, so that only the first block taken (behind
+a prefix, the first two) has keys to hide. While a warpgroup weighs one block's scores (running maximum, ``exp2``, sums),
+the tensor core adds up the values of the block before for it, and works for the other warpgroup.
 
 Queries and weights are register operands. The scores' registers become those of the weights as they are, because the
 values lie in a matching order of keys (:func:`pallas_kernels.reference.transpose_values`).
 """
 
+import dataclasses
 import functools
 from typing import Any, cast
 
@@ -20,6 +21,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.prefill_steps import ROWS, PrefillShape, Steps
+from pallas_kernels.reference import (
+    dequantize_int4,
+    expand_blocks,
+    quantize_blocks,
+    restore_values,
+    transpose_values,
+    write_rows,
+)
 
 WARPGROUPS = 2  # that compute; a third one copies
 TILE = WARPGROUPS * ROWS
@@ -27,28 +36,25 @@ STAGES = 3
 
 
 def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Operation:
-    """``(q8, q_scale, k8, k_scale, values, v_scale, lengths) -> [b, t, h, d]`` bf16."""
+    """``(q8, q_scale, k8, k_scale, values, v_scale, lengths[, starts]) -> [b, t, h, d]`` bf16."""
     ops = Steps(shape, softmax_scale)
     s = shape
     tiles = -(-s.tokens // TILE)
     chunks = s.head_dim // 64  # of an output row, 128 bytes each
 
     def body(
-        q8: Any, q_scale: Any, k8: Any, k_scale: Any, values: Any, v_scale: Any, lengths: Any, y: Any,
-        k_smem: Any, v_smem: Any, y_smem: Any, k_full: Any, k_empty: Any, v_full: Any, v_empty: Any,
+        q8: Any, q_scale: Any, k8: Any, k_scale: Any, values: Any, v_scale: Any, lengths: Any, *refs: Any
     ) -> None:  # fmt: skip
+        *starts, y, k_smem, v_smem, y_smem, k_full, k_empty, v_full, v_empty = refs
         block, warpgroup = jax.lax.axis_index("block"), jax.lax.axis_index("warpgroup")
         head, rest = jax.lax.rem(block, jnp.int32(s.heads)), jax.lax.div(block, jnp.int32(s.heads))
         sequence, from_last = jax.lax.rem(rest, jnp.int32(s.batch)), jax.lax.div(rest, jnp.int32(s.batch))
         # The longest tiles first, so that the last blocks to run are short.
         first_row = (tiles - 1 - from_last) * TILE
         kv_head = jax.lax.div(head, jnp.int32(s.heads // s.kv_heads))
-        last_key = jnp.maximum(lengths[sequence], 1) - 1
-
-        def blocks_up_to(row: Any) -> Any:
-            return jax.lax.div(jnp.minimum(row, last_key), jnp.int32(s.keys)) + 1
-
-        count = blocks_up_to(first_row + TILE - 1)
+        start = starts[0][sequence] if starts else jnp.int32(0)
+        last_row = jnp.minimum(first_row + TILE, jnp.maximum(lengths[sequence], 1)) - 1
+        count = jax.lax.div(start + last_row, jnp.int32(s.keys)) + 1
 
         @pl.when(warpgroup == WARPGROUPS)
         def produce() -> None:
@@ -82,7 +88,7 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
         def compute() -> None:
             plgpu.set_max_registers(240, action="increase")
             row = first_row + warpgroup * ROWS
-            queries, factors, limits = ops.load_queries()(q8, q_scale, lengths, sequence, head, row)
+            queries, factors, limits = ops.load_queries()(q8, q_scale, lengths, sequence, head, row, start)
 
             def zeros(name: str) -> Any:
                 return plgpu.layout_cast(jnp.zeros(ops.type[name].shape, jnp.float32), ops.layout[name])
@@ -105,7 +111,7 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
             )
             weights = ops.round_weights()(rounded)
 
-            def step(i: Any, carry: Any) -> Any:
+            def step(i: Any, carry: Any, some_hidden: bool = False) -> Any:
                 scores, weights, output, maxima, sums, before, now = carry
                 plgpu.barrier_wait(k_full.at[slot(i)])
                 scores = ops.score()(scores, queries, k_smem.at[slot(i)])
@@ -114,13 +120,19 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
                 following = scales(i + 1)
                 scores = ops.wait("scores", 1)(scores, queries, weights)
                 plgpu.barrier_arrive(k_empty.at[slot(i)])
+                if some_hidden:
+                    scores = ops.mask()(scores, limits, (count - 1 - i) * s.keys)
                 scores, maxima, sums, shrink = ops.weigh()(scores, factors, before, now, maxima, sums, y_smem)
                 output = ops.wait("output", 0)(output, queries, weights)
                 plgpu.barrier_arrive(v_empty.at[slot(i - 1)])
                 return scores, ops.round_weights()(scores), ops.shrink()(output, shrink), maxima, sums, now, following
 
             carry = (rounded, weights, zeros("output"), maxima, sums, in_use, following)
-            _, weights, output, _, sums, last_scales, _ = jax.lax.fori_loop(1, count, step, carry)
+            unmasked = jnp.int32(1)
+            if starts:  # a tile's rows end in two blocks of keys
+                unmasked = jnp.minimum(count, 2)
+                carry = jax.lax.fori_loop(1, unmasked, functools.partial(step, some_hidden=True), carry)
+            _, weights, output, _, sums, last_scales, _ = jax.lax.fori_loop(unmasked, count, step, carry)
             plgpu.barrier_wait(v_full.at[slot(count - 1)])
             output = ops.gather()(output, weights, v_smem.at[slot(count - 1)])
             output = ops.wait("output", 0)(output, queries, weights)
@@ -164,11 +176,13 @@ def prefill_attention(
     v8: jax.Array,
     v_scale: jax.Array,
     lengths: jax.Array,
+    prefix: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None = None,
+    prefix_lengths: jax.Array | None = None,
     *,
     softmax_scale: float,
     stages: int = STAGES,
 ) -> jax.Array:
-    """:func:`pallas_kernels.reference.prefill_attention` without a prefix.
+    """:func:`pallas_kernels.reference.prefill_attention`, a prefix rounded from int4 to e4m3.
 
     Args:
       q8: ``[b, t, h, d]`` e4m3; d is 64 or 128.
@@ -178,6 +192,8 @@ def prefill_attention(
       v8: ``[b, kv, d, t']`` e4m3, transposed.
       v_scale: as k_scale.
       lengths: ``[b]`` int32.
+      prefix: int4 keys and values before the new tokens, or None.
+      prefix_lengths: ``[b]`` int32, given exactly when ``prefix`` is.
       softmax_scale: usually ``d ** -0.5``.
       stages: blocks of keys and of values that shared memory holds.
 
@@ -185,5 +201,37 @@ def prefill_attention(
       ``[b, t, h, d]`` bf16.
     """
     b, t, h, d = q8.shape
-    kernel = make_kernel(PrefillShape(b, t, h, k8.shape[2], d), softmax_scale, stages)
-    return cast(jax.Array, kernel(q8, q_scale, k8, k_scale, v8, v_scale, lengths))
+    shape = PrefillShape(b, t, h, k8.shape[2], d)
+    keys = (k8, k_scale, v8, v_scale)
+    starts = []
+    if prefix is not None and prefix_lengths is not None:
+        shape = dataclasses.replace(shape, cached=prefix[0].shape[2])
+        keys, starts = behind_prefix(*keys, lengths, prefix, prefix_lengths), [prefix_lengths]
+    return cast(jax.Array, make_kernel(shape, softmax_scale, stages)(q8, q_scale, *keys, lengths, *starts))
+
+
+def behind_prefix(
+    k8: jax.Array,
+    k_scale: jax.Array,
+    v8: jax.Array,
+    v_scale: jax.Array,
+    lengths: jax.Array,
+    prefix: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    prefix_lengths: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Keys and values of the prefix and, without a gap, of the new tokens, rounded to e4m3 block by block.
+
+    A block then may hold both, and a scale serves them; new ones are rounded a second time.
+    """
+    t, slots = k8.shape[1], prefix[0].shape[2]
+
+    def join(new: jax.Array, codes: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+        old = jnp.where((jnp.arange(slots) < prefix_lengths[:, None])[:, None], scales.astype(jnp.float32), 0)
+        old = dequantize_int4(codes, old[..., None])
+        room = jnp.pad(old, ((0, 0), (0, 0), (0, t), (0, 0)))
+        return quantize_blocks(write_rows(room, new, prefix_lengths, lengths).swapaxes(1, 2))
+
+    keys, key_scale = join(k8.astype(jnp.float32) * expand_blocks(k_scale, t), *prefix[:2])
+    values = restore_values(v8, t).astype(jnp.float32) * expand_blocks(v_scale, t)
+    values, value_scale = join(values, *prefix[2:])
+    return keys, key_scale, transpose_values(values), value_scale

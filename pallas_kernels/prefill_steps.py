@@ -19,7 +19,10 @@ ROWS = 64  # query rows of a warpgroup
 LOG2_E = math.log2(math.e)
 # exp(score - max) is multiplied by 256 before it is rounded to e4m3, which the sum of the weights is as well.
 WEIGHT_EXPONENT = 8.0
-MASKED = -1e30  # finite, so that differences of two of them are no NaN
+# A hidden key's score, and what a row's maximum begins with: so far apart that no hidden key of a row that has not seen
+# any other weighs anything, and finite, so that differences are no NaN.
+MASKED, LOWEST = -3e38, -1e25
+SMALLEST_FACTOR = 1e-12  # under which scores are alike anyway, and MASKED would not stay below LOWEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +35,7 @@ class PrefillShape:
       heads: query heads.
       kv_heads: key/value heads.
       head_dim: 64 or 128.
+      cached: keys that a sequence may have before the new tokens', together with which they are rounded.
     """
 
     batch: int
@@ -39,6 +43,12 @@ class PrefillShape:
     heads: int
     kv_heads: int
     head_dim: int
+    cached: int = 0
+
+    @property
+    def key_blocks(self) -> int:
+        """Of a sequence."""
+        return -(-(self.cached + self.tokens) // self.keys)
 
     @property
     def keys(self) -> int:
@@ -79,7 +89,7 @@ class Steps:
         return arith.addi(arith.muli(warp, i32(16)), arith.shrui(lane, i32(2))), arith.andi(lane, i32(3))
 
     def load_queries(self) -> Operation:
-        """``(q8, q_scale, lengths, sequence, head, first row) -> (queries, factors, limits)``.
+        """``(q8, q_scale, lengths, sequence, head, first row, start) -> (queries, factors, limits)``.
 
         The register operand of the first product, what scores are multiplied by (for powers of two, and beside the
         keys' scales), and the last key that each of a thread's rows sees. Rows behind the last token are zeros.
@@ -87,12 +97,12 @@ class Steps:
         s = self.shape
 
         @plgpu.inline_mgpu(
-            arg_types=(*[plgpu.RefType()] * 3, *[self.scalar] * 3),
+            arg_types=(*[plgpu.RefType()] * 3, *[self.scalar] * 4),
             return_type=(self.type["queries"], self.type["factors"], self.type["limits"]),
         )
         def load(_: Any, q8: Any, q_scale: Any, lengths: Any, *where: Any) -> Any:
             i64, word, single = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32), ir.F32Type.get()
-            sequence, head, first = (x.registers.item() for x in where)
+            sequence, head, first, start = (x.registers.item() for x in where)
             row, t = self._row()
             row = arith.addi(first, row)
 
@@ -121,7 +131,7 @@ class Steps:
                 address = arith.addi(pointer(q8, place, s.head_dim), arith.extui(i64, arith.muli(t, i32(4))))
                 halves.append([read(address, exists, 16 * i) for i in range(s.head_dim // 16)])
                 factors.append(arith.mulf(arith.bitcast(single, read(pointer(q_scale, place, 4), exists)), scale))
-                limits.append(arith.minsi(token, arith.subi(length, i32(1))))
+                limits.append(arith.addi(start, arith.minsi(token, arith.subi(length, i32(1)))))
             # Four registers per 32 elements: rows r and r + 8 of the first 16, then of the others.
             operand = [halves[half][i] for i in range(s.head_dim // 16) for half in range(2)]
             return hopper.pack(operand), hopper.pack(factors), hopper.pack(limits)
@@ -139,7 +149,7 @@ class Steps:
             i64 = ir.IntegerType.get_signless(64)
             sequence, kv_head, block = (x.registers.item() for x in where)
             place = arith.addi(arith.muli(sequence, i32(s.kv_heads)), kv_head)
-            place = arith.addi(arith.muli(place, i32(-(-s.tokens // s.keys))), block)
+            place = arith.addi(arith.muli(place, i32(s.key_blocks)), block)
             offset = arith.muli(arith.extui(i64, place), hopper.constant(4, bits=64))
             return hopper.pack(
                 [
@@ -158,7 +168,7 @@ class Steps:
 
         @plgpu.inline_mgpu(arg_types=(self.layout["pair"],), return_type=self.type["pair"])
         def begin(_: Any, zeros: Any) -> Any:
-            return hopper.pack([f32(MASKED)] * len(hopper.unpack(zeros)))
+            return hopper.pack([f32(LOWEST)] * len(hopper.unpack(zeros)))
 
         return cast(Operation, begin)
 
@@ -246,6 +256,8 @@ class Steps:
             registers = hopper.unpack(scores)
             (_key_scale, value_before), (key_scale, value_scale) = hopper.unpack(before), hopper.unpack(now)
             factors = [arith.mulf(factor, key_scale) for factor in hopper.unpack(factors)]
+            if self.shape.cached:  # only then a row's first block may be hidden from it
+                factors = [hopper.maximum(factor, f32(SMALLEST_FACTOR)) for factor in factors]
             maxima, sums = hopper.unpack(maxima), hopper.unpack(sums)
             [change_of_unit] = hopper.divide_all([value_before], value_scale)
             weights, largest, totals, shrink = list(registers), [], [], []

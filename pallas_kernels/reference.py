@@ -352,7 +352,7 @@ def quantize_blocks(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return rounded.reshape(b, -1, kv, d)[:, :t], scale.swapaxes(1, 2)
 
 
-def _expand_blocks(scale: jax.Array, t: int) -> jax.Array:
+def expand_blocks(scale: jax.Array, t: int) -> jax.Array:
     """``[b, kv, blocks]`` to ``[b, t, kv, 1]``."""
     return jnp.repeat(scale, SCALE_TOKENS, axis=2)[:, :, :t].swapaxes(1, 2)[..., None]
 
@@ -534,8 +534,8 @@ def prefill_attention(
       ``[b, t, h, d]`` ``out_dtype``. Rows at and behind ``lengths[i]`` are finite and mean nothing.
     """
     b, t = q8.shape[:2]
-    k = _pad_keys(k8.astype(jnp.float32) * _expand_blocks(k_scale, t), 1)
-    v = _pad_keys(restore_values(v8, t).astype(jnp.float32) * _expand_blocks(v_scale, t), 1)
+    k = _pad_keys(k8.astype(jnp.float32) * expand_blocks(k_scale, t), 1)
+    v = _pad_keys(restore_values(v8, t).astype(jnp.float32) * expand_blocks(v_scale, t), 1)
     # A new token sees new tokens up to itself. The key's index is compared with the query's, prefix keys get
     # index -1 where they are valid, and t (never visible) where they are not.
     fresh = jnp.arange(k.shape[1])
