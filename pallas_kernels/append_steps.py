@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import hopper
 from pallas_kernels.hopper import f32, i32
@@ -74,7 +74,7 @@ class Steps:
         values = []
         for half in range(2 * columns // self.shape.head_dim):
             at = arith.addi(arith.muli(self._lane(), i32(self.each)), i32(half * self.shape.head_dim // 2))
-            address = pointer(ref, row, columns, at, size)
+            address = hopper.global_address(ref, size, (row, columns), (at, 1))
             values += load_floats(address, self.each, size)
         return values
 
@@ -170,7 +170,10 @@ class Steps:
         for half, part in enumerate(self._rounded(registers, scale)):
             at = arith.addi(arith.muli(self._lane(), i32(self.each)), i32(half * d // 2))
             store_bytes(
-                pointer(x8, row, d, at, 1), part, self.each, arith.extui(ir.IntegerType.get_signless(32), exists)
+                hopper.global_address(x8, 1, (row, d), (at, 1)),
+                part,
+                self.each,
+                arith.extui(ir.IntegerType.get_signless(32), exists),
             )
 
     def store_queries(self) -> Operation:
@@ -189,7 +192,10 @@ class Steps:
             first_lane = arith.cmpi(arith.CmpIPredicate.eq, self._lane(), i32(0))
             hopper.asm(
                 "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }", "l,f,r",
-                [pointer(q_scale, row, 1, i32(0), 4), scale, arith.extui(word, arith.andi(first_lane, exists))], [],
+                [
+                    hopper.global_address(q_scale, 4, (row, 1)), scale,
+                    arith.extui(word, arith.andi(first_lane, exists)),
+                ], [],
             )  # fmt: skip
             return ()
 
@@ -221,7 +227,7 @@ class Steps:
                 code = arith.minsi(arith.maxsi(code, i32(INT4_MIN)), i32(INT4_MAX))
                 nibbles.append(arith.andi(code, i32(0xF)))
             sequence, number = arith.divui(token, i32(s.tokens)), arith.remui(token, i32(s.tokens))
-            start, length = (load_word(pointer(ref, sequence, 1, i32(0), 4)) for ref in (starts, lengths))
+            start, length = (load_word(hopper.global_address(ref, 4, (sequence, 1))) for ref in (starts, lengths))
             slot = arith.addi(start, number)
             real = arith.andi(
                 arith.cmpi(arith.CmpIPredicate.slt, number, length),
@@ -242,9 +248,13 @@ class Steps:
                     even = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(self._lane(), i32(1)), i32(0))
                     at, flag = arith.shrui(self._lane(), i32(1)), arith.andi(real, even)
                 at = arith.addi(at, i32(half * half_bytes))
-                store_bytes(pointer(codes, row, s.head_dim // 2, at, 1), byte, 1, arith.extui(word, flag))
+                store_bytes(
+                    hopper.global_address(codes, 1, (row, s.head_dim // 2), (at, 1)), byte, 1, arith.extui(word, flag)
+                )
             first_lane = arith.cmpi(arith.CmpIPredicate.eq, self._lane(), i32(0))
-            store_bytes(pointer(scales, row, 1, i32(0), 2), rounded, 2, arith.extui(word, arith.andi(first_lane, real)))
+            store_bytes(
+                hopper.global_address(scales, 2, (row, 1)), rounded, 2, arith.extui(word, arith.andi(first_lane, real))
+            )
             return ()
 
         return cast(Operation, store)
@@ -281,7 +291,7 @@ class BlockSteps(Steps):
         def keep(_: Any, values: Any, lengths: Any, first: Any) -> Any:
             rest, number = self._position(first)
             sequence = arith.divui(rest, i32(self.shape.kv_heads))
-            length = load_word(pointer(lengths, sequence, 1, i32(0), 4))
+            length = load_word(hopper.global_address(lengths, 4, (sequence, 1)))
             real = arith.andi(
                 arith.cmpi(arith.CmpIPredicate.slt, number, length),
                 arith.cmpi(arith.CmpIPredicate.ult, number, i32(self.shape.tokens)),
@@ -324,7 +334,7 @@ class BlockSteps(Steps):
             first = arith.cmpi(arith.CmpIPredicate.eq, thread, i32(0))
             hopper.asm(
                 "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }", "l,f,r",
-                [pointer(scales, block.registers.item(), 1, i32(0), 4), scale, arith.extui(word, first)], [],
+                [hopper.global_address(scales, 4, (block.registers.item(), 1)), scale, arith.extui(word, first)], [],
             )  # fmt: skip
             return hopper.pack([scale])
 
@@ -392,18 +402,11 @@ class BlockSteps(Steps):
                 row = arith.addi(arith.addi(arith.muli(head, i32(d)), warp), i32(i * WARPS))
                 offset = i * WARPS * VALUES_PITCH
                 [four] = hopper.asm(f"ld.shared.b32 $0, [$1+{offset}];", "=r,r", [source], [word])
-                target = pointer(v8, row, self.blocks * SCALE_TOKENS, column, 1)
+                target = hopper.global_address(v8, 1, (row, self.blocks * SCALE_TOKENS), (column, 1))
                 hopper.asm("st.global.b32 [$0], $1;", "l,r", [target, four], [])
             return ()
 
         return cast(Operation, write)
-
-
-def pointer(ref: Any, row: ir.Value, columns: int, column: ir.Value, size: int) -> ir.Value:
-    """The address of an element of a global matrix."""
-    i64 = ir.IntegerType.get_signless(64)
-    index = arith.addi(arith.muli(arith.extui(i64, row), hopper.constant(columns, bits=64)), arith.extui(i64, column))
-    return arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(ref)), arith.muli(index, hopper.constant(size, bits=64)))
 
 
 def load_word(address: ir.Value) -> ir.Value:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import hopper
 from pallas_kernels.hopper import f32, i32
@@ -127,16 +127,6 @@ def _load(words: int, address: ir.Value, condition: ir.Value, offset: int = 0) -
     )  # fmt: skip
 
 
-def _pointer(ref: Any, element_bytes: int, *index: tuple[ir.Value | int, int]) -> ir.Value:
-    """The address of an element of a global array; ``index`` holds pairs of an index and its stride in elements."""
-    i64 = _int(64)
-    at = llvm.ptrtoint(i64, utils.memref_ptr(ref))
-    for value, stride in index:
-        wide = hopper.constant(value, bits=64) if isinstance(value, int) else arith.extui(i64, value)
-        at = arith.addi(at, arith.muli(wide, hopper.constant(stride * element_bytes, bits=64)))
-    return at
-
-
 class Steps:
     """The register-level steps for one shape."""
 
@@ -189,7 +179,7 @@ class Steps:
                 token = arith.select(exists, token, i32(0))
                 head = arith.addi(first_head, arith.select(exists, member, i32(0)))
                 row = arith.addi(arith.muli(arith.addi(arith.muli(sequence, i32(s.tokens)), token), i32(s.heads)), head)
-                address = _pointer(q8, 1, (row, s.head_dim), (t, s.head_dim // 4))
+                address = hopper.global_address(q8, 1, (row, s.head_dim), (t, s.head_dim // 4))
                 registers = []
                 for w in range(self.words):
                     low, high = _load(2, address, exists, 8 * w)
@@ -198,11 +188,11 @@ class Steps:
                         convert = "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.rn.f16x2.e4m3x2 $0, l; }"
                         registers.append(hopper.pure_asm(convert, "=r,r", [pair], word))
                 halves.append(registers)
-                [scale] = _load(1, _pointer(q_scale, 4, (row, 1)), exists)
+                [scale] = _load(1, hopper.global_address(q_scale, 4, (row, 1)), exists)
                 scale = arith.bitcast(ir.F32Type.get(), scale)
                 factors.append(arith.mulf(scale, f32(self.softmax_scale * LOG2_E)))
                 at = arith.addi(arith.muli(sequence, i32(s.tokens)), token)
-                [position] = _load(1, _pointer(positions, 4, (at, 1)), exists)
+                [position] = _load(1, hopper.global_address(positions, 4, (at, 1)), exists)
                 limits.append(arith.select(exists, arith.addi(position, i32(1)), i32(0)))
             # Step j takes pairs 2 j and 2 j + 1: a0, a1 are rows g and g + 8 of the first, a2, a3 of the second.
             operand = [
@@ -233,17 +223,21 @@ class Steps:
             keys, values, scales = [], [], []
             for block in range(4):
                 slot = arith.addi(arith.addi(first, i32(8 * block)), g)
-                address = _pointer(k, 1, (pair, s.slots * row_bytes), (slot, row_bytes), (t, row_bytes // 4))
+                address = hopper.global_address(
+                    k, 1, (pair, s.slots * row_bytes), (slot, row_bytes), (t, row_bytes // 4)
+                )
                 keys += _load(self.words, address, exists(slot))
             for step in range(2):
                 for offset in (0, 1, 8, 9):
                     slot = arith.addi(arith.addi(first, i32(16 * step + offset)), arith.muli(t, i32(2)))
-                    address = _pointer(v, 1, (pair, s.slots * row_bytes), (slot, row_bytes), (g, row_bytes // 8))
+                    address = hopper.global_address(
+                        v, 1, (pair, s.slots * row_bytes), (slot, row_bytes), (g, row_bytes // 8)
+                    )
                     values += _load(self.words // 2, address, exists(slot))
             for array in (k_scales, v_scales):
                 for block in range(4):  # two neighbouring slots in one word
                     slot = arith.addi(arith.addi(first, i32(8 * block)), arith.muli(t, i32(2)))
-                    scales += _load(1, _pointer(array, 2, (pair, s.slots), (slot, 1)), exists(slot))
+                    scales += _load(1, hopper.global_address(array, 2, (pair, s.slots), (slot, 1)), exists(slot))
             return hopper.pack([*keys, *values, *scales])
 
         return cast(Operation, load)
@@ -400,7 +394,7 @@ class Steps:
                     weight = hopper.exp2(arith.subf(peaks[w], largest))
                     out = arith.addf(out, arith.mulf(read(mine, w * step), weight))
                     total = arith.addf(total, arith.mulf(read(at, w * step + 4 * d + 4), weight))
-                target = _pointer(partial, 4, (block.registers.item(), ROWS * pitch), (row, pitch))
+                target = hopper.global_address(partial, 4, (block.registers.item(), ROWS * pitch), (row, pitch))
                 place = arith.addi(target, arith.extui(_int(64), arith.muli(element, i32(4))))
                 hopper.asm("st.global.f32 [$0], $1;", "l,f", [place, out], [])
                 leads = arith.extui(_int(32), arith.cmpi(arith.CmpIPredicate.eq, element, i32(0)))
@@ -435,7 +429,7 @@ class Steps:
                 split = arith.addi(first.registers.item(), i32(i))
                 exists = arith.cmpi(arith.CmpIPredicate.slt, split, i32(s.splits))
                 block = arith.addi(arith.muli(pair, i32(s.splits)), split)
-                address = _pointer(partial, 4, (block, ROWS * pitch), (row, pitch))
+                address = hopper.global_address(partial, 4, (block, ROWS * pitch), (row, pitch))
                 mine = arith.addi(address, arith.extui(_int(64), arith.muli(element, i32(4))))
                 words = [_load(1, mine, exists), *(_load(1, address, exists, 4 * (s.head_dim + j)) for j in (0, 1))]
                 value, peak, weight = (arith.bitcast(single, word) for [word] in words)
@@ -465,7 +459,7 @@ class Steps:
             pair, row = arith.divui(row, i32(s.rows)), arith.remui(row, i32(s.rows))
             sequence, kv_head = arith.divui(pair, i32(s.kv_heads)), arith.remui(pair, i32(s.kv_heads))
             token, member = arith.divui(row, i32(s.group)), arith.remui(row, i32(s.group))
-            place = _pointer(
+            place = hopper.global_address(
                 y, size, (sequence, s.tokens * s.heads * s.head_dim), (token, s.heads * s.head_dim),
                 (kv_head, s.group * s.head_dim), (member, s.head_dim), (element, 1),
             )  # fmt: skip

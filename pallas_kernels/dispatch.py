@@ -54,13 +54,14 @@ def _mosaic_decode(*arrays: jax.Array, **options: Any) -> jax.Array:
 def _mosaic_append(*arrays: Any, **options: Any) -> Any:
     from pallas_kernels import mosaic_append
 
-    return mosaic_append.rotate_and_append(*arrays, **options)
+    (q8, q_scale), cache = mosaic_append.rotate(*arrays, prompt=False, **options)
+    return q8, q_scale, cache
 
 
 def _mosaic_round(*arrays: Any, **options: Any) -> Any:
     from pallas_kernels import mosaic_append
 
-    return mosaic_append.rotate_and_round(*arrays, **options)
+    return mosaic_append.rotate(*arrays, prompt=True, **options)
 
 
 def _mosaic_prefill(*arrays: Any, out_dtype: Any, **options: Any) -> jax.Array:

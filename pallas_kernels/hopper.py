@@ -98,6 +98,16 @@ def shared_address(ref: ir.Value) -> ir.Value:
     return llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(ref))
 
 
+def global_address(ref: ir.Value, element_bytes: int, *index: tuple[ir.Value | int, int]) -> ir.Value:
+    """The address of an element of global memory; ``index`` holds pairs of an index and its stride in elements."""
+    i64 = ir.IntegerType.get_signless(64)
+    address = llvm.ptrtoint(i64, utils.memref_ptr(ref))
+    for value, stride in index:
+        wide = constant(value, bits=64) if isinstance(value, int) else arith.extui(i64, value)
+        address = arith.addi(address, arith.muli(wide, constant(stride * element_bytes, bits=64)))
+    return address
+
+
 def load_shared_x4(address: ir.Value, offset: int = 0) -> list[ir.Value]:
     """Four 32-bit words at a 16-byte aligned shared address."""
     word = ir.IntegerType.get_signless(32)

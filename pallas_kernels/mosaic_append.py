@@ -6,6 +6,7 @@ too: a block takes 128 tokens of a head, which share a scale, and goes through t
 kernels for it.
 """
 
+import functools
 from typing import Any, Literal, cast
 
 import jax
@@ -141,8 +142,8 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
     return cast(Operation, kernel)
 
 
-def _launch(
-    prompt: bool,
+@functools.partial(jax.jit, static_argnames=("prompt",))
+def rotate(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -151,9 +152,16 @@ def _launch(
     cache: Cache,
     starts: jax.Array,
     lengths: jax.Array,
-    scale: jax.Array | None,
-    key_offset: jax.Array | None,
+    *,
+    prompt: bool,
+    scale: jax.Array | None = None,
+    key_offset: jax.Array | None = None,
 ) -> tuple[tuple[jax.Array, ...], Cache]:
+    """Rotated and rounded bf16 heads of 64 or 128 channels, and the cache with keys and values in it.
+
+    The first results are those of :func:`pallas_kernels.reference.rotate_and_round` if ``prompt``, and else the queries
+    of :func:`pallas_kernels.reference.rotate_and_append`.
+    """
     b, t, h, d = q.shape
     kv, slots = k.shape[2], cache[0].shape[2]
     kernel = make_kernel(AppendShape(b, t, h, kv, d, slots), scale is not None, key_offset is not None, prompt)
@@ -162,40 +170,3 @@ def _launch(
     results = kernel(q, k, v, cos, sin, *tables, starts, lengths, *refs)
     k_codes, k_scales, v_codes, v_scales = (jax.freeze(ref) for ref in refs)
     return results, (k_codes, k_scales, v_codes, v_scales)
-
-
-@jax.jit
-def rotate_and_append(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    cache: Cache,
-    starts: jax.Array,
-    lengths: jax.Array,
-    *,
-    scale: jax.Array | None = None,
-    key_offset: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, Cache]:
-    """:func:`pallas_kernels.reference.rotate_and_append` of bf16 heads of 64 or 128 channels."""
-    (q8, q_scale), cache = _launch(False, q, k, v, cos, sin, cache, starts, lengths, scale, key_offset)
-    return q8, q_scale, cache
-
-
-@jax.jit
-def rotate_and_round(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    cache: Cache,
-    starts: jax.Array,
-    lengths: jax.Array,
-    *,
-    scale: jax.Array | None = None,
-    key_offset: jax.Array | None = None,
-) -> tuple[tuple[jax.Array, ...], Cache]:
-    """:func:`pallas_kernels.reference.rotate_and_round` of bf16 heads of 64 or 128 channels."""
-    return _launch(True, q, k, v, cos, sin, cache, starts, lengths, scale, key_offset)

@@ -1,9 +1,9 @@
 """FP8 causal attention of prompts on Hopper, in Pallas:Mosaic GPU.
 
-A block takes 128 query rows of a head, 64 for each of two warpgroups; a third one copies keys and values. Blocks of keys
-are gone through from the last one that a row sees to the first, so that only the first block taken (behind a prefix, the
-first two) has keys to hide. While a warpgroup weighs one block's scores (running maximum, ``exp2``, sums), the tensor core
-adds up the values of the block before for it, and works for the other warpgroup.
+A block takes 128 query rows of a head, 64 for each of two warpgroups; a third one copies keys and values. Blocks of
+keys are gone through from the last one that a row sees to the first, so that only the first block taken (behind a
+prefix, the first two) has keys to hide. While a warpgroup weighs one block's scores (running maximum, ``exp2``, sums),
+the tensor core adds up the values of the block before for it, and works for the other warpgroup.
 
 Queries and weights are register operands. The scores' registers become those of the weights as they are, because the
 values lie in a matching order of keys (:func:`pallas_kernels.reference.transpose_values`).

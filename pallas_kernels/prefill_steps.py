@@ -5,10 +5,9 @@ import math
 from typing import Any, cast
 
 import jax.numpy as jnp
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import hopper
 from pallas_kernels.hopper import f32, i32
@@ -101,14 +100,10 @@ class Steps:
             return_type=(self.type["queries"], self.type["factors"], self.type["limits"]),
         )
         def load(_: Any, q8: Any, q_scale: Any, lengths: Any, *where: Any) -> Any:
-            i64, word, single = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32), ir.F32Type.get()
+            word, single = ir.IntegerType.get_signless(32), ir.F32Type.get()
             sequence, head, first, start = (x.registers.item() for x in where)
             row, t = self._row()
             row = arith.addi(first, row)
-
-            def pointer(ref: Any, index: ir.Value, size: int) -> ir.Value:
-                offset = arith.muli(arith.extui(i64, index), hopper.constant(size, bits=64))
-                return arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(ref)), offset)
 
             def read(address: ir.Value, exists: ir.Value, offset: int = 0) -> ir.Value:
                 return hopper.asm(
@@ -120,7 +115,7 @@ class Steps:
             always = i32(1)
             scale = f32(self.softmax_scale * LOG2_E)
             # An empty sequence sees its first key, for want of another one: what comes out must be finite.
-            length = arith.maxsi(read(pointer(lengths, sequence, 4), always), i32(1))
+            length = arith.maxsi(read(hopper.global_address(lengths, 4, (sequence, 1)), always), i32(1))
             halves: list[list[ir.Value]] = []
             factors, limits = [], []
             for half in range(2):
@@ -128,9 +123,10 @@ class Steps:
                 exists = arith.extui(word, arith.cmpi(arith.CmpIPredicate.ult, token, i32(s.tokens)))
                 place = arith.addi(arith.muli(sequence, i32(s.tokens)), token)
                 place = arith.addi(arith.muli(place, i32(s.heads)), head)
-                address = arith.addi(pointer(q8, place, s.head_dim), arith.extui(i64, arith.muli(t, i32(4))))
+                address = hopper.global_address(q8, 1, (place, s.head_dim), (t, 4))
                 halves.append([read(address, exists, 16 * i) for i in range(s.head_dim // 16)])
-                factors.append(arith.mulf(arith.bitcast(single, read(pointer(q_scale, place, 4), exists)), scale))
+                q_factor = read(hopper.global_address(q_scale, 4, (place, 1)), exists)
+                factors.append(arith.mulf(arith.bitcast(single, q_factor), scale))
                 limits.append(arith.addi(start, arith.minsi(token, arith.subi(length, i32(1)))))
             # Four registers per 32 elements: rows r and r + 8 of the first 16, then of the others.
             operand = [halves[half][i] for i in range(s.head_dim // 16) for half in range(2)]
@@ -146,20 +142,11 @@ class Steps:
             arg_types=(*[plgpu.RefType()] * 2, *[self.scalar] * 3), return_type=self.type["pair"]
         )  # fmt: skip
         def load(_: Any, k_scale: Any, v_scale: Any, *where: Any) -> Any:
-            i64 = ir.IntegerType.get_signless(64)
             sequence, kv_head, block = (x.registers.item() for x in where)
-            place = arith.addi(arith.muli(sequence, i32(s.kv_heads)), kv_head)
-            place = arith.addi(arith.muli(place, i32(s.key_blocks)), block)
-            offset = arith.muli(arith.extui(i64, place), hopper.constant(4, bits=64))
-            return hopper.pack(
-                [
-                    hopper.asm(
-                        "ld.global.nc.f32 $0, [$1];", "=f,l",
-                        [arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(ref)), offset)], [ir.F32Type.get()],
-                    )[0]
-                    for ref in (k_scale, v_scale)
-                ]
-            )  # fmt: skip
+            head = arith.addi(arith.muli(sequence, i32(s.kv_heads)), kv_head)
+            addresses = [hopper.global_address(ref, 4, (head, s.key_blocks), (block, 1)) for ref in (k_scale, v_scale)]
+            load = "ld.global.nc.f32 $0, [$1];"
+            return hopper.pack([hopper.asm(load, "=f,l", [at], [ir.F32Type.get()])[0] for at in addresses])
 
         return cast(Operation, load)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import hopper
 from pallas_kernels.hopper import f32, i32
@@ -40,11 +40,7 @@ class Steps:
         return [(c, arith.cmpi(arith.CmpIPredicate.ult, c, i32(self.k))) for c in columns]
 
     def _address(self, ref: Any, row: ir.Value | None, column: ir.Value, size: int) -> ir.Value:
-        i64 = ir.IntegerType.get_signless(64)
-        index = arith.extui(i64, column)
-        if row is not None:
-            index = arith.addi(index, arith.muli(arith.extui(i64, row), hopper.constant(self.k, bits=64)))
-        return arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(ref)), arith.muli(index, hopper.constant(size, bits=64)))
+        return hopper.global_address(ref, size, (column, 1), (0 if row is None else row, self.k))
 
     def _read(self, ref: Any, row: ir.Value | None, dtype: Any = jnp.bfloat16) -> list[ir.Value]:
         """A thread's elements of a row of bf16 or float32, zeros behind its end."""
@@ -155,7 +151,7 @@ class Steps:
             arg_types=(self.layout, plgpu.RefType(), plgpu.RefType(), plgpu.RefType(), self.scalar), return_type=()
         )
         def quantize(_: Any, values: Any, x8: Any, x_scale: Any, scratch: Any, row: Any) -> Any:
-            i64, word = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32)
+            word = ir.IntegerType.get_signless(32)
             registers, row = hopper.unpack(values), row.registers.item()
             scale = e4m3_scale(self._across_block(largest_magnitude(registers), scratch, hopper.maximum_or_nan))
             packed, quotients = [], hopper.divide_all(registers, scale)
@@ -166,10 +162,7 @@ class Steps:
                 )
                 packed.append(hopper.pure_asm(convert, "=r,f,f,f,f", quotients[i : i + 4], word))
             self._write(x8, row, packed, 1)
-            place = arith.addi(
-                llvm.ptrtoint(i64, utils.memref_ptr(x_scale)),
-                arith.muli(arith.extui(i64, row), hopper.constant(4, bits=64)),
-            )
+            place = hopper.global_address(x_scale, 4, (row, 1))
             first = arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), i32(0))
             hopper.asm(
                 "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }", "l,f,r",

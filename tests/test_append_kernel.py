@@ -13,6 +13,14 @@ import pallas_kernels as pk
 from pallas_kernels import append_steps, mosaic_append, reference, row_steps
 
 
+def rotate_and_append(*arrays, **options):
+    (q8, q_scale), cache = mosaic_append.rotate(*arrays, prompt=False, **options)
+    return q8, q_scale, cache
+
+
+rotate_and_round = functools.partial(mosaic_append.rotate, prompt=True)
+
+
 def inputs(batch, tokens, heads, kv_heads, head_dim, slots, starts, lengths, mixed, scaled=True):
     rng = np.random.default_rng(batch + slots)
 
@@ -102,7 +110,7 @@ def test_prompts_on_the_emulated_multiprocessor(case, monkeypatch):
     monkeypatch.setattr(mosaic_append, "STREAMING_MULTIPROCESSORS", 4)  # several queries per warp
     arrays, options = inputs(*case)
     with emulated(mosaic_append, append_steps, row_steps):
-        prompt, cache = mosaic_append.rotate_and_round(*arrays, **options)
+        prompt, cache = rotate_and_round(*arrays, **options)
     check_prompt(arrays, options, lambda *_, **__: (prompt, cache))
 
 
@@ -110,15 +118,15 @@ def test_prompts_on_the_emulated_multiprocessor(case, monkeypatch):
 def test_on_the_emulated_multiprocessor(case):
     arrays, options = inputs(*case)
     with emulated(mosaic_append, append_steps, row_steps):
-        q8, q_scale, cache = mosaic_append.rotate_and_append(*arrays, **options)
+        q8, q_scale, cache = rotate_and_append(*arrays, **options)
     check(arrays, options, lambda *_, **__: (q8, q_scale, cache))
 
 
 @pytest.mark.parametrize(
     ("operation", "case"),
     [
-        *((mosaic_append.rotate_and_append, case) for case in CASES),
-        *((mosaic_append.rotate_and_round, case) for case in PROMPTS),
+        *((rotate_and_append, case) for case in CASES),
+        *((rotate_and_round, case) for case in PROMPTS),
     ],
 )
 def test_lowers_for_cuda_in_place(operation, case):
@@ -133,7 +141,7 @@ def test_lowers_for_cuda_in_place(operation, case):
 @on_hopper
 @pytest.mark.parametrize("case", [*CASES, (16, 1, 32, 8, 128, 1024, range(16), [1] * 16, True, True)])
 def test_on_a_gpu(case):
-    check(*inputs(*case), mosaic_append.rotate_and_append)
+    check(*inputs(*case), rotate_and_append)
 
 
 @pytest.mark.gpu
@@ -147,7 +155,7 @@ def test_on_a_gpu(case):
     ],
 )
 def test_prompts_on_a_gpu(case):
-    check_prompt(*inputs(*case), mosaic_append.rotate_and_round)
+    check_prompt(*inputs(*case), rotate_and_round)
 
 
 def test_one_table_of_angles_serves_all_sequences():
