@@ -22,7 +22,7 @@ from fireq_jax.kv_cache import KVCache, cache_bytes_per_token
 from fireq_jax.layers import MLP, NormToFp8, RMSNorm
 from fireq_jax.llama import Llama
 from fireq_jax.qtensor import takes_fp8
-from fireq_jax.quantize import parameter_bytes, quantize
+from fireq_jax.quantize import cache_kind, parameter_bytes, quantize
 
 Params = Mapping[str, Any]
 
@@ -109,7 +109,7 @@ def run_benchmark(
         "copy_bytes_per_second": copy_bandwidth(),
         "parameter_bytes": {kind: parameter_bytes(p) for kind, p in params.items()},
         "cache_bytes_per_token": {
-            "int4": cache_bytes_per_token(config, "int4"), "bf16": cache_bytes_per_token(config, "float"),
+            kind: cache_bytes_per_token(config, cache_kind(p)) for kind, p in params.items()
         },
         "feed_forward": [],
         "prefill": [],
@@ -130,7 +130,7 @@ def run_benchmark(
             kind: _unless_too_large(time_decode, model, p, batch, context, new_tokens) for kind, p in params.items()
         }
         needed = {
-            kind: step_bytes(config, p, result["cache_bytes_per_token"][kind], batch, context + new_tokens / 2)
+            kind: step_bytes(p, result["cache_bytes_per_token"][kind], batch, context + new_tokens / 2)
             for kind, p in params.items()
         }
         case = {"batch": batch, "context": context, "new_tokens": new_tokens, "bytes": needed}
@@ -166,21 +166,15 @@ def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return 0.02 * jax.random.normal(key, shape, jnp.bfloat16)
 
 
-def _cache_kind(params: Params) -> Any:
-    return "int4" if "recipe" in params else "float"
-
-
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _prefill(model: Llama, params: Params, tokens: jax.Array, lengths: jax.Array, capacity: int) -> Any:
-    cache = KVCache.zeros(model.config, tokens.shape[0], capacity, _cache_kind(params), model.dtype)
-    weights = {name: leaf for name, leaf in params.items() if name != "recipe"}
-    return model.apply({"params": weights}, tokens, lengths, cache, method="prefill")
+    cache = KVCache.zeros(model.config, tokens.shape[0], capacity, cache_kind(params), model.dtype)
+    return model.apply({"params": params}, tokens, lengths, cache, method="prefill")
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(model: Llama, params: Params, tokens: jax.Array, cache: KVCache) -> Any:
-    weights = {name: leaf for name, leaf in params.items() if name != "recipe"}
-    return model.apply({"params": weights}, tokens, cache, method="decode")
+    return model.apply({"params": params}, tokens, cache, method="decode")
 
 
 def _tokens(config: LlamaConfig, batch: int, length: int) -> jax.Array:
@@ -275,9 +269,13 @@ def _call(what: str, model: Llama, params: Params, batch: int, length: int) -> t
     if what == "prefill":
         lengths = jnp.full(batch, length, jnp.int32)
         return _prefill, (model, params, _tokens(model.config, batch, length), lengths, length)
-    cache = KVCache.zeros(model.config, batch, length + 2, _cache_kind(params), model.dtype)
-    cache = replace(cache, lengths=jnp.full(batch, length, jnp.int32))
-    return _decode, (model, params, _tokens(model.config, batch, 1), cache)
+    return _decode, (model, params, *_behind(model, params, batch, length, 2))
+
+
+def _behind(model: Llama, params: Params, batch: int, context: int, room: int) -> tuple[jax.Array, KVCache]:
+    """A token per sequence, and a cache with ``context`` tokens before it and ``room`` for more."""
+    cache = KVCache.zeros(model.config, batch, context + room, cache_kind(params), model.dtype)
+    return _tokens(model.config, batch, 1), replace(cache, lengths=jnp.full(batch, context, jnp.int32))
 
 
 def time_prefill(model: Llama, params: Params, batch: int, length: int) -> float:
@@ -288,10 +286,9 @@ def time_prefill(model: Llama, params: Params, batch: int, length: int) -> float
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _decode_greedily(model: Llama, params: Params, tokens: jax.Array, cache: KVCache, steps: int) -> jax.Array:
-    weights = {name: leaf for name, leaf in params.items() if name != "recipe"}
 
     def step(_: Any, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
-        logits, grown = cast(Any, model.apply({"params": weights}, *carry, method="decode"))
+        logits, grown = cast(Any, model.apply({"params": params}, *carry, method="decode"))
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), grown
 
     return jax.lax.fori_loop(0, steps, step, (tokens, cache))[0]
@@ -299,15 +296,13 @@ def _decode_greedily(model: Llama, params: Params, tokens: jax.Array, cache: KVC
 
 def time_decode(model: Llama, params: Params, batch: int, context: int, new_tokens: int) -> float:
     """Seconds per token of a loop on the device that begins behind ``context`` tokens; choosing the tokens included."""
-    cache = KVCache.zeros(model.config, batch, context + new_tokens, _cache_kind(params), model.dtype)
-    cache = replace(cache, lengths=jnp.full(batch, context, jnp.int32))
-    tokens = _tokens(model.config, batch, 1)
+    tokens, cache = _behind(model, params, batch, context, new_tokens)
     return _seconds(lambda: _decode_greedily(model, params, tokens, cache, new_tokens)) / new_tokens
 
 
-def step_bytes(config: LlamaConfig, params: Params, of_token: int, batch: int, context: float) -> int:
+def step_bytes(params: Params, of_token: int, batch: int, context: float) -> int:
     """Bytes that a decode step must read: every weight but the input embedding, and the caches."""
-    weights = parameter_bytes({name: leaf for name, leaf in params.items() if name != "recipe"})
+    weights = parameter_bytes(params)
     if "lm_head" in params:
         weights -= parameter_bytes(params["embed"])
     return round(weights + batch * context * of_token)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 from fireq_jax.config import LlamaConfig
 from fireq_jax.kv_cache import KVCache
 from fireq_jax.llama import Llama
-from fireq_jax.quantize import recipe_of
+from fireq_jax.quantize import cache_kind
 from fireq_jax.sampling import Sampling, sample
 
 Prompts = Sequence[Sequence[int]] | Sequence[int] | np.ndarray | jax.Array
@@ -238,9 +238,7 @@ def _first_state(
     eos: tuple[int, ...],
     capacity: int,
 ) -> _State:
-    recipe = recipe_of(params)
-    kind: Literal["int4", "float"] = "float" if recipe is None else recipe.kv_cache
-    cache = KVCache.zeros(model.config, tokens.shape[0], capacity, kind, model.dtype)
+    cache = KVCache.zeros(model.config, tokens.shape[0], capacity, cache_kind(params), model.dtype)
     logits, filled = _apply(model, params, tokens, lengths, cache, method="prefill")
     first = sample(logits, jax.random.fold_in(key, 0), sampling)
     return _State(first, _is_end(first, eos), filled, key, jnp.int32(1))

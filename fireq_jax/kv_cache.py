@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fireq_jax.config import LlamaConfig
-from pallas_kernels import append_int4, write_rows
+from pallas_kernels import write_rows
 
 
 @partial(
@@ -42,17 +42,6 @@ class Int4LayerCache:
 
         return cls(*empty(), *empty())
 
-    def append(self, k: jax.Array, v: jax.Array, starts: jax.Array, lengths: jax.Array) -> "Int4LayerCache":
-        """Rounds and writes ``[batch, t, kv heads, head_dim]`` keys (already rotated) and values.
-
-        Args:
-          k: keys.
-          v: values.
-          starts: ``[batch]`` int32, tokens each sequence already has.
-          lengths: ``[batch]`` int32, how many of the t tokens are real.
-        """
-        return Int4LayerCache(*append_int4(self.arrays(), k, v, starts, lengths))
-
     def arrays(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """The four arrays, in the order in which the kernels take them."""
         return self.k_codes, self.k_scales, self.v_codes, self.v_scales
@@ -73,7 +62,14 @@ class FloatLayerCache:
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def append(self, k: jax.Array, v: jax.Array, starts: jax.Array, lengths: jax.Array) -> "FloatLayerCache":
-        """Writes keys and values; see :meth:`Int4LayerCache.append`."""
+        """Writes ``[batch, t, kv heads, head_dim]`` keys (already rotated) and values.
+
+        Args:
+          k: keys.
+          v: values.
+          starts: ``[batch]`` int32, tokens each sequence already has.
+          lengths: ``[batch]`` int32, how many of the t tokens are real.
+        """
         return FloatLayerCache(
             write_rows(self.k, k.astype(self.k.dtype), starts, lengths),
             write_rows(self.v, v.astype(self.v.dtype), starts, lengths),

@@ -277,9 +277,7 @@ class Attention(nn.Module):
                 out = pallas_kernels.prefill_attention(*prompt, lengths, *prefix, **self._settings())
             return output(out), Int4LayerCache(*arrays)
 
-        q, k = pallas_kernels.apply_ropes(q, k, *rope, scale)
-        if offset is not None:
-            q, k = pallas_kernels.mix_channels(q), pallas_kernels.mix_channels(k - offset)
+        q, k = pallas_kernels.apply_ropes(q, k, *rope, scale, offset)
         self.sow("statistics", "queries", q)
         self.sow("statistics", "keys", k)
         updated = None if cache is None else cache.append(k, v, starts, lengths)

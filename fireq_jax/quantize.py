@@ -15,6 +15,7 @@ import numpy as np
 
 from fireq_jax import smoothing
 from fireq_jax.config import LlamaConfig, Recipe, resolve_recipe
+from fireq_jax.kv_cache import CacheKind
 from fireq_jax.numerics import round_weight
 from fireq_jax.qtensor import Int4Weight, Layout, is_int4, to_layout
 from fireq_jax.refine import refine_gains, refinement_steps
@@ -45,6 +46,12 @@ _READERS = {
 def recipe_of(params: Mapping[str, Any]) -> Recipe | None:
     """The recipe a pytree was quantised with, or None if it is a float one."""
     return params.get("recipe")
+
+
+def cache_kind(params: Mapping[str, Any]) -> CacheKind:
+    """How a model with these parameters caches keys and values."""
+    recipe = recipe_of(params)
+    return "float" if recipe is None else recipe.kv_cache
 
 
 def layer_names(params: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ import optax
 from fireq_jax.config import LlamaConfig, Recipe
 from fireq_jax.layers import rope_tables
 from fireq_jax.qtensor import Int4Weight
-from pallas_kernels import apply_ropes, mix_channels, quantize_fp8, quantize_kv, unpack_int4
+from pallas_kernels import apply_ropes, quantize_fp8, quantize_kv, unpack_int4
 
 Params = dict[str, Any]
 EPOCHS = 3
@@ -182,10 +182,7 @@ def _block(config: LlamaConfig, recipe: Recipe | None, layer: Params, x: jax.Arr
     normed = _norm(config, layer["input_norm"], x)
     q, k, v = (_linear(recipe, attention[name], normed).reshape(b, t, -1, d) for name in "qkv")
     rope = rope_tables(config, jnp.arange(t)[None])
-    scale = attention.get("post_rope_scale")
-    q, k = apply_ropes(q, k, *rope, scale)
-    if "key_offset" in attention:
-        q, k = mix_channels(q), mix_channels(k - attention["key_offset"])
+    q, k = apply_ropes(q, k, *rope, attention.get("post_rope_scale"), attention.get("key_offset"))
     if recipe is not None and recipe.kv_cache == "int4":
         q, k, v = _as_fp8(q), _as_cached(k), _as_cached(v)
     scores = jnp.einsum("btkgd,bskd->bkgts", q.reshape(b, t, kv_heads, group, d), k) * d**-0.5

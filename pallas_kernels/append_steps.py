@@ -16,7 +16,7 @@ from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.packing import INT4_MAX, INT4_MIN
 from pallas_kernels.reference import SCALE_TOKENS
-from pallas_kernels.row_steps import balanced, e4m3_scale, largest_magnitude
+from pallas_kernels.row_steps import across_block, balanced, e4m3_scale, from_bf16x2, largest_magnitude
 
 WARPS = 4  # of a block, each with a head of a token
 VALUES_PITCH = SCALE_TOKENS + 4  # bytes from a channel to the next one, so that lanes write to different banks
@@ -317,21 +317,10 @@ class BlockSteps(Steps):
             arg_types=(self.single_layout, plgpu.RefType(), plgpu.RefType(), self.scalar), return_type=self.single_type
         )
         def share(_: Any, peak: Any, scales: Any, scratch: Any, block: Any) -> Any:
-            word, single = ir.IntegerType.get_signless(32), ir.F32Type.get()
-            thread, base = utils.thread_idx(), hopper.shared_address(scratch)
-            mine = hopper.across_lanes(hopper.unpack(peak)[0], hopper.maximum_or_nan)
-            first_lane = arith.cmpi(arith.CmpIPredicate.eq, self._lane(), i32(0))
-            hopper.asm(
-                "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.shared.f32 [$0], $1; }", "r,f,r",
-                [
-                    arith.addi(base, arith.muli(arith.shrui(thread, i32(5)), i32(4))), mine,
-                    arith.extui(word, first_lane),
-                ], [],
-            )  # fmt: skip
-            hopper.block_barrier()
-            peaks = [hopper.asm(f"ld.shared.f32 $0, [$1+{4 * w}];", "=f,r", [base], [single])[0] for w in range(WARPS)]
-            scale = e4m3_scale(balanced(peaks, hopper.maximum_or_nan))
-            first = arith.cmpi(arith.CmpIPredicate.eq, thread, i32(0))
+            word = ir.IntegerType.get_signless(32)
+            [mine] = hopper.unpack(peak)
+            scale = e4m3_scale(across_block(mine, scratch, WARPS, hopper.maximum_or_nan))
+            first = arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), i32(0))
             hopper.asm(
                 "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }", "l,f,r",
                 [hopper.global_address(scales, 4, (block.registers.item(), 1)), scale, arith.extui(word, first)], [],
@@ -423,8 +412,7 @@ def load_floats(address: ir.Value, count: int, size: int) -> list[ir.Value]:
         words = hopper.asm(ptx, ",".join(["=r"] * count + ["l"]), [address], [word] * count)
         return [arith.bitcast(single, w) for w in words]
     if count == 2:
-        both = load_word(address)
-        return [arith.bitcast(single, w) for w in (arith.shli(both, i32(16)), arith.andi(both, i32(0xFFFF0000)))]
+        return from_bf16x2(load_word(address))
     [half] = hopper.asm("{ .reg .b16 h; ld.global.nc.b16 h, [$1]; cvt.u32.u16 $0, h; }", "=r,l", [address], [word])
     return [arith.bitcast(single, arith.shli(half, i32(16)))]
 

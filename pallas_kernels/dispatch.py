@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import reference, weight_layout
-from pallas_kernels.reference import Numerics
+from pallas_kernels.reference import Cache, Numerics
 from pallas_kernels.tiling import DECODE_ROWS, MAX_ROW, choose_streaming
 
 
@@ -413,7 +413,7 @@ def prefill_attention(
     v8: jax.Array,
     v_scale: jax.Array,
     lengths: jax.Array,
-    prefix: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None = None,
+    prefix: Cache | None = None,
     prefix_lengths: jax.Array | None = None,
     *,
     softmax_scale: float,
@@ -453,7 +453,6 @@ def prefill_attention(
     )  # fmt: skip
 
 
-Cache = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 Prompt = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 

@@ -105,6 +105,10 @@ class Steps:
         """A unit's number in its weight."""
         return arith.subi(unit, self._of_weight(unit, [i32(first) for first in self.first_units]))
 
+    def _start(self, unit: ir.Value, refs: Sequence[Any]) -> ir.Value:
+        """Of an array per weight, the address of that of the weight which a unit belongs to."""
+        return self._of_weight(unit, [hopper.global_address(ref, 1) for ref in refs])
+
     def request(self) -> Operation:
         """``(slots, arrivals, slot, first unit, first tile, wanted, *tiles) -> ()``: has each warp's share copied.
 
@@ -128,8 +132,7 @@ class Steps:
             index = arith.addi(arith.muli(arith.shrui(within, i32(2)), i32(self.tiles)), tile)
             index = arith.addi(arith.muli(index, i32(SHARES)), arith.andi(within, i32(SHARES - 1)))
             offset = arith.muli(arith.extui(i64, index), hopper.constant(self.share_bytes, bits=64))
-            start = self._of_weight(unit, [llvm.ptrtoint(i64, utils.memref_ptr(ref)) for ref in tiles])
-            source = arith.addi(start, offset)
+            source = arith.addi(self._start(unit, tiles), offset)
             # All lanes have read what the slot held before the copy may overwrite it.
             hopper.asm(
                 "{ .reg .pred p, q; setp.ne.b32 p, $4, 0; setp.ne.and.b32 q, $3, 0, p; bar.warp.sync 0xffffffff; "
@@ -353,13 +356,8 @@ class Steps:
             return_type=(),
         )  # fmt: skip
         def write(_: Any, sums: Any, partial: Any, factors: Any, unit: Any, part: Any, *rest: Any) -> Any:
-            i64 = ir.IntegerType.get_signless(64)
+            i64, word, single = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32), ir.F32Type.get()
             before, rest = (rest[:2], rest[2:]) if parts > 1 else ((), rest)
-
-            def start(refs: Sequence[Any]) -> ir.Value:
-                return self._of_weight(unit, [llvm.ptrtoint(i64, utils.memref_ptr(ref)) for ref in refs])
-
-            word, single = ir.IntegerType.get_signless(32), ir.F32Type.get()
             thread = utils.thread_idx()
             lane, warp = arith.andi(thread, i32(31)), arith.shrui(thread, i32(5))
             team, _ = self._in_team(thread)
@@ -372,11 +370,13 @@ class Steps:
                 offset = 4 * ((i // 4 * 8 + i % 2) * SUMS_PITCH + i % 4 // 2 * 8)
                 hopper.asm(f"st.shared.f32 [$0+{offset}], $1;", "r,f", [address, register], [])
             results = []
-            outputs, width = start(rest[: len(self.sizes)]), self._of_weight(unit, [i32(n) for n in self.sizes])
-            biases = start(rest[len(self.sizes) :]) if has_bias else None
+            outputs = self._start(unit, rest[: len(self.sizes)])
+            width = self._of_weight(unit, [i32(n) for n in self.sizes])
+            biases = self._start(unit, rest[len(self.sizes) :]) if has_bias else None
+            first = arith.muli(self._in_weight(unit), i32(UNIT))
             exists = arith.cmpi(arith.CmpIPredicate.ult, unit, i32(self.units))
             for token, output in self._results(thread):
-                place = arith.addi(arith.muli(self._in_weight(unit), i32(UNIT)), output)
+                place = arith.addi(first, output)
                 here = arith.andi(arith.cmpi(arith.CmpIPredicate.ult, token, i32(self.m)), exists)
                 offset_of_output = None
                 if biases is not None:

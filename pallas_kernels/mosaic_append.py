@@ -17,11 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper
 from pallas_kernels.append_steps import VALUES_PITCH, WARPS, AppendShape, BlockSteps, Steps
 from pallas_kernels.matmul_steps import Operation
-from pallas_kernels.reference import SCALE_TOKENS
+from pallas_kernels.reference import SCALE_TOKENS, Cache
 from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS
-
-Cache = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-
 
 QUERIES = 8  # heads of a token that each warp takes, one after another, where a prompt has enough of them
 
@@ -42,6 +39,7 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
         q: Any, k: Any, v: Any, cos: Any, sin: Any, scale: Any, offset: Any, starts: Any,
         lengths: Any, k_codes: Any, k_scales: Any, v_codes: Any, v_scales: Any, q8: Any, q_scale: Any, *of_prompt: Any,
     ) -> None:  # fmt: skip
+        k8, k8_scale, v8, v8_scale, scratch, tile = of_prompt if prompt else (None,) * 6
         # Long blocks run first.
         block = jax.lax.axis_index("block")
         key_block, query_block = jax.lax.rem(block, jnp.int32(key_blocks)), block - 2 * key_blocks
@@ -76,7 +74,12 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
             steps.store_codes()(values, codes, scales, starts, lengths, first)
             return values
 
-        def round_block(make: Any, codes: Any, code_scales: Any, store: Any, scales: Any, scratch: Any) -> None:
+        def take(make: Any, codes: Any, code_scales: Any, scales: Any, store: Any, target: Any) -> None:
+            """Appends what ``make`` makes of a block's units; of a prompt, also stores it over a common scale."""
+            if not prompt:
+                append(make, ops, codes, code_scales, key_block * WARPS)
+                return
+
             def first(i: Any) -> Any:
                 return key_block * SCALE_TOKENS + i * WARPS
 
@@ -89,49 +92,34 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
             shared = tiles.share_scale()(peak, scales, scratch, key_block)
 
             def again(i: Any, _: None) -> None:
-                store(tiles.keep_real()(make(tiles, first(i)), lengths, first(i)), shared, first(i))
+                store()(tiles.keep_real()(make(tiles, first(i)), lengths, first(i)), shared, target, first(i))
 
             jax.lax.fori_loop(0, SCALE_TOKENS // WARPS, again, None)
 
         @pl.when(block < key_blocks)
         def keys() -> None:
-            if not prompt:
-                append(key, ops, k_codes, k_scales, block * WARPS)
-                return
-            k8, k8_scale, _, _, scratch, _ = of_prompt
-
-            def store(values: Any, shared: Any, first: Any) -> None:
-                tiles.store_keys()(values, shared, k8, first)
-
-            round_block(key, k_codes, k_scales, store, k8_scale, scratch)
+            take(key, k_codes, k_scales, k8_scale, tiles.store_keys, k8)
 
         @pl.when((block >= key_blocks) & (query_block < 0))
         def values() -> None:
-            if not prompt:
-                append(value, ops, v_codes, v_scales, key_block * WARPS)
-                return
-            _, _, v8, v8_scale, scratch, tile = of_prompt
-
-            def store(values: Any, shared: Any, first: Any) -> None:
-                tiles.hold_values()(values, shared, tile, first)
-
-            round_block(value, v_codes, v_scales, store, v8_scale, scratch)
-            tiles.write_values()(tile, v8, key_block)
+            take(value, v_codes, v_scales, v8_scale, tiles.hold_values, tile)
+            if prompt:
+                tiles.write_values()(tile, v8, key_block)
 
     e4m3 = jnp.float8_e4m3fn
     results = [((s.batch, s.tokens, s.heads, s.head_dim), e4m3), ((s.batch, s.tokens, s.heads), jnp.float32)]
-    scratch: list[Any] = []
+    shared_memory: list[Any] = []
     if prompt:
         padded, scales = tiles.blocks * SCALE_TOKENS, ((s.batch, s.kv_heads, tiles.blocks), jnp.float32)
         results += [((s.batch, s.tokens, s.kv_heads, s.head_dim), e4m3), scales]
         results += [((s.batch, s.kv_heads, s.head_dim, padded), e4m3), scales]
-        scratch = [
+        shared_memory = [
             plgpu.SMEM((WARPS,), jnp.float32), plgpu.SMEM((s.head_dim * VALUES_PITCH // 4,), jnp.int32)
         ]  # fmt: skip
     kernel = plgpu.kernel(
         body,
         out_type=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results),
-        scratch_types=scratch,
+        scratch_types=shared_memory,
         grid=(query_blocks + 2 * key_blocks,),
         grid_names=("block",),
         num_threads=1,

@@ -22,6 +22,7 @@ from pallas_kernels import hopper
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.prefill_steps import ROWS, PrefillShape, Steps
 from pallas_kernels.reference import (
+    Cache,
     dequantize_int4,
     expand_blocks,
     quantize_blocks,
@@ -176,7 +177,7 @@ def prefill_attention(
     v8: jax.Array,
     v_scale: jax.Array,
     lengths: jax.Array,
-    prefix: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None = None,
+    prefix: Cache | None = None,
     prefix_lengths: jax.Array | None = None,
     *,
     softmax_scale: float,
@@ -216,7 +217,7 @@ def behind_prefix(
     v8: jax.Array,
     v_scale: jax.Array,
     lengths: jax.Array,
-    prefix: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    prefix: Cache,
     prefix_lengths: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Keys and values of the prefix and, without a gap, of the new tokens, rounded to e4m3 block by block.

@@ -19,6 +19,8 @@ E4M3 = jnp.float8_e4m3fn
 E4M3_MAX = 448.0
 # Probabilities are in [0, 1], where e4m3 has few values left; times 256 they use its normal range.
 PROBABILITY_SCALE = 256.0
+# Codes and scales of keys, codes and scales of values, as :func:`decode_attention` takes them.
+Cache = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 # Tokens of a prompt whose e4m3 keys, or values, of a head share a scale: a block of the prefill kernel.
 SCALE_TOKENS = 128
 # Rows of scores are independent, so long prompts are attended in blocks of this many queries: the score matrix
@@ -238,12 +240,12 @@ def write_rows(cache: jax.Array, rows: jax.Array, starts: jax.Array, lengths: ja
 
 
 def append_int4(
-    cache: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    cache: Cache,
     k: jax.Array,
     v: jax.Array,
     starts: jax.Array,
     lengths: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> Cache:
     """Rounds new keys and values with :func:`quantize_kv` and writes them with :func:`write_rows`.
 
     Args:
@@ -285,13 +287,23 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, scale: jax.Array | 
 
 
 def apply_ropes(
-    q: jax.Array, k: jax.Array, cos: jax.Array, sin: jax.Array, scale: jax.Array | None
+    q: jax.Array,
+    k: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    scale: jax.Array | None,
+    key_offset: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """:func:`apply_rope` of queries, multiplied by their kv head's row of ``scale``, and of keys, divided by it."""
+    """:func:`apply_rope` of queries, multiplied by their kv head's row of ``scale``, and of keys, divided by it.
+
+    Where there is a ``key_offset``, it is subtracted from the keys, and the channels of both are mixed.
+    """
     if scale is None:
-        return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-    group = q.shape[2] // k.shape[2]
-    return apply_rope(q, cos, sin, jnp.repeat(scale, group, axis=0)), apply_rope(k, cos, sin, 1 / scale)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    else:
+        group = q.shape[2] // k.shape[2]
+        q, k = apply_rope(q, cos, sin, jnp.repeat(scale, group, axis=0)), apply_rope(k, cos, sin, 1 / scale)
+    return (q, k) if key_offset is None else (mix_channels(q), mix_channels(k - key_offset))
 
 
 def mix_channels(x: jax.Array) -> jax.Array:
@@ -305,13 +317,13 @@ def rotate_and_append(
     v: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
-    cache: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    cache: Cache,
     starts: jax.Array,
     lengths: jax.Array,
     *,
     scale: jax.Array | None = None,
     key_offset: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
+) -> tuple[jax.Array, jax.Array, Cache]:
     """Makes e4m3 queries, and writes int4 keys and values to the cache.
 
     Args:
@@ -331,9 +343,7 @@ def rotate_and_append(
     Returns:
       ``[b, t, h, d]`` e4m3 and ``[b, t, h]`` float32 as from :func:`quantize_fp8`, and the cache.
     """
-    q, k = apply_ropes(q, k, cos, sin, scale)
-    if key_offset is not None:
-        q, k = mix_channels(q), mix_channels(k - key_offset)
+    q, k = apply_ropes(q, k, cos, sin, scale, key_offset)
     return *quantize_fp8(q), append_int4(cache, k, v, starts, lengths)
 
 
@@ -381,13 +391,13 @@ def rotate_and_round(
     v: jax.Array,
     cos: jax.Array,
     sin: jax.Array,
-    cache: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    cache: Cache,
     starts: jax.Array,
     lengths: jax.Array,
     *,
     scale: jax.Array | None = None,
     key_offset: jax.Array | None = None,
-) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, jax.Array, jax.Array, jax.Array]]:
+) -> tuple[tuple[jax.Array, ...], Cache]:
     """:func:`rotate_and_append`, and the e4m3 keys and values of a prompt's own attention.
 
     Arguments are those of :func:`rotate_and_append`. Keys and values are rounded twice, each time from full precision.
@@ -396,9 +406,7 @@ def rotate_and_round(
       ``(q8, q_scale, k8, k_scale, v8, v_scale)`` as :func:`prefill_attention` takes them, zeros behind the real
       tokens' keys and values; and the cache.
     """
-    q, k = apply_ropes(q, k, cos, sin, scale)
-    if key_offset is not None:
-        q, k = mix_channels(q), mix_channels(k - key_offset)
+    q, k = apply_ropes(q, k, cos, sin, scale, key_offset)
     # The scales of a block must not depend on the padding behind it.
     real = (jnp.arange(q.shape[1]) < lengths[:, None])[..., None, None]
     k8, k_scale = quantize_blocks(jnp.where(real, k, 0))
@@ -504,7 +512,7 @@ def prefill_attention(
     v8: jax.Array,
     v_scale: jax.Array,
     lengths: jax.Array,
-    prefix: tuple[jax.Array, jax.Array, jax.Array, jax.Array] | None = None,
+    prefix: Cache | None = None,
     prefix_lengths: jax.Array | None = None,
     *,
     softmax_scale: float,

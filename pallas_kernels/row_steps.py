@@ -71,25 +71,6 @@ class Steps:
                 [],
             )
 
-    def _across_block(self, value: ir.Value, scratch: Any, combine: Any) -> ir.Value:
-        """Combines a value of every thread; ``scratch`` is used once."""
-        value = hopper.across_lanes(value, combine)
-        thread = utils.thread_idx()
-        base = hopper.shared_address(scratch)
-        first = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(thread, i32(31)), i32(0))
-        hopper.asm(
-            "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.shared.f32 [$0], $1; }", "r,f,r",
-            [
-                arith.addi(base, arith.muli(arith.shrui(thread, i32(5)), i32(4))), value,
-                arith.extui(ir.IntegerType.get_signless(32), first),
-            ], [],
-        )  # fmt: skip
-        hopper.block_barrier()
-        values = [
-            hopper.asm(f"ld.shared.f32 $0, [$1+{4 * w}];", "=f,r", [base], [value.type])[0] for w in range(self.warps)
-        ]
-        return balanced(values, combine)
-
     def load(self) -> Operation:
         """``(x, row) -> values``: a row in float32."""
 
@@ -121,7 +102,7 @@ class Steps:
         def normalize(_: Any, values: Any, gain: Any, scratch: Any) -> Any:
             registers, gains = hopper.unpack(values), self._read(gain, None, gain_dtype)
             squares = balanced([arith.mulf(r, r) for r in registers], arith.addf)
-            total = self._across_block(squares, scratch, arith.addf)
+            total = across_block(squares, scratch, self.warps, arith.addf)
             mean = arith.addf(arith.mulf(total, f32(1 / self.k)), f32(eps))
             inverse = hopper.pure_asm("rsqrt.approx.f32 $0, $1;", "=f,f", [mean], mean.type)
             scaled = [arith.mulf(arith.mulf(r, inverse), g) for r, g in zip(registers, gains, strict=True)]
@@ -153,7 +134,7 @@ class Steps:
         def quantize(_: Any, values: Any, x8: Any, x_scale: Any, scratch: Any, row: Any) -> Any:
             word = ir.IntegerType.get_signless(32)
             registers, row = hopper.unpack(values), row.registers.item()
-            scale = e4m3_scale(self._across_block(largest_magnitude(registers), scratch, hopper.maximum_or_nan))
+            scale = e4m3_scale(across_block(largest_magnitude(registers), scratch, self.warps, hopper.maximum_or_nan))
             packed, quotients = [], hopper.divide_all(registers, scale)
             for i in range(0, len(registers), 4):
                 convert = (
@@ -196,6 +177,24 @@ def e4m3_scale(peak: ir.Value) -> ir.Value:
     """``peak / 448``, or 1 if that is 0."""
     scale = hopper.divide(peak, f32(E4M3_MAX))
     return arith.select(arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0)), f32(1), scale)
+
+
+def across_block(value: ir.Value, scratch: Any, warps: int, combine: Any) -> ir.Value:
+    """Combines a float32 of every thread of a block; ``scratch``, a word of shared memory per warp, is used once."""
+    value = hopper.across_lanes(value, combine)
+    thread = utils.thread_idx()
+    base = hopper.shared_address(scratch)
+    first = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(thread, i32(31)), i32(0))
+    hopper.asm(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.shared.f32 [$0], $1; }", "r,f,r",
+        [
+            arith.addi(base, arith.muli(arith.shrui(thread, i32(5)), i32(4))), value,
+            arith.extui(ir.IntegerType.get_signless(32), first),
+        ], [],
+    )  # fmt: skip
+    hopper.block_barrier()
+    values = [hopper.asm(f"ld.shared.f32 $0, [$1+{4 * w}];", "=f,r", [base], [value.type])[0] for w in range(warps)]
+    return balanced(values, combine)
 
 
 def balanced(values: Sequence[ir.Value], combine: Any) -> ir.Value:
