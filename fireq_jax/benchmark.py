@@ -19,9 +19,8 @@ import jax.numpy as jnp
 
 from fireq_jax.config import LlamaConfig, RopeConfig
 from fireq_jax.kv_cache import KVCache, cache_bytes_per_token
-from fireq_jax.layers import MLP, NormToFp8, RMSNorm
+from fireq_jax.layers import DecoderBlock
 from fireq_jax.llama import Llama
-from fireq_jax.qtensor import takes_fp8
 from fireq_jax.quantize import cache_kind, parameter_bytes, quantize
 
 Params = Mapping[str, Any]
@@ -241,17 +240,11 @@ def copy_bandwidth(size: int = 1 << 28) -> float:
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _feed_forward(config: LlamaConfig, layers: Sequence[Params], x: jax.Array, rounds: int) -> jax.Array:
     def one_round(_: Any, x: jax.Array) -> jax.Array:
-        addend = jnp.zeros_like(x)
+        addend: jax.Array | None = None
         for layer in layers:
-            weights, gain = {"params": layer["mlp"]}, {"params": layer["post_attention_norm"]}
-            normed: Any
-            if takes_fp8(layer["mlp"]["gate"]["kernel"]):
-                x, normed = NormToFp8(config.rms_norm_eps).apply(gain, x, addend)
-            else:
-                x = x + addend
-                normed = RMSNorm(config.rms_norm_eps).apply(gain, x)
-            addend = cast(jax.Array, MLP(config).apply(weights, normed))
-        return x + addend
+            halves: Any = DecoderBlock(config).apply({"params": layer}, x, addend, method="feed_forward")
+            x, addend = halves
+        return x if addend is None else x + addend
 
     return jax.lax.fori_loop(0, rounds, one_round, x)
 

@@ -21,12 +21,15 @@ AttentionMode = Literal["prefill", "continue", "cached"]
 
 
 Weight = jax.Array | Int4Weight | TiledInt4Weight
+# What a linear layer takes: floats, or for weights that take e4m3 such activations, made already or still to be made.
+Activations = jax.Array | Fp8Activations | pallas_kernels.Source
 
 
 def apply_linears(
-    x: jax.Array | Fp8Activations,
+    x: Activations,
     weights: Sequence[Weight],
     biases: Sequence[jax.Array | None],
+    residual: jax.Array | None = None,
     *,
     input_axes: int = 1,
     out_dtype: Any,
@@ -35,9 +38,10 @@ def apply_linears(
     """``y = x · Wᵀ + bias`` over the last ``input_axes`` axes of x, for each weight, sums in float32.
 
     Args:
-      x: ``[..., *in_shape]`` float, or rounded to e4m3 for weights that take that.
+      x: ``[..., *in_shape]``.
       weights: ``[*out_shape, *in_shape]`` float, or int4 weights of those shapes.
       biases: ``out_shape`` or None, per weight.
+      residual: ``[..., *out_shape]``, to which the one weight's result is added; or None.
       input_axes: number of axes in ``in_shape``.
       out_dtype: dtype of the results.
       implementation: of the int4 product, see :mod:`pallas_kernels.dispatch`.
@@ -45,47 +49,71 @@ def apply_linears(
     Returns:
       ``[..., *out_shape]`` per weight.
     """
-    shape = x.values.shape if isinstance(x, Fp8Activations) else x.shape
+    shape = _shape(x)
     batch_shape, in_shape = shape[:-input_axes], shape[-input_axes:]
     m, k = math.prod(batch_shape), math.prod(in_shape)
-    rows = _rounded_rows(x, m, k, implementation) if any(takes_fp8(weight) for weight in weights) else None
     out_shapes = [weight.shape[:-input_axes] for weight in weights]
     flat = [None if bias is None else bias.reshape(-1) for bias in biases]
+    added = None if residual is None else residual.reshape(m, -1)
     tiled = [weight for weight in weights if isinstance(weight, TiledInt4Weight)]
     if len(tiled) == len(weights) and len({(w.group_size, w.scale_dtype) for w in tiled}) == 1:
-        assert rows is not None  # tiled weights take e4m3
         operands = [
             pallas_kernels.TiledWeight(weight.tiles, weight.tensor_scale, bias, math.prod(out_shape))
             for weight, bias, out_shape in zip(tiled, flat, out_shapes, strict=True)
         ]
-        products: Sequence[jax.Array] = pallas_kernels.int4_fp8_matmuls_tiled(
-            *rows, operands, group_size=tiled[0].group_size, scale_dtype=tiled[0].scale_dtype, out_dtype=out_dtype,
-            implementation=implementation,
-        )  # fmt: skip
+        settings: Any = {
+            "group_size": tiled[0].group_size, "scale_dtype": tiled[0].scale_dtype, "out_dtype": out_dtype,
+            "implementation": implementation,
+        }  # fmt: skip
+        products: Sequence[jax.Array]
+        if isinstance(x, Fp8Activations):
+            rows = x.values.reshape(m, k), x.scale.reshape(m)
+            products = pallas_kernels.int4_fp8_matmuls_tiled(*rows, operands, **settings)
+        else:
+            products = pallas_kernels.int4_matmuls_tiled(_source(x, k), operands, added, **settings)
+            added = None
     elif len(weights) > 1:
         each = {"input_axes": input_axes, "out_dtype": out_dtype, "implementation": implementation}
+        if not isinstance(x, jax.Array):
+            x = _rounded(x, implementation)
         return [apply_linears(x, [w], [b], **each)[0] for w, b in zip(weights, biases, strict=True)]
-    elif rows is not None:
-        weight = cast(Int4Weight, weights[0])
+    elif takes_fp8(weights[0]):
+        weight, rounded = cast(Int4Weight, weights[0]), _rounded(_source(x, k), implementation)
         products = [
             pallas_kernels.int4_fp8_matmul(
-                *rows, weight.codes, weight.scales, weight.tensor_scale, flat[0],
+                rounded.values.reshape(m, k), rounded.scale.reshape(m),
+                weight.codes, weight.scales, weight.tensor_scale, flat[0],
                 numerics=weight.numerics, out_dtype=out_dtype, implementation=implementation,
             )
         ]  # fmt: skip
     else:
         assert isinstance(x, jax.Array)  # who rounds asks takes_fp8 first
         products = [_float_product(x.reshape(m, k), weights[0], flat[0], out_dtype)]
+    if added is not None:
+        products = [added + products[0]]
     return [y.reshape(*batch_shape, *out_shape) for y, out_shape in zip(products, out_shapes, strict=True)]
 
 
-def _rounded_rows(
-    x: jax.Array | Fp8Activations, m: int, k: int, implementation: str | None
-) -> tuple[jax.Array, jax.Array]:
-    """The ``[m, k]`` e4m3 input of an int4 product, and its ``[m]`` scales."""
+def _shape(x: Activations) -> tuple[int, ...]:
     if isinstance(x, Fp8Activations):
-        return x.values.reshape(m, k), x.scale.reshape(m)
-    return pallas_kernels.quantize_rows(x.reshape(m, k), implementation=implementation)
+        return x.values.shape
+    return x.shape if isinstance(x, jax.Array) else x.arrays()[0].shape
+
+
+def _source(x: Activations, k: int) -> Any:
+    """As what products take that round for themselves, rows of k; or what is rounded already."""
+    if isinstance(x, Fp8Activations):
+        return x
+    return pallas_kernels.Unrounded(x.reshape(-1, k)) if isinstance(x, jax.Array) else x.as_matrix(k)
+
+
+def _rounded(x: Fp8Activations | pallas_kernels.Source, implementation: str | None) -> Fp8Activations:
+    """What is to be made of a source, in its shape."""
+    if isinstance(x, Fp8Activations):
+        return x
+    shape = _shape(x)
+    values, scale = pallas_kernels.round_rows(x.as_matrix(shape[-1]), implementation=implementation)
+    return Fp8Activations(values.reshape(shape), scale.reshape(shape[:-1]))
 
 
 def _float_product(x: jax.Array, weight: Weight, bias: jax.Array | None, out_dtype: Any) -> jax.Array:
@@ -124,9 +152,9 @@ class Linear(nn.Module):
         self.kernel = self._kernel()
         self.bias = self.param("bias", nn.initializers.zeros, self.out_shape) if self.use_bias else None
 
-    def __call__(self, x: jax.Array | Fp8Activations) -> jax.Array:
-        """Applies the layer."""
-        return project(x, [self])[0]
+    def __call__(self, x: Activations, residual: jax.Array | None = None) -> jax.Array:
+        """Applies the layer, and adds the result to the residual, if there is one."""
+        return project(x, [self], residual)[0]
 
     def observe(self, x: jax.Array) -> None:
         """Shows the input to a caller who collects statistics (calibration)."""
@@ -146,10 +174,10 @@ class Linear(nn.Module):
         return self.param("kernel", nn.initializers.normal(0.02), (*self.out_shape, *self.in_shape))
 
 
-def project(x: jax.Array | Fp8Activations, layers: Sequence[Linear]) -> list[jax.Array]:
-    """Linear layers of the same input, whose int4 products may then be one."""
+def project(x: Activations, layers: Sequence[Linear], residual: jax.Array | None = None) -> list[jax.Array]:
+    """Linear layers of the same input, whose int4 products may then be one; or a single one, added to a residual."""
     first = layers[0]
-    if not isinstance(x, Fp8Activations):
+    if isinstance(x, jax.Array):
         for layer in layers:
             layer.observe(x)
         x = x.astype(first.dtype)
@@ -157,6 +185,7 @@ def project(x: jax.Array | Fp8Activations, layers: Sequence[Linear]) -> list[jax
         x,
         [layer.kernel for layer in layers],
         [layer.bias for layer in layers],
+        residual,
         input_axes=len(first.in_shape),
         out_dtype=first.dtype,
         implementation=first.implementation,
@@ -179,20 +208,31 @@ class RMSNorm(nn.Module):
 
 
 class NormToFp8(nn.Module):
-    """A residual sum and its :class:`RMSNorm`, with the same leaf, rounded to e4m3 for INT4 products."""
+    """A residual sum and its :class:`RMSNorm`, with the same leaf, rounded to e4m3 for INT4 products.
+
+    One token is left to the product, which rounds it faster than a kernel could.
+    """
 
     eps: float
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, addend: jax.Array | None) -> tuple[jax.Array, Fp8Activations]:
+    def __call__(self, x: jax.Array, addend: jax.Array | None) -> tuple[jax.Array, Activations]:
         """``x + addend`` and its norm, both ``[..., hidden]``; an addend of None stands for zeros."""
         gain = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        if is_one_token(x):
+            total = x if addend is None else x + addend
+            return total, pallas_kernels.Unnormed(total, gain, self.eps)
         rows = None if addend is None else addend.reshape(-1, x.shape[-1])
         total, x8, x_scale = pallas_kernels.norm_quantize(
             x.reshape(-1, x.shape[-1]), rows, gain, eps=self.eps, implementation=self.implementation
         )
         return total.reshape(x.shape), Fp8Activations(x8.reshape(x.shape), x_scale.reshape(x.shape[:-1]))
+
+
+def is_one_token(x: jax.Array) -> bool:
+    """Whether ``[..., hidden]`` is a single token, for which there are kernels with less between them."""
+    return math.prod(x.shape[:-1]) == 1
 
 
 def rounds_input(module: nn.Module, *path: str) -> bool:
@@ -232,22 +272,24 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array | Fp8Activations,
+        x: Activations,
         rope: tuple[jax.Array, jax.Array],
         cache: LayerCache | None,
         starts: jax.Array,
         lengths: jax.Array,
         mode: AttentionMode,
+        residual: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Attends t new tokens.
 
         Args:
-          x: ``[batch, t, hidden]``, rounded already where q, k and v all take that.
+          x: ``[batch, t, hidden]``, in e4m3 where q, k and v all take that.
           rope: tables for the new tokens' positions.
           cache: this layer's, or None for plain attention among the new tokens.
           starts: ``[batch]`` int32, tokens already in the cache.
           lengths: ``[batch]`` int32, how many of the t tokens are real.
           mode: where keys and values are read.
+          residual: ``[batch, t, hidden]`` to which the result is added, or None.
 
         Returns:
           ``[batch, t, hidden]`` and the cache with the new tokens in it.
@@ -275,7 +317,7 @@ class Attention(nn.Module):
                 # Slots before the new tokens are those of the prefix, written or not in this call.
                 prefix: Any = (arrays, starts) if mode == "continue" else (None, None)
                 out = pallas_kernels.prefill_attention(*prompt, lengths, *prefix, **self._settings())
-            return output(out), Int4LayerCache(*arrays)
+            return output(out, residual), Int4LayerCache(*arrays)
 
         q, k = pallas_kernels.apply_ropes(q, k, *rope, scale, offset)
         self.sow("statistics", "queries", q)
@@ -285,7 +327,7 @@ class Attention(nn.Module):
             out = self._float_attention(q, k, v, None)
         else:
             out = self._float_attention(q, updated.k.swapaxes(1, 2), updated.v.swapaxes(1, 2), positions)
-        return output(out), updated
+        return output(out, residual), updated
 
     def _settings(self) -> dict[str, Any]:
         """What attention of either kind is told beside its arrays."""
@@ -331,8 +373,8 @@ class MLP(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array | Fp8Activations) -> jax.Array:
-        """Applies the block to ``[..., hidden]``, rounded already where gate and up both take that."""
+    def __call__(self, x: Activations, residual: jax.Array | None = None) -> jax.Array:
+        """Applies the block to ``[..., hidden]``, in e4m3 where gate and up both take that; adds it to a residual."""
 
         def linear(name: str, in_size: int, out_size: int) -> Linear:
             bias = self.config.mlp_bias
@@ -341,11 +383,9 @@ class MLP(nn.Module):
         hidden, wide = self.config.hidden_size, self.config.intermediate_size
         gate, up = project(x, [linear(name, hidden, wide) for name in ("gate", "up")])
         down = linear("down", wide, hidden)
-        if not rounds_input(self, "down"):
-            return down(nn.silu(gate) * up)
-        rows = (gate.reshape(-1, wide), up.reshape(-1, wide))
-        values, scale = pallas_kernels.gate_quantize(*rows, implementation=self.implementation)
-        return down(Fp8Activations(values.reshape(gate.shape), scale.reshape(gate.shape[:-1])))
+        if rounds_input(self, "down"):
+            return down(pallas_kernels.Ungated(gate, up), residual)
+        return down(nn.silu(gate) * up, residual)
 
 
 class DecoderBlock(nn.Module):
@@ -354,6 +394,20 @@ class DecoderBlock(nn.Module):
     config: LlamaConfig
     dtype: Any = jnp.bfloat16
     implementation: str | None = None
+
+    def setup(self) -> None:
+        """Declares the parts."""
+        shared = (self.config, self.dtype, self.implementation)
+        self.attention, self.mlp = Attention(*shared), MLP(*shared)
+        self.input_norm = self._norm("attention", "q", "k", "v")
+        self.post_attention_norm = self._norm("mlp", "gate", "up")
+
+    def _norm(self, half: str, *readers: str) -> "NormToFp8 | RMSNorm":
+        """A norm whose result has the form that a half's first projections take."""
+        eps = self.config.rms_norm_eps
+        if all(rounds_input(self, half, reader) for reader in readers):
+            return NormToFp8(eps, self.implementation)
+        return RMSNorm(eps, self.dtype)
 
     def __call__(
         self,
@@ -365,10 +419,9 @@ class DecoderBlock(nn.Module):
         mode: AttentionMode,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Applies the block to ``[batch, t, hidden]``; arguments as for :class:`Attention`."""
-        x, out, cache = self.unsummed(x, None, rope, cache, starts, lengths, mode)
-        return x + out, cache
+        x, addend, cache = self.unsummed(x, None, rope, cache, starts, lengths, mode)
+        return x if addend is None else x + addend, cache
 
-    @nn.compact
     def unsummed(
         self,
         x: jax.Array,
@@ -378,22 +431,23 @@ class DecoderBlock(nn.Module):
         starts: jax.Array,
         lengths: jax.Array,
         mode: AttentionMode,
-    ) -> tuple[jax.Array, jax.Array, LayerCache | None]:
-        """Applies the block to ``x + addend`` and leaves its own last sum to the next one's norm."""
-        shared = (self.config, self.dtype, self.implementation)
-        normed: jax.Array | Fp8Activations
-        x, normed = self._norm("input_norm", x, addend, ("attention", ("q", "k", "v")))
-        attended, cache = Attention(*shared, name="attention")(normed, rope, cache, starts, lengths, mode)
-        x, normed = self._norm("post_attention_norm", x, attended, ("mlp", ("gate", "up")))
-        return x, MLP(*shared, name="mlp")(normed), cache
+    ) -> tuple[jax.Array, jax.Array | None, LayerCache | None]:
+        """Applies the block to ``x + addend`` and may leave its own last sum to the next one's norm."""
+        x, normed = self._normed(self.input_norm, x, addend)
+        attended, cache = self.attention(normed, rope, cache, starts, lengths, mode, x if is_one_token(x) else None)
+        return *self.feed_forward(*((attended, None) if is_one_token(x) else (x, attended))), cache
 
-    def _norm(
-        self, name: str, x: jax.Array, addend: jax.Array | None, readers: tuple[str, tuple[str, ...]]
-    ) -> tuple[jax.Array, jax.Array | Fp8Activations]:
-        """A residual sum and its norm, in the form that the ``readers`` (a half's projections) take."""
-        half, projections = readers
-        eps = self.config.rms_norm_eps
-        if all(rounds_input(self, half, projection) for projection in projections):
-            return NormToFp8(eps, self.implementation, name=name)(x, addend)
+    def feed_forward(self, x: jax.Array, addend: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """The second half, of ``x + addend``; the sum of what it returns is its result."""
+        x, normed = self._normed(self.post_attention_norm, x, addend)
+        if is_one_token(x):
+            return self.mlp(normed, x), None
+        return x, self.mlp(normed)
+
+    @staticmethod
+    def _normed(norm: "NormToFp8 | RMSNorm", x: jax.Array, addend: jax.Array | None) -> tuple[jax.Array, Activations]:
+        """A residual sum and its norm."""
+        if isinstance(norm, NormToFp8):
+            return norm(x, addend)
         total = x if addend is None else x + addend
-        return total, RMSNorm(eps, self.dtype, name=name)(total)
+        return total, norm(total)

@@ -9,11 +9,13 @@ from pallas_kernels.dispatch import (
     int4_fp8_matmul,
     int4_fp8_matmul_tiled,
     int4_fp8_matmuls_tiled,
+    int4_matmuls_tiled,
     norm_quantize,
     prefill_attention,
     quantize_rows,
     rotate_and_append,
     rotate_and_round,
+    round_rows,
 )
 from pallas_kernels.packing import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
 from pallas_kernels.reference import (
@@ -30,6 +32,7 @@ from pallas_kernels.reference import (
     transpose_values,
     write_rows,
 )
+from pallas_kernels.sources import Source, Ungated, Unnormed, Unrounded
 from pallas_kernels.weight_layout import can_tile, from_tiles, to_tiles
 
 __all__ = [
@@ -37,7 +40,11 @@ __all__ = [
     "INT4_MAX",
     "INT4_MIN",
     "Numerics",
+    "Source",
     "TiledWeight",
+    "Ungated",
+    "Unnormed",
+    "Unrounded",
     "apply_ropes",
     "can_tile",
     "decode_attention",
@@ -50,6 +57,7 @@ __all__ = [
     "int4_fp8_matmul",
     "int4_fp8_matmul_tiled",
     "int4_fp8_matmuls_tiled",
+    "int4_matmuls_tiled",
     "norm_quantize",
     "pack_int4",
     "prefill_attention",
@@ -59,6 +67,7 @@ __all__ = [
     "quantize_rows",
     "rotate_and_append",
     "rotate_and_round",
+    "round_rows",
     "round_to_bf16",
     "round_to_e4m3",
     "to_tiles",

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import reference, weight_layout
 from pallas_kernels.reference import Cache, Numerics
-from pallas_kernels.tiling import DECODE_ROWS, MAX_ROW, choose_streaming
+from pallas_kernels.sources import Source, Ungated, Unnormed
+from pallas_kernels.tiling import DECODE_ROWS, MAX_ROW, choose_streaming, rounds_its_input
 
 
 # Mosaic takes a second to import, which only who runs a kernel should pay.
@@ -22,9 +23,8 @@ def _mosaic_matmul(
     from pallas_kernels import mosaic_matmul
 
     del out_dtype  # bf16, or the kernel is not selected
-    return tuple(
-        mosaic_matmul.matmul(x8, x_scale, w.tiles, w.tensor_scale, w.bias, n=w.outputs, **options) for w in weights
-    )
+    tiles, tensor_scales, biases, sizes = zip(*weights, strict=True)
+    return mosaic_matmul.matmul(x8, x_scale, tiles, tensor_scales, biases, sizes=sizes, **options)
 
 
 def _mosaic_matvec(
@@ -248,7 +248,7 @@ def int4_fp8_matmuls_tiled(
     out_dtype: Any = jnp.bfloat16,
     implementation: str | None = None,
 ) -> tuple[jax.Array, ...]:
-    """:func:`int4_fp8_matmul` with exact numerics and several weights; one kernel takes all of them for few tokens.
+    """:func:`int4_fp8_matmul` with exact numerics and several weights; one kernel takes all of them.
 
     Args:
       x8: ``[m, k]`` e4m3.
@@ -284,11 +284,85 @@ def int4_fp8_matmuls_tiled(
     share = weight_layout.share_bytes(group_size, scale_dtype)
     settings = {"group_size": group_size, "scale_dtype": jnp.dtype(scale_dtype), "out_dtype": out_dtype}
     refusals = _tiled_refusals(m, [weight.outputs for weight in weights], k, share, out_dtype)
-    if implementation is None and len(weights) > 1 and "mosaic_gpu_matvec" in refusals:
-        # Too much for one kernel: the best one for each.
-        return tuple(int4_fp8_matmuls_tiled(x8, x_scale, [weight], **settings)[0] for weight in weights)
     products: tuple[jax.Array, ...] = select(op, implementation, refusals)(x8, x_scale, weights, **settings)
     return products
+
+
+def int4_matmuls_tiled(
+    source: Source,
+    weights: Sequence[TiledWeight],
+    residual: jax.Array | None = None,
+    *,
+    group_size: int,
+    scale_dtype: Any,
+    out_dtype: Any = jnp.bfloat16,
+    implementation: str | None = None,
+) -> tuple[jax.Array, ...]:
+    """:func:`int4_fp8_matmuls_tiled` of activations that are still to be made, and added to a residual stream.
+
+    For one token that is one kernel, if ``implementation`` is None or "mosaic_gpu_matvec"; else each part has its own.
+
+    Args:
+      source: makes ``[m, k]`` e4m3 and their scales.
+      weights: at least one.
+      residual: ``[m, n]`` of ``out_dtype``, to which the rounded product of the one weight is added.
+      group_size: as there.
+      scale_dtype: as there.
+      out_dtype: as there.
+      implementation: of each part, see :func:`implementations`.
+
+    Returns:
+      ``[m, n]`` per weight.
+
+    Raises:
+      ValueError: shapes or dtypes do not belong together.
+      NotImplementedError: ``implementation`` does not exist, or takes no such shape or device.
+    """
+    op = "int4_matmuls_tiled"
+    settings = {"group_size": group_size, "scale_dtype": jnp.dtype(scale_dtype)}
+    rows = source.arrays()[0]
+    if residual is not None:
+        if len(weights) != 1:
+            raise ValueError(f"{op}: a residual goes with one weight, got {len(weights)}")
+        _require(op, "residual", residual, (rows.shape[0], weights[0].outputs), (out_dtype,))
+    if implementation in (None, "mosaic_gpu_matvec") and not _token_refusal(source, weights, out_dtype, **settings):
+        from pallas_kernels import mosaic_matvec
+
+        tiles, tensor_scales, biases, sizes = zip(*weights, strict=True)
+        return mosaic_matvec.matvec_of_token(source, tiles, tensor_scales, biases, residual, sizes=sizes, **settings)
+    rounding = None if implementation == "mosaic_gpu_matvec" else implementation
+    x8, x_scale = round_rows(source, implementation=rounding)
+    products = int4_fp8_matmuls_tiled(
+        x8, x_scale, weights, out_dtype=out_dtype, implementation=implementation, **settings
+    )  # fmt: skip
+    return products if residual is None else (residual + products[0],)
+
+
+def _token_refusal(
+    source: Source, weights: Sequence[TiledWeight], out_dtype: Any, group_size: int, scale_dtype: Any
+) -> str | None:
+    """Why no kernel rounds the source and multiplies it, if none does."""
+    m, k = source.arrays()[0].shape
+    share, sizes = weight_layout.share_bytes(group_size, scale_dtype), [weight.outputs for weight in weights]
+    if any(array.dtype != jnp.bfloat16 for array in source.arrays()[:1]) or jnp.dtype(out_dtype) != jnp.bfloat16:
+        return "activations or results are not bfloat16"
+    if not rounds_its_input(choose_streaming(m, sum(sizes), k, share), m, k):
+        return f"{m} tokens of {k} inputs are not one token of up to 16384"
+    return _tiled_refusals(m, sizes, k, share, out_dtype).get("mosaic_gpu_matvec")
+
+
+def round_rows(source: Source, *, implementation: str | None = None) -> tuple[jax.Array, jax.Array]:
+    """The e4m3 activations that a source stands for, ``[m, k]``, and their ``[m]`` float32 scales.
+
+    Raises:
+      ValueError: shapes or dtypes do not belong together.
+      NotImplementedError: ``implementation`` does not exist, or takes no such rows or device.
+    """
+    if isinstance(source, Unnormed):
+        return norm_quantize(source.values, None, source.gain, eps=source.eps, implementation=implementation)[1:]
+    if isinstance(source, Ungated):
+        return gate_quantize(source.gate, source.up, implementation=implementation)
+    return quantize_rows(source.values, implementation=implementation)
 
 
 def int4_fp8_matmul_tiled(
@@ -442,11 +516,7 @@ def prefill_attention(
     if prefix is not None and prefix_lengths is not None:
         _check_cache(op, prefix, b)
         _require(op, "prefix_lengths", prefix_lengths, (b,), (jnp.int32,))
-    refusals = _prefill_refusals(q8.shape, out_dtype)
-    if prefix is not None and implementation is None:
-        # Behind a prefix no GPU has run the kernel yet, only an emulation of one: who wants it names it.
-        refusals["mosaic_gpu"] = "there is a prefix"
-    compute = select(op, implementation, refusals)
+    compute = select(op, implementation, _prefill_refusals(q8.shape, out_dtype))
     return compute(
         q8, q_scale, k8, k_scale, v8, v_scale, lengths, prefix, prefix_lengths,
         softmax_scale=softmax_scale, out_dtype=out_dtype,

@@ -1,6 +1,6 @@
 """The register-level steps of the Hopper matmul, which :mod:`pallas_kernels.mosaic_matmul` puts in order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax.numpy as jnp
@@ -77,8 +77,8 @@ def float_address(ref: ir.Value, index: ir.Value) -> ir.Value:
 class Steps:
     """The register-level steps of one product, as functions that a Pallas kernel calls."""
 
-    def __init__(self, m: int, n: int, group_size: int, scale_dtype: Any, tiling: Tiling) -> None:
-        self.m, self.n, self.tiling = m, n, tiling
+    def __init__(self, m: int, sizes: Sequence[int], group_size: int, scale_dtype: Any, tiling: Tiling) -> None:
+        self.m, self.sizes, self.tiling = m, tuple(sizes), tiling
         self.group_size, self.scale_dtype = group_size, scale_dtype
         self.groups = TILE_K // group_size
         self.half = tiling.tokens // tiling.halves
@@ -170,13 +170,16 @@ class Steps:
         return cast(Operation, issue)
 
     def load_factors(self) -> Operation:
-        """``(token scales, tensor scale, first token) -> factors``: lane l holds those of tokens l, l + 32, ..."""
+        """``(weight, first token, token scales, *tensor scales) -> factors``: lane l has tokens l, l + 32, ..."""
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), self.scalar), return_type=self.type["factors"])
-        def load(_: Any, token_scales: Any, tensor_scale: Any, start: Any) -> Any:
+        @plgpu.inline_mgpu(
+            arg_types=(self.scalar, self.scalar, plgpu.RefType(), *[plgpu.RefType()] * len(self.sizes)),
+            return_type=self.type["factors"],
+        )
+        def load(_: Any, weight: Any, start: Any, token_scales: Any, *tensor_scales: Any) -> Any:
             lane = arith.andi(hopper.thread_in_warpgroup(), i32(31))
             always = hopper.constant(1, bits=1)
-            scale = load_if(float_address(tensor_scale, i32(0)), always)
+            scale = load_if(self._of_weight(weight, [float_address(ref, i32(0)) for ref in tensor_scales]), always)
             scale = arith.mulf(scale, f32(1 / CODE_UNIT))
             factors = []
             for i in range(-(-self.tiling.tokens // 32)):
@@ -187,21 +190,31 @@ class Steps:
 
         return cast(Operation, load)
 
-    def load_bias(self) -> Operation:
-        """``(bias, first output) -> pair``: the bias of a thread's two outputs."""
+    def _of_weight(self, weight: Any, values: Sequence[ir.Value]) -> ir.Value:
+        """Of a value per weight, that of the weight with a number that only the device knows."""
+        picked = values[0]
+        for i, value in enumerate(values[1:], start=1):
+            here = arith.cmpi(arith.CmpIPredicate.eq, weight.registers.item(), i32(i))
+            picked = arith.select(here, value, picked)
+        return picked
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), self.scalar), return_type=self.type["pair"])
-        def load(_: Any, bias: Any, start: Any) -> Any:
+    def load_bias(self) -> Operation:
+        """``(weight, first output, *biases) -> pair``: the bias of a thread's two outputs."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(self.scalar, self.scalar, *[plgpu.RefType()] * len(self.sizes)), return_type=self.type["pair"]
+        )
+        def load(_: Any, weight: Any, start: Any, *biases: Any) -> Any:
             thread = hopper.thread_in_warpgroup()
             row = arith.addi(
                 arith.muli(arith.shrui(thread, i32(5)), i32(16)), arith.andi(arith.shrui(thread, i32(2)), i32(7))
             )
             row = arith.addi(row, start.registers.item())
-            pair = []
+            pair, outputs = [], self._of_weight(weight, [i32(n) for n in self.sizes])
             for offset in (0, 8):
                 output = arith.addi(row, i32(offset))
-                exists = arith.cmpi(arith.CmpIPredicate.slt, output, i32(self.n))
-                pair.append(load_if(float_address(bias, output), exists))
+                exists = arith.cmpi(arith.CmpIPredicate.slt, output, outputs)
+                pair.append(load_if(self._of_weight(weight, [float_address(ref, output) for ref in biases]), exists))
             return hopper.pack(pair)
 
         return cast(Operation, load)

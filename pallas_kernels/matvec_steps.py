@@ -12,7 +12,7 @@ from jaxlib.mlir.dialects import arith, llvm
 from pallas_kernels import hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation, by_row, decode_scales, float_address, load_if
-from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS, SUMS_PITCH, UNIT, WARPS, Streaming
+from pallas_kernels.tiling import PIECE, STREAMING_MULTIPROCESSORS, SUMS_PITCH, UNIT, WARPS, Streaming
 from pallas_kernels.weight_layout import CODE_WORDS, SHARE_N, SHARES, TILE_K, share_bytes
 
 THREADS = 32 * WARPS
@@ -47,7 +47,7 @@ class Steps:
         self.results = -(-UNIT * 8 * self.blocks_of_tokens // (32 * cut.team))  # of a unit, that each thread adds up
         self.held = min(cut.rounds * cut.team, self.tiles)  # tiles whose inputs shared memory holds
         self.pitch = cut.inputs_pitch(k)
-        self.pieces = -(-self.m * self.held * TILE_K // (32 * THREADS))  # of 32 inputs, that each thread stages
+        self.pieces = -(-self.m * self.held * TILE_K // (PIECE * THREADS))  # of inputs, that each thread stages
         self.scalar = plgpu.Layout.WG_SPLAT(())
         containers = {
             "inputs": (8 * self.pieces, jnp.int32),
@@ -184,13 +184,13 @@ class Steps:
 
         return cast(Operation, read)
 
-    def _pieces(self) -> list[tuple[ir.Value, ir.Value, ir.Value]]:
+    def pieces_of_thread(self) -> list[tuple[ir.Value, ir.Value, ir.Value]]:
         """The token, the held input and whether there is such a token, for each piece of 32 that a thread stages."""
         pieces = []
         for at in range(0, THREADS * self.pieces, THREADS):
             piece = arith.addi(utils.thread_idx(), i32(at))
-            chunks = i32(self.held * TILE_K // 32)
-            token, column = arith.divui(piece, chunks), arith.muli(arith.remui(piece, chunks), i32(32))
+            chunks = i32(self.held * TILE_K // PIECE)
+            token, column = arith.divui(piece, chunks), arith.muli(arith.remui(piece, chunks), i32(PIECE))
             pieces.append((token, column, arith.cmpi(arith.CmpIPredicate.ult, token, i32(self.m))))
         return pieces
 
@@ -203,7 +203,7 @@ class Steps:
             source = llvm.ptrtoint(i64, utils.memref_ptr(x))
             start = arith.muli(first.registers.item(), i32(TILE_K))
             words = []
-            for token, column, here in self._pieces():
+            for token, column, here in self.pieces_of_thread():
                 column = arith.addi(start, column)
                 inside = arith.andi(here, arith.cmpi(arith.CmpIPredicate.ult, column, i32(self.k)))
                 row = arith.muli(arith.extui(i64, token), hopper.constant(self.k, bits=64))
@@ -229,7 +229,7 @@ class Steps:
         def put(_: Any, inputs: Any, held: Any) -> Any:
             word = ir.IntegerType.get_signless(32)
             target, words = hopper.shared_address(held), hopper.unpack(inputs)
-            for i, (token, column, here) in enumerate(self._pieces()):
+            for i, (token, column, here) in enumerate(self.pieces_of_thread()):
                 if self.cut.halves:
                     within = arith.muli(column, i32(2))
                 else:
@@ -325,25 +325,29 @@ class Steps:
         at = [arith.addi(in_team, i32(i * 32 * self.team)) for i in range(self.results)]
         return [(arith.shrui(i, i32(4)), arith.andi(i, i32(UNIT - 1))) for i in at]
 
-    def load_factors(self) -> Operation:
-        """``(token scales, *tensor scales) -> factors``: those of a thread's results, then those of the weights."""
+    def load_factors(self, has_token_scales: bool) -> Operation:
+        """``([token scales,] *tensor scales) -> factors``: those of a thread's results, or 1, then the weights'."""
 
-        @plgpu.inline_mgpu(arg_types=[plgpu.RefType()] * (1 + len(self.sizes)), return_type=self.type["factors"])
-        def load(_: Any, token_scales: Any, *tensor_scales: Any) -> Any:
-            factors = []
-            for token, _ in self._results(utils.thread_idx()):
+        @plgpu.inline_mgpu(
+            arg_types=[plgpu.RefType()] * (has_token_scales + len(self.sizes)), return_type=self.type["factors"]
+        )
+        def load(_: Any, *refs: Any) -> Any:
+            token_scales, tensor_scales = refs[:has_token_scales], refs[has_token_scales:]
+            factors = [f32(1)] * self.results
+            for i, (token, _) in enumerate(self._results(utils.thread_idx()) if token_scales else []):
                 exists = arith.cmpi(arith.CmpIPredicate.ult, token, i32(self.m))
-                factors.append(load_if(float_address(token_scales, token), exists))
+                factors[i] = load_if(float_address(token_scales[0], token), exists)
             # Not multiplied here: nothing should wait for these loads yet.
             always = hopper.constant(1, bits=1)
             return hopper.pack([*factors, *(load_if(float_address(ref, i32(0)), always) for ref in tensor_scales)])
 
         return cast(Operation, load)
 
-    def finish(self, has_bias: bool, parts: int) -> Operation:
-        """``(sums, partial sums, factors, first unit, part, [sums of units, turn,] *outputs, *biases) -> ()``.
+    def finish(self, has_bias: bool, parts: int, has_residual: bool = False) -> Operation:
+        """``(sums, partial, factors, first unit, part, [units' sums, turn], [residual], *outputs, *biases) -> ()``.
 
-        Adds up the sums of a team's warps, in their order, and those of the parts before; of the last part, writes y.
+        Adds up the sums of a team's warps, in their order, and those of the parts before; of the last part, writes y,
+        or in bf16 the residual plus that.
         """
         tokens = 8 * self.blocks_of_tokens
 
@@ -351,13 +355,14 @@ class Steps:
             arg_types=(
                 self.layout["sums"], plgpu.RefType(), self.layout["factors"], self.scalar, self.scalar,
                 *([plgpu.RefType(), self.scalar] if parts > 1 else []),
-                *[plgpu.RefType()] * (len(self.sizes) * (1 + has_bias)),
+                *[plgpu.RefType()] * (has_residual + len(self.sizes) * (1 + has_bias)),
             ),
             return_type=(),
         )  # fmt: skip
         def write(_: Any, sums: Any, partial: Any, factors: Any, unit: Any, part: Any, *rest: Any) -> Any:
             i64, word, single = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32), ir.F32Type.get()
             before, rest = (rest[:2], rest[2:]) if parts > 1 else ((), rest)
+            residual, rest = rest[:has_residual], rest[has_residual:]
             thread = utils.thread_idx()
             lane, warp = arith.andi(thread, i32(31)), arith.shrui(thread, i32(5))
             team, _ = self._in_team(thread)
@@ -378,16 +383,19 @@ class Steps:
             for token, output in self._results(thread):
                 place = arith.addi(first, output)
                 here = arith.andi(arith.cmpi(arith.CmpIPredicate.ult, token, i32(self.m)), exists)
-                offset_of_output = None
+                offset_of_output = addend = None
                 if biases is not None:
                     address = arith.addi(biases, arith.extui(i64, arith.muli(place, i32(4))))
                     offset_of_output = load_if(address, here)
-                results.append((token, output, place, here, offset_of_output))
+                index = arith.addi(arith.muli(token, width), place)
+                if residual:
+                    addend = load_bf16_if(hopper.global_address(residual[0], 2, (index, 1)), here)
+                results.append((token, output, index, here, offset_of_output, addend))
             hopper.asm(f"bar.sync $0, {32 * self.team};", "r", [arith.addi(team, i32(1))], [])
             load = "{{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.f32 $0, 0f00000000; @p ld.shared.f32 $0, [$1+{}]; }}"
             of_tokens, of_weights = hopper.unpack(factors)[: self.results], hopper.unpack(factors)[self.results :]
             of_all = arith.mulf(self._of_weight(unit, of_weights), f32(1 / HALF_CODE_UNIT))
-            for factor, (token, output, place, here, offset_of_output) in zip(of_tokens, results, strict=True):
+            for factor, (token, output, index, here, offset_of_output, addend) in zip(of_tokens, results, strict=True):
                 element = arith.addi(arith.muli(token, i32(SUMS_PITCH)), output)
                 of_team = arith.addi(element, arith.muli(team, i32(self.team * SUMS_PITCH * tokens)))
                 address = arith.addi(base, arith.muli(of_team, i32(4)))
@@ -416,7 +424,9 @@ class Steps:
                 result = arith.mulf(total, arith.mulf(factor, of_all))
                 if offset_of_output is not None:
                     result = arith.addf(result, offset_of_output)
-                index = arith.addi(arith.muli(token, width), place)
+                if addend is not None:
+                    rounded = arith.shli(hopper.to_bf16x2(result, f32(0)), i32(16))
+                    result = arith.addf(addend, arith.bitcast(single, rounded))
                 offset = arith.muli(arith.extui(i64, index), hopper.constant(self.out_size, bits=64))
                 store = "cvt.rn.bf16.f32 b, $1; @p st.global.b16 [$0], b;"
                 if self.out_size == 4:
@@ -440,6 +450,16 @@ def to_halves(word: ir.Value) -> list[ir.Value]:
     """The lower and the upper two of four e4m3 as float16."""
     convert = "{{ .reg .b16 l, h; mov.b32 {{l, h}}, $1; cvt.rn.f16x2.e4m3x2 $0, {}; }}"
     return [hopper.pure_asm(convert.format(part), "=r,r", [word], word.type) for part in "lh"]
+
+
+def load_bf16_if(address: ir.Value, condition: ir.Value) -> ir.Value:
+    """A bf16 of global memory as float32, or 0 where the condition does not hold."""
+    load = (
+        "{ .reg .pred p; .reg .b16 z, h; setp.ne.b32 p, $2, 0; mov.b16 z, 0; mov.b16 h, 0; "
+        "@p ld.global.nc.b16 h, [$1]; mov.b32 $0, {z, h}; }"
+    )
+    flag = arith.extui(ir.IntegerType.get_signless(32), condition)
+    return hopper.asm(load, "=f,l,r", [address, flag], [ir.F32Type.get()])[0]
 
 
 def store_if(address: ir.Value, offset: int, words: Sequence[ir.Value], condition: ir.Value) -> None:

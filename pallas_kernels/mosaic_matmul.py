@@ -6,7 +6,9 @@ e4m3 in registers, and activations the second, read from shared memory. So it se
 """
 
 import functools
+import itertools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -20,24 +22,45 @@ from pallas_kernels.tiling import BLOCK_N, STREAMING_MULTIPROCESSORS, WARPGROUPS
 from pallas_kernels.weight_layout import TILE_K, TILE_N, tile_shape
 
 
-def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_bias: bool, t: Tiling) -> Operation:
-    """The kernel for one shape: ``(x8, x_scale, tiles, tensor_scale [1], bias [n] or [1]) -> y [m, n]`` bf16."""
-    ops = Steps(m, n, group_size, scale_dtype, t)
+def make_kernel(
+    m: int, sizes: tuple[int, ...], k: int, group_size: int, scale_dtype: Any, has_bias: bool, t: Tiling
+) -> Operation:
+    """The kernel for one shape: ``(x8, x_scale, *tiles, *tensor_scales [1], *biases [n] if any) -> *y [m, n]`` bf16."""
+    ops = Steps(m, sizes, group_size, scale_dtype, t)
+    weights = len(sizes)
     steps = -(-k // TILE_K)
     parts = t.split * t.teams
     if parts > 1:  # every part takes as many steps; those behind the last one read zeros
         steps = math.ceil(steps / (parts * t.unroll)) * t.unroll
-    rows, token_tiles = -(-n // BLOCK_N), -(-m // t.tokens)
+    ends_of_rows = list(itertools.accumulate(-(-n // BLOCK_N) for n in sizes))  # counted through all weights
+    rows, token_tiles = ends_of_rows[-1], -(-m // t.tokens)
     row_groups = -(-rows // t.share)
     tiles = row_groups * token_tiles
     persistent = t.persistent and parts == 1
     blocks = min(STREAMING_MULTIPROCESSORS // t.share, tiles) if persistent else tiles
     cluster = t.share * t.split
 
-    def body(
-        x: Any, x_scale: Any, w: Any, tensor_scale: Any, bias: Any, y: Any,
-        x_smem: Any, w_smem: Any, y_smem: Any, full: Any, empty: Any, received: Any = None,
-    ) -> None:  # fmt: skip
+    def of_weight(row: Any) -> tuple[Any, Any]:
+        """The weight that a row of blocks belongs to, and its number there."""
+        weight, first = jnp.int32(0), jnp.int32(0)
+        for end in ends_of_rows[:-1]:
+            weight += (row >= end).astype(jnp.int32)
+            first = jnp.where(row >= end, end, first)
+        return weight, row - first
+
+    def for_weight(weight: Any, do: Callable[[int], None]) -> None:
+        """Calls ``do`` with the number of a weight that only the device knows."""
+        for i in range(weights):
+            if weights == 1:
+                do(i)
+            else:
+                pl.when(weight == i)(functools.partial(do, i))
+
+    def body(x: Any, x_scale: Any, *refs: Any) -> None:
+        ends = itertools.accumulate((weights, weights, weights * has_bias, weights), initial=0)
+        w, tensor_scales, biases, y = (refs[start:end] for start, end in itertools.pairwise(ends))
+        x_smem, w_smem, y_smem, full, empty, *rest = refs[len(refs) - len(scratch) :]
+        received: Any = rest[0] if rest else None
         block, warpgroup = jax.lax.axis_index("block"), jax.lax.axis_index("warpgroup")
         peer = jax.lax.axis_index("peer") if cluster > 1 else jnp.int32(0)
         side, team = jax.lax.rem(warpgroup, jnp.int32(WARPGROUPS)), jax.lax.div(warpgroup, jnp.int32(WARPGROUPS))
@@ -66,6 +89,7 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
 
             def produce_tile(i: Any, _: None) -> None:
                 row, token = tile_of(i)
+                weight, row = of_weight(row)
 
                 def produce_step(s: Any, _: None) -> None:
                     slot, at = slot_of(i, s), first_step + s
@@ -78,9 +102,12 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
                         x.at[pl.ds(token * t.tokens, t.tokens), pl.ds(at * TILE_K, TILE_K)], x_smem.at[slot],
                         full.at[slot], collective_axes="peer" if t.share > 1 else None,
                     )  # fmt: skip
-                    plgpu.copy_gmem_to_smem(
-                        w.at[pl.ds(row * WARPGROUPS, WARPGROUPS), at], w_smem.at[slot], full.at[slot]
-                    )
+
+                    def copy_weight(i: int) -> None:
+                        tiles = w[i].at[pl.ds(row * WARPGROUPS, WARPGROUPS), at]
+                        plgpu.copy_gmem_to_smem(tiles, w_smem.at[slot], full.at[slot])
+
+                    for_weight(weight, copy_weight)
 
                 jax.lax.fori_loop(0, steps * t.teams, produce_step, None)
 
@@ -96,8 +123,9 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
 
         def compute_tile(i: Any, _: None) -> None:
             row, token = tile_of(i)
+            weight, row = of_weight(row)
             output = row * BLOCK_N + side * TILE_N
-            factors = ops.load_factors()(x_scale, tensor_scale, token * t.tokens)
+            factors = ops.load_factors()(weight, token * t.tokens, x_scale, *tensor_scales)
             ones = plgpu.layout_cast(jnp.ones((256,), jnp.float32), ops.layout["pair"])
 
             def slot(s: Any) -> Any:
@@ -158,14 +186,16 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
 
             def write(accumulators: Any, unit: Any) -> None:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                offsets = [ops.load_bias()(bias, output)] if has_bias else []
+                offsets = [ops.load_bias()(weight, output, *biases)] if has_bias else []
                 for h in range(t.halves):
                     ops.store(h, has_bias)(accumulators[h], unit, factors, y_smem.at[side], *offsets)
                     plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(
-                        y_smem.at[side, pl.ds(h * ops.half, ops.half)],
-                        y.at[pl.ds(token * t.tokens + h * ops.half, ops.half), pl.ds(output, TILE_N)],
-                    )
+                    done, tokens = y_smem.at[side, pl.ds(h * ops.half, ops.half)], token * t.tokens + h * ops.half
+
+                    def copy_results(i: int, done: Any = done, tokens: Any = tokens) -> None:
+                        plgpu.copy_smem_to_gmem(done, y[i].at[pl.ds(tokens, ops.half), pl.ds(output, TILE_N)])
+
+                    for_weight(weight, copy_results)
 
             if parts == 1:
                 write(accumulators, unit)
@@ -240,7 +270,7 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
     cluster_axis: dict[str, Any] = {"cluster": (cluster,), "cluster_names": ("peer",)} if cluster > 1 else {}
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((m, n), jnp.bfloat16),
+        out_type=tuple(jax.ShapeDtypeStruct((m, n), jnp.bfloat16) for n in sizes),
         scratch_types=scratch,
         grid=(blocks,),
         grid_names=("block",),
@@ -253,39 +283,51 @@ def make_kernel(m: int, n: int, k: int, group_size: int, scale_dtype: Any, has_b
     return cast(Operation, kernel)
 
 
-@functools.partial(jax.jit, static_argnames=("n", "group_size", "scale_dtype", "tiling"))
+@functools.partial(jax.jit, static_argnames=("sizes", "group_size", "scale_dtype", "tiling"))
 def matmul(
     x8: jax.Array,
     x_scale: jax.Array,
-    tiles: jax.Array,
-    tensor_scale: jax.Array,
-    bias: jax.Array | None = None,
+    tiles: Sequence[jax.Array],
+    tensor_scales: Sequence[jax.Array],
+    biases: Sequence[jax.Array | None],
     *,
-    n: int,
+    sizes: tuple[int, ...],
     group_size: int,
     scale_dtype: Any,
     tiling: Tiling | None = None,
-) -> jax.Array:
-    """``y[m, n] = x_scale[m] · tensor_scale · Σ_k x8[m, k] · W[n, k] + bias[n]`` with exact group scales.
+) -> tuple[jax.Array, ...]:
+    """``y[m, n] = x_scale[m] · tensor_scale · Σ_k x8[m, k] · W[n, k] + bias[n]`` of several W, with exact group scales.
 
     Args:
       x8: ``[m, k]`` e4m3.
       x_scale: ``[m]`` float32.
-      tiles: int32, what :func:`pallas_kernels.weight_layout.to_tiles` makes of the weight.
-      tensor_scale: scalar float32.
-      bias: ``[n]`` float, or None.
-      n: outputs, a multiple of 64.
+      tiles: int32, per weight what :func:`pallas_kernels.weight_layout.to_tiles` makes of it.
+      tensor_scales: per weight, scalar float32.
+      biases: per weight ``[n]`` float, or None.
+      sizes: outputs n of each weight, multiples of 64.
       group_size: 32, 64 or 128, a divisor of k.
       scale_dtype: of the group scales in ``tiles``, e4m3 or bf16.
       tiling: chosen by :func:`choose_tiling` if None.
 
     Returns:
-      ``[m, n]`` bf16. Sums run in the tensor core's accumulators, which keep fewer bits than float32.
+      Per weight ``[m, n]`` bf16. Sums run in the tensor core's accumulators, which keep fewer bits than float32.
     """
     m, k = x8.shape
     if tiling is None:
         rows, columns = tile_shape(group_size, scale_dtype)
-        tiling = choose_tiling(m, n, k, 4 * rows * columns)
-    kernel = make_kernel(m, n, k, group_size, jnp.dtype(scale_dtype), bias is not None, tiling)
-    offsets = jnp.zeros((1,), jnp.float32) if bias is None else bias.astype(jnp.float32)
-    return cast(jax.Array, kernel(x8, x_scale, tiles, tensor_scale.reshape(1), offsets))
+        whole_blocks = sum(-(-n // BLOCK_N) * BLOCK_N for n in sizes)
+        tiling = choose_tiling(m, whole_blocks, k, 4 * rows * columns)
+    has_bias = any(bias is not None for bias in biases)
+    kernel = make_kernel(m, sizes, k, group_size, jnp.dtype(scale_dtype), has_bias, tiling)
+    return tuple(kernel(x8, x_scale, *tiles, *as_vectors(sizes, tensor_scales, biases)))
+
+
+def as_vectors(
+    sizes: Sequence[int], tensor_scales: Sequence[jax.Array], biases: Sequence[jax.Array | None]
+) -> list[jax.Array]:
+    """What the kernels take beside the weights: scales ``[1]`` and, if there is any bias, one ``[n]`` for each."""
+    scales = [scale.reshape(1) for scale in tensor_scales]
+    if all(bias is None for bias in biases):
+        return scales
+    zeros = [jnp.zeros((n,), jnp.float32) for n in sizes]
+    return scales + [z if bias is None else bias.astype(jnp.float32) for z, bias in zip(zeros, biases, strict=True)]

@@ -21,7 +21,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.matvec_steps import Steps
-from pallas_kernels.tiling import SUMS_PITCH, WARPS, Streaming, choose_streaming
+from pallas_kernels.mosaic_matmul import as_vectors
+from pallas_kernels.sources import Source
+from pallas_kernels.tiling import SUMS_PITCH, WARPS, Streaming, choose_streaming, rounds_its_input
+from pallas_kernels.token_steps import TokenSteps
 from pallas_kernels.weight_layout import share_bytes
 
 
@@ -34,16 +37,23 @@ def make_kernel(
     out_dtype: Any,
     has_bias: bool,
     cut: Streaming,
+    source: Source | None = None,
+    has_residual: bool = False,
 ) -> Operation:
-    """The kernel for one shape: ``(x8, x_scale, *tiles, *tensor_scales [1], *biases [n] if any) -> *y [m, n]``."""
+    """The kernel for one shape: ``(*inputs, *tiles, *tensor_scales [1], *biases [n] if any) -> *y [m, n]``.
+
+    Inputs are ``x8, x_scale``, or the arrays of a source; and the residual, if there is one.
+    """
     ops = Steps(m, sizes, k, group_size, scale_dtype, out_dtype, cut)
+    unrounded = None if source is None else TokenSteps(ops, source)
     parts, turns = cut.parts(k), cut.turns(sum(sizes))
     weights = len(sizes)
     sums_size = SUMS_PITCH * 8 * ops.blocks_of_tokens
 
-    def body(x: Any, x_scale: Any, *refs: Any) -> None:
-        ends = itertools.accumulate((weights, weights, weights * has_bias, weights), initial=0)
-        w, tensor_scales, biases, y = (refs[start:end] for start, end in itertools.pairwise(ends))
+    def body(*refs: Any) -> None:
+        counts = (2 if source is None else len(source.arrays()), has_residual, weights, weights, weights * has_bias)
+        ends = itertools.accumulate((*counts, weights), initial=0)
+        of_x, residual, w, tensor_scales, biases, y = (refs[start:end] for start, end in itertools.pairwise(ends))
         held, partial, slots, arrivals, *kept = refs[len(refs) - len(scratch) :]
         block = jax.lax.axis_index("block")
 
@@ -66,12 +76,18 @@ def make_kernel(
 
         ops.open_slots()(arrivals)
         # First, for all waits for the inputs, and what is read behind many tiles arrives behind them.
-        inputs = ops.load_inputs()(x, jnp.int32(0))
-        factors = ops.load_factors()(x_scale, *tensor_scales)
+        if unrounded is None:
+            inputs = ops.load_inputs()(of_x[0], jnp.int32(0))
+            factors = ops.load_factors(True)(of_x[1], *tensor_scales)
+        else:
+            raw = unrounded.load()(*of_x)
+            factors = ops.load_factors(False)(*tensor_scales)
         to_read = (jnp.int32(0),) * 3
         for slot in range(cut.slots):
             request(to_read, jnp.int32(slot))
             to_read = after(to_read)
+        if unrounded is not None:
+            inputs, factors = unrounded.round()(raw, factors, partial.at[0], partial.at[1])
         ops.hold_inputs()(inputs, held)
         ops.barrier()()
 
@@ -83,7 +99,7 @@ def make_kernel(
                 @pl.when((turn == 0) & (at_round == 0) & (part > 0))
                 def next_part() -> None:
                     ops.barrier()()
-                    ops.hold_inputs()(ops.load_inputs()(x, part * cut.rounds * cut.team), held)
+                    ops.hold_inputs()(ops.load_inputs()(of_x[0], part * cut.rounds * cut.team), held)
                     ops.barrier()()
 
             codes, scales = ops.take()(slots, arrivals, slot, parity, (part * cut.rounds + at_round) * cut.team)
@@ -94,8 +110,8 @@ def make_kernel(
             def unit_done() -> None:
                 odd = jax.lax.rem(part * turns + turn, jnp.int32(2))
                 before = [*kept, turn] if parts > 1 else []
-                finish = ops.finish(has_bias, parts)
-                finish(sums, partial.at[odd], factors, unit(turn), part, *before, *y, *biases)
+                finish = ops.finish(has_bias, parts, has_residual)
+                finish(sums, partial.at[odd], factors, unit(turn), part, *before, *residual, *y, *biases)
 
             slot += 1
             parity = jnp.where(slot == cut.slots, 1 - parity, parity)
@@ -126,6 +142,47 @@ def make_kernel(
         kernel_name="int4_matvec",
     )
     return cast(Operation, kernel)
+
+
+@functools.partial(jax.jit, static_argnames=("sizes", "group_size", "scale_dtype"))
+def matvec_of_token(
+    source: Source,
+    tiles: Sequence[jax.Array],
+    tensor_scales: Sequence[jax.Array],
+    biases: Sequence[jax.Array | None],
+    residual: jax.Array | None,
+    *,
+    sizes: tuple[int, ...],
+    group_size: int,
+    scale_dtype: Any,
+) -> tuple[jax.Array, ...]:
+    """:func:`matvec` of one token, which is rounded in the kernel, and bf16 results.
+
+    Every block rounds all of it for itself, in the time that its first weights take to come.
+
+    Args:
+      source: of one bf16 row, up to 16384 inputs; the gain of a norm may be float32.
+      tiles: as there.
+      tensor_scales: as there.
+      biases: as there.
+      residual: ``[1, n]`` bf16 that is added to the (rounded) product of the one weight; None for none.
+      sizes: as there.
+      group_size: as there.
+      scale_dtype: as there.
+
+    Returns:
+      Per weight ``[1, n]``.
+    """
+    k = source.arrays()[0].shape[1]
+    cut = choose_streaming(1, sum(sizes), k, share_bytes(group_size, scale_dtype))
+    assert rounds_its_input(cut, 1, k)  # the caller has seen to that
+    has_bias = any(bias is not None for bias in biases)
+    kernel = make_kernel(
+        1, sizes, k, group_size, jnp.dtype(scale_dtype), jnp.dtype(jnp.bfloat16), has_bias, cut,
+        source, residual is not None,
+    )  # fmt: skip
+    beside = [] if residual is None else [residual]
+    return tuple(kernel(*source.arrays(), *beside, *tiles, *as_vectors(sizes, tensor_scales, biases)))
 
 
 @functools.partial(jax.jit, static_argnames=("sizes", "group_size", "scale_dtype", "out_dtype", "cut"))
@@ -169,8 +226,4 @@ def matvec(
         raise NotImplementedError(f"{m} tokens by {n} outputs by {k} inputs do not suit the kernel for few tokens")
     has_bias = any(bias is not None for bias in biases)
     kernel = make_kernel(m, sizes, k, group_size, jnp.dtype(scale_dtype), jnp.dtype(out_dtype), has_bias, cut)
-    offsets = []
-    if has_bias:
-        zeros = [jnp.zeros((size,), jnp.float32) for size in sizes]
-        offsets = [z if bias is None else bias.astype(jnp.float32) for z, bias in zip(zeros, biases, strict=True)]
-    return tuple(kernel(x8, x_scale, *tiles, *(scale.reshape(1) for scale in tensor_scales), *offsets))
+    return tuple(kernel(x8, x_scale, *tiles, *as_vectors(sizes, tensor_scales, biases)))

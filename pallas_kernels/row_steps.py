@@ -101,12 +101,7 @@ class Steps:
         @plgpu.inline_mgpu(arg_types=(self.layout, plgpu.RefType(), plgpu.RefType()), return_type=self.type)
         def normalize(_: Any, values: Any, gain: Any, scratch: Any) -> Any:
             registers, gains = hopper.unpack(values), self._read(gain, None, gain_dtype)
-            squares = balanced([arith.mulf(r, r) for r in registers], arith.addf)
-            total = across_block(squares, scratch, self.warps, arith.addf)
-            mean = arith.addf(arith.mulf(total, f32(1 / self.k)), f32(eps))
-            inverse = hopper.pure_asm("rsqrt.approx.f32 $0, $1;", "=f,f", [mean], mean.type)
-            scaled = [arith.mulf(arith.mulf(r, inverse), g) for r, g in zip(registers, gains, strict=True)]
-            return hopper.pack([value for w in to_words(scaled) for value in from_bf16x2(w)])
+            return hopper.pack(normalized(registers, gains, self.k, eps, scratch, self.warps))
 
         return cast(Operation, normalize)
 
@@ -115,13 +110,7 @@ class Steps:
 
         @plgpu.inline_mgpu(arg_types=(self.layout, plgpu.RefType(), self.scalar), return_type=self.type)
         def gate(_: Any, values: Any, up: Any, row: Any) -> Any:
-            results = []
-            for g, u in zip(hopper.unpack(values), self._read(up, row.registers.item()), strict=True):
-                power = arith.mulf(g, f32(-1 / math.log(2)))
-                sigmoid = arith.addf(hopper.exp2(power), f32(1))
-                sigmoid = hopper.pure_asm("rcp.approx.ftz.f32 $0, $1;", "=f,f", [sigmoid], g.type)
-                results.append(arith.mulf(arith.mulf(g, sigmoid), u))
-            return hopper.pack(results)
+            return hopper.pack(gated(hopper.unpack(values), self._read(up, row.registers.item())))
 
         return cast(Operation, gate)
 
@@ -132,16 +121,8 @@ class Steps:
             arg_types=(self.layout, plgpu.RefType(), plgpu.RefType(), plgpu.RefType(), self.scalar), return_type=()
         )
         def quantize(_: Any, values: Any, x8: Any, x_scale: Any, scratch: Any, row: Any) -> Any:
-            word = ir.IntegerType.get_signless(32)
-            registers, row = hopper.unpack(values), row.registers.item()
-            scale = e4m3_scale(across_block(largest_magnitude(registers), scratch, self.warps, hopper.maximum_or_nan))
-            packed, quotients = [], hopper.divide_all(registers, scale)
-            for i in range(0, len(registers), 4):
-                convert = (
-                    "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; "
-                    "mov.b32 $0, {l, h}; }"
-                )
-                packed.append(hopper.pure_asm(convert, "=r,f,f,f,f", quotients[i : i + 4], word))
+            word, row = ir.IntegerType.get_signless(32), row.registers.item()
+            packed, scale = rounded_to_e4m3(hopper.unpack(values), scratch, self.warps)
             self._write(x8, row, packed, 1)
             place = hopper.global_address(x_scale, 4, (row, 1))
             first = arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), i32(0))
@@ -152,6 +133,44 @@ class Steps:
             return ()
 
         return cast(Operation, quantize)
+
+
+def normalized(
+    registers: Sequence[ir.Value], gains: Sequence[ir.Value], k: int, eps: float, scratch: Any, warps: int
+) -> list[ir.Value]:
+    """``x / sqrt(mean(x²) + eps) · gain``, rounded to bf16, of a row of k that a block's threads hold."""
+    squares = balanced([arith.mulf(r, r) for r in registers], arith.addf)
+    total = across_block(squares, scratch, warps, arith.addf)
+    mean = arith.addf(arith.mulf(total, f32(1 / k)), f32(eps))
+    inverse = hopper.pure_asm("rsqrt.approx.f32 $0, $1;", "=f,f", [mean], mean.type)
+    scaled = [arith.mulf(arith.mulf(r, inverse), g) for r, g in zip(registers, gains, strict=True)]
+    return [value for w in to_words(scaled) for value in from_bf16x2(w)]
+
+
+def gated(gates: Sequence[ir.Value], ups: Sequence[ir.Value]) -> list[ir.Value]:
+    """``silu(gate) · up`` in float32."""
+    results = []
+    for gate, up in zip(gates, ups, strict=True):
+        power = arith.mulf(gate, f32(-1 / math.log(2)))
+        sigmoid = arith.addf(hopper.exp2(power), f32(1))
+        sigmoid = hopper.pure_asm("rcp.approx.ftz.f32 $0, $1;", "=f,f", [sigmoid], gate.type)
+        results.append(arith.mulf(arith.mulf(gate, sigmoid), up))
+    return results
+
+
+def rounded_to_e4m3(registers: Sequence[ir.Value], scratch: Any, warps: int) -> tuple[list[ir.Value], ir.Value]:
+    """Words of four e4m3 and their scale, for a row that a block's threads hold."""
+    word = ir.IntegerType.get_signless(32)
+    scale = e4m3_scale(across_block(largest_magnitude(registers), scratch, warps, hopper.maximum_or_nan))
+    convert = (
+        "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; "
+        "mov.b32 $0, {l, h}; }"
+    )
+    quotients = hopper.divide_all(registers, scale)
+    packed = [
+        hopper.pure_asm(convert, "=r,f,f,f,f", quotients[i : i + 4], word) for i in range(0, len(quotients), 4)
+    ]  # fmt: skip
+    return packed, scale
 
 
 def from_bf16x2(word: ir.Value) -> list[ir.Value]:

@@ -1,6 +1,7 @@
 """How the Hopper kernels are cut into pieces."""
 
 import dataclasses
+from typing import TypeGuard
 
 from pallas_kernels.weight_layout import SHARE_N, TILE_K, TILE_N
 
@@ -11,6 +12,7 @@ STREAMING_MULTIPROCESSORS = 132
 FEW_TOKENS = 16  # that the matvec kernel takes at most
 UNIT = SHARE_N  # outputs that the matvec kernel's warps make together
 WARPS = 16  # of a block of the matvec kernel
+PIECE = 32  # inputs that a thread of the matvec kernel puts into shared memory at a time
 # Of partial sums, from a token's 16 outputs to the next one's: so that neither who writes nor who adds them up finds
 # many in one bank.
 SUMS_PITCH = 20
@@ -122,6 +124,11 @@ class Streaming:
             self.turns(n) * WARPS // self.team * sums if self.parts(k) > 1 else 0,
         ]
         return sum(-(-size // 1024) * 1024 for size in arrays)
+
+
+def rounds_its_input(cut: Streaming | None, m: int, k: int) -> TypeGuard[Streaming]:
+    """Whether the matvec kernel can take the inputs before their rounding: one token's, at most a piece per thread."""
+    return m == 1 and cut is not None and cut.parts(k) == 1 and -(-k // TILE_K) * TILE_K <= 32 * WARPS * PIECE
 
 
 def choose_streaming(m: int, n: int, k: int, share: int) -> Streaming | None:

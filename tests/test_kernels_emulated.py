@@ -40,6 +40,18 @@ def test_matvec(m, n, k, group_size, scale_dtype, cut):
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-6 * np.abs(expected).max())
 
 
+def several_weights(sizes, k, biased, x, x_scale):
+    """Tiles, tensor scales and biases of weights, and the float64 products."""
+    tiles, biases, expected = [], [], []
+    for i, n in enumerate(sizes):
+        values, scales = random_weight(i, n, k, 128, E4M3)
+        tiles.append(pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales))
+        bias = jnp.asarray(np.random.default_rng(i).normal(size=n) * 100, jnp.float32) if i in biased else None
+        biases.append(bias)
+        expected.append(product(x, x_scale, values, scales, 2.0**i, bias))
+    return (tiles, [jnp.float32(2**i) for i in range(len(sizes))], biases), expected
+
+
 @pytest.mark.parametrize(
     ("m", "sizes", "k", "cut", "biased"),
     [
@@ -51,17 +63,10 @@ def test_matvec(m, n, k, group_size, scale_dtype, cut):
 )
 def test_matvec_of_several_weights(m, sizes, k, cut, biased):
     x, x_scale = random_tokens(m + 1, m, k)
-    tiles, biases, expected = [], [], []
-    for i, n in enumerate(sizes):
-        values, scales = random_weight(i, n, k, 128, E4M3)
-        tiles.append(pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales))
-        bias = jnp.asarray(np.random.default_rng(i).normal(size=n) * 100, jnp.float32) if i in biased else None
-        biases.append(bias)
-        expected.append(product(x, x_scale, values, scales, 2.0**i, bias))
-    tensor_scales = [jnp.float32(2**i) for i in range(len(sizes))]
+    weights, expected = several_weights(sizes, k, biased, x, x_scale)
     with emulated(mosaic_matvec, matvec_steps, matmul_steps):
         results = mosaic_matvec.matvec(
-            x, x_scale, tiles, tensor_scales, biases, sizes=sizes, group_size=128, scale_dtype=E4M3,
+            x, x_scale, *weights, sizes=sizes, group_size=128, scale_dtype=E4M3,
             out_dtype=jnp.float32 if m == 3 else BF16, cut=cut,
         )  # fmt: skip
     for y, exact in zip(results, expected, strict=True):  # tolerances as above; float32 results have but that of sums
@@ -85,13 +90,33 @@ def test_matmul(m, n, k, group_size, scale_dtype, how):
     tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
     bias = jnp.asarray(np.random.default_rng(5).normal(size=n) * 100, jnp.float32)
     with emulated(mosaic_matmul, matmul_steps):
-        y = mosaic_matmul.matmul(
-            x, x_scale, tiles, jnp.float32(0.5), bias, n=n, group_size=group_size, scale_dtype=scale_dtype, tiling=how
-        )
+        [y] = mosaic_matmul.matmul(
+            x, x_scale, [tiles], [jnp.float32(0.5)], [bias],
+            sizes=(n,), group_size=group_size, scale_dtype=scale_dtype, tiling=how,
+        )  # fmt: skip
     expected = product(x, x_scale, values, scales, 0.5, bias)
     # Half a unit of bf16's eight bits; sums are kept in units of the current group's scale and multiplied by ratios,
     # float32 roundings that grow with the ratio of neighbouring scales.
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("m", "sizes", "biased", "how"),
+    [
+        (9, (192, 64), (1,), Tiling(16, 4, halves=1, unroll=2, persistent=False)),
+        (40, (64, 192, 64), (), Tiling(32, 3, halves=2, unroll=2)),  # blocks that go through tiles of all weights
+    ],
+)
+def test_matmul_of_several_weights(m, sizes, biased, how):
+    k = 512
+    x, x_scale = random_tokens(m, m, k)
+    weights, expected = several_weights(sizes, k, biased, x, x_scale)
+    with emulated(mosaic_matmul, matmul_steps):
+        results = mosaic_matmul.matmul(
+            x, x_scale, *weights, sizes=sizes, group_size=128, scale_dtype=E4M3, tiling=how
+        )  # fmt: skip
+    for y, exact in zip(results, expected, strict=True):  # as above
+        np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2**-8, atol=1e-5 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize(

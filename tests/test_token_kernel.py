@@ -1,0 +1,154 @@
+"""One token's product with its rounding in the kernel: emulated, lowered for CUDA, on a GPU; and in parts anywhere."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from emulated_gpu import emulated
+from test_matmul_kernel import BF16, E4M3, frobenius, on_hopper, product, random_weight
+from test_row_kernels import exact, norm, silu
+
+import pallas_kernels as pk
+from pallas_kernels import matmul_steps, matvec_steps, mosaic_matvec, row_steps, token_steps, weight_layout
+
+
+def source_of(kind, k, seed=0, m=1):
+    """A source, and the float64 activations that it stands for."""
+    rng = np.random.default_rng(seed)
+    a, b = (jnp.asarray(rng.standard_t(4, size=(m, k)), BF16) for _ in range(2))
+    gain = jnp.asarray(rng.normal(size=k), jnp.float32 if kind == "norm in float32" else BF16)
+    if kind == "rows":
+        return pk.Unrounded(a), exact(a)
+    if kind == "gate":
+        return pk.Ungated(a, b), silu(exact(a)) * exact(b)
+    normed = norm(exact(a), exact(gain))
+    return pk.Unnormed(a, gain, 1e-5), exact(jnp.asarray(normed, BF16))
+
+
+def weights_of(sizes, k, biased):
+    weights, dense = [], []
+    for i, n in enumerate(sizes):
+        values, scales = random_weight(i, n, k, 128 if k % 128 == 0 else 64, E4M3)
+        bias = jnp.asarray(np.random.default_rng(i).normal(size=n) * 100, jnp.float32) if i in biased else None
+        weights.append(
+            pk.TiledWeight(pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales), jnp.float32(2**i), bias, n)
+        )
+        dense.append((values, scales, 2.0**i, bias))
+    return weights, dense
+
+
+# The result is rounded to bf16 (1.7e-3 of the Frobenius norm). Activations that differ in their last bits from the
+# float64 ones may fall to the other side of their rounding to e4m3, one in some thousands, by a sixteenth.
+TOLERANCE = 4e-3
+# The reference rounds silu and its product with up to bf16 first: a few in a hundred fall to another side.
+TOLERANCE_IN_PARTS = 1e-2
+
+
+def check(multiply, kind, sizes, k, biased=(), with_residual=False, m=1, tolerance=TOLERANCE):
+    source, activations = source_of(kind, k, m=m)
+    weights, dense = weights_of(sizes, k, biased)
+    x8, x_scale = pk.quantize_fp8(jnp.asarray(activations, jnp.float32))
+    residual = None
+    if with_residual:
+        # As large as the product, so that either one missing is seen.
+        residual = jnp.asarray(np.random.default_rng(9).normal(size=(m, sizes[0])) * 1000, BF16)
+    settings = {"group_size": 128 if k % 128 == 0 else 64, "scale_dtype": E4M3}
+    for y, of_weight in zip(multiply(source, weights, residual, **settings), dense, strict=True):
+        expected = product(x8, x_scale, *of_weight)
+        assert y.dtype == BF16
+        assert y.shape == expected.shape
+        assert frobenius(y, expected + (exact(residual) if with_residual else 0)) < tolerance
+
+
+CASES = [
+    ("rows", (64,), 64, (), False),
+    ("rows", (192,), 2368, (0,), True),
+    ("norm", (192, 64, 64), 640, (1,), False),
+    ("norm in float32", (2112, 64), 256, (), False),  # two units for some blocks
+    ("gate", (64,), 1408, (), True),
+]
+
+
+def alone(source, weights, residual, **settings):
+    tiles, tensor_scales, biases, sizes = zip(*weights, strict=True)
+    return mosaic_matvec.matvec_of_token(source, tiles, tensor_scales, biases, residual, sizes=sizes, **settings)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_on_the_emulated_multiprocessor(case):
+    with emulated(mosaic_matvec, matvec_steps, matmul_steps, token_steps, row_steps):
+        check(alone, *case)
+
+
+@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_in_parts(case, m):
+    check(pk.int4_matmuls_tiled, *case, m=m, tolerance=TOLERANCE_IN_PARTS if case[0] == "gate" else TOLERANCE)
+
+
+def test_a_zero_token_gives_the_bias():
+    weights, dense = weights_of((64,), 128, (0,))
+    with emulated(mosaic_matvec, matvec_steps, matmul_steps, token_steps, row_steps):
+        [y] = alone(pk.Unrounded(jnp.zeros((1, 128), BF16)), weights, None, group_size=128, scale_dtype=E4M3)
+    np.testing.assert_array_equal(np.asarray(y[0]), np.asarray(dense[0][-1].astype(BF16)))
+
+
+def test_refuses_what_does_not_belong_together():
+    weights, _ = weights_of((64, 64), 128, ())
+    source, settings = pk.Unrounded(jnp.zeros((1, 128), BF16)), {"group_size": 128, "scale_dtype": E4M3}
+    with pytest.raises(ValueError, match="a residual goes with one weight, got 2"):
+        pk.int4_matmuls_tiled(source, weights, jnp.zeros((1, 64), BF16), **settings)
+    with pytest.raises(ValueError, match=r"residual must have shape \(1, 64\)"):
+        pk.int4_matmuls_tiled(source, weights[:1], jnp.zeros((64,), BF16), **settings)
+    with pytest.raises(NotImplementedError, match="no 'triton' implementation"):
+        pk.int4_matmuls_tiled(source, weights, implementation="triton", **settings)
+    if not pk.has_hopper_gpu():
+        with pytest.raises(NotImplementedError, match="no Hopper GPU"):
+            pk.int4_matmuls_tiled(source, weights, implementation="mosaic_gpu_matvec", **settings)
+
+
+LARGE = [
+    ("norm", (4096, 1024, 1024), 4096, (), False),
+    ("rows", (4096,), 4096, (), True),
+    ("norm in float32", (14336, 14336), 4096, (0, 1), False),
+    ("gate", (4096,), 14336, (), True),
+    ("gate", (5120,), 13824, (0,), True),
+    ("gate", (576,), 1536, (), True),
+]
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_lowers_for_cuda_without_a_gpu(case):
+    kind, sizes, k, biased, with_residual = case
+    shape = jax.ShapeDtypeStruct
+    source = jax.tree.map(lambda x: shape(x.shape, x.dtype), source_of(kind, k)[0])
+    biases = [shape((n,), jnp.float32) if i in biased else None for i, n in enumerate(sizes)]
+    weights = [
+        pk.TiledWeight(shape(weight_layout.tiles_shape(n, k, 128, E4M3), jnp.int32), shape((), jnp.float32), bias, n)
+        for n, bias in zip(sizes, biases, strict=True)
+    ]
+    residual = shape((1, sizes[0]), BF16) if with_residual else None
+
+    def multiply(source, tiles, tensor_scales, biases, residual):
+        return mosaic_matvec.matvec_of_token(
+            source, tiles, tensor_scales, biases, residual, sizes=sizes, group_size=128, scale_dtype=E4M3
+        )
+
+    arguments = (source, [w.tiles for w in weights], [w.tensor_scale for w in weights], biases, residual)
+    assert "mosaic_gpu" in jax.jit(multiply).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("case", [*CASES, *LARGE])
+def test_on_a_gpu(case):
+    kernel, calls = pk.int4_matmuls_tiled, []
+
+    def repeated(*arguments, **settings):
+        calls.extend(kernel(*arguments, implementation="mosaic_gpu_matvec", **settings) for _ in range(20))
+        return calls[0]
+
+    check(repeated, *case)
+    for other in calls[1:]:
+        for y, first in zip(other, calls[0], strict=True):
+            np.testing.assert_array_equal(np.asarray(y).view(np.uint16), np.asarray(first).view(np.uint16))
