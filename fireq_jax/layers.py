@@ -68,10 +68,10 @@ def apply_linears(
         products: Sequence[jax.Array]
         if isinstance(x, Fp8Activations):
             rows = x.values.reshape(m, k), x.scale.reshape(m)
-            products = pallas_kernels.int4_fp8_matmuls_tiled(*rows, operands, **settings)
+            products = pallas_kernels.int4_fp8_matmuls_tiled(*rows, operands, added, **settings)
         else:
             products = pallas_kernels.int4_matmuls_tiled(_source(x, k), operands, added, **settings)
-            added = None
+        added = None
     elif len(weights) > 1:
         each = {"input_axes": input_axes, "out_dtype": out_dtype, "implementation": implementation}
         if not isinstance(x, jax.Array):
@@ -208,31 +208,14 @@ class RMSNorm(nn.Module):
 
 
 class NormToFp8(nn.Module):
-    """A residual sum and its :class:`RMSNorm`, with the same leaf, rounded to e4m3 for INT4 products.
-
-    One token is left to the product, which rounds it faster than a kernel could.
-    """
+    """:class:`RMSNorm` with the same leaf for INT4 products, which round it to e4m3 themselves."""
 
     eps: float
-    implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, addend: jax.Array | None) -> tuple[jax.Array, Activations]:
-        """``x + addend`` and its norm, both ``[..., hidden]``; an addend of None stands for zeros."""
-        gain = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        if is_one_token(x):
-            total = x if addend is None else x + addend
-            return total, pallas_kernels.Unnormed(total, gain, self.eps)
-        rows = None if addend is None else addend.reshape(-1, x.shape[-1])
-        total, x8, x_scale = pallas_kernels.norm_quantize(
-            x.reshape(-1, x.shape[-1]), rows, gain, eps=self.eps, implementation=self.implementation
-        )
-        return total.reshape(x.shape), Fp8Activations(x8.reshape(x.shape), x_scale.reshape(x.shape[:-1]))
-
-
-def is_one_token(x: jax.Array) -> bool:
-    """Whether ``[..., hidden]`` is a single token, for which there are kernels with less between them."""
-    return math.prod(x.shape[:-1]) == 1
+    def __call__(self, x: jax.Array) -> pallas_kernels.Unnormed:
+        """Normalises ``[..., hidden]``."""
+        return pallas_kernels.Unnormed(x, self.param("scale", nn.initializers.ones, (x.shape[-1],)), self.eps)
 
 
 def rounds_input(module: nn.Module, *path: str) -> bool:
@@ -406,7 +389,7 @@ class DecoderBlock(nn.Module):
         """A norm whose result has the form that a half's first projections take."""
         eps = self.config.rms_norm_eps
         if all(rounds_input(self, half, reader) for reader in readers):
-            return NormToFp8(eps, self.implementation)
+            return NormToFp8(eps)
         return RMSNorm(eps, self.dtype)
 
     def __call__(
@@ -419,35 +402,9 @@ class DecoderBlock(nn.Module):
         mode: AttentionMode,
     ) -> tuple[jax.Array, LayerCache | None]:
         """Applies the block to ``[batch, t, hidden]``; arguments as for :class:`Attention`."""
-        x, addend, cache = self.unsummed(x, None, rope, cache, starts, lengths, mode)
-        return x if addend is None else x + addend, cache
+        x, cache = self.attention(self.input_norm(x), rope, cache, starts, lengths, mode, residual=x)
+        return self.feed_forward(x), cache
 
-    def unsummed(
-        self,
-        x: jax.Array,
-        addend: jax.Array | None,
-        rope: tuple[jax.Array, jax.Array],
-        cache: LayerCache | None,
-        starts: jax.Array,
-        lengths: jax.Array,
-        mode: AttentionMode,
-    ) -> tuple[jax.Array, jax.Array | None, LayerCache | None]:
-        """Applies the block to ``x + addend`` and may leave its own last sum to the next one's norm."""
-        x, normed = self._normed(self.input_norm, x, addend)
-        attended, cache = self.attention(normed, rope, cache, starts, lengths, mode, x if is_one_token(x) else None)
-        return *self.feed_forward(*((attended, None) if is_one_token(x) else (x, attended))), cache
-
-    def feed_forward(self, x: jax.Array, addend: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        """The second half, of ``x + addend``; the sum of what it returns is its result."""
-        x, normed = self._normed(self.post_attention_norm, x, addend)
-        if is_one_token(x):
-            return self.mlp(normed, x), None
-        return x, self.mlp(normed)
-
-    @staticmethod
-    def _normed(norm: "NormToFp8 | RMSNorm", x: jax.Array, addend: jax.Array | None) -> tuple[jax.Array, Activations]:
-        """A residual sum and its norm."""
-        if isinstance(norm, NormToFp8):
-            return norm(x, addend)
-        total = x if addend is None else x + addend
-        return total, norm(total)
+    def feed_forward(self, x: jax.Array) -> jax.Array:
+        """The second half of the block."""
+        return self.mlp(self.post_attention_norm(x), residual=x)

@@ -119,14 +119,13 @@ class Llama(nn.Module):
         """What the last block puts out, and the filled cache."""
         starts = jnp.zeros_like(lengths) if cache is None else cache.lengths
         rope = rope_tables(self.config, starts[:, None] + jnp.arange(tokens.shape[1]))
-        x, addend = self.embed(tokens), None
+        x = self.embed(tokens)
         updated: list[Any] = []
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache.layers[i]
-            x, addend, layer_cache = layer.unsummed(x, addend, rope, layer_cache, starts, lengths, mode)
+            x, layer_cache = layer(x, rope, layer_cache, starts, lengths, mode)
             updated.append(layer_cache)
-        hidden = x if addend is None else x + addend
-        return hidden, None if cache is None else cache.advanced(tuple(updated), lengths)
+        return x, None if cache is None else cache.advanced(tuple(updated), lengths)
 
 
 class OutputProjection(nn.Module):

@@ -18,31 +18,38 @@ from pallas_kernels.tiling import DECODE_ROWS, MAX_ROW, choose_streaming, rounds
 
 # Mosaic takes a second to import, which only who runs a kernel should pay.
 def _mosaic_matmul(
-    x8: jax.Array, x_scale: jax.Array, weights: Sequence["TiledWeight"], *, out_dtype: Any, **options: Any
+    x8: jax.Array,
+    x_scale: jax.Array,
+    weights: Sequence["TiledWeight"],
+    residual: jax.Array | None,
+    *,
+    out_dtype: Any,
+    **options: Any,
 ) -> tuple[jax.Array, ...]:
     from pallas_kernels import mosaic_matmul
 
     del out_dtype  # bf16, or the kernel is not selected
     tiles, tensor_scales, biases, sizes = zip(*weights, strict=True)
-    return mosaic_matmul.matmul(x8, x_scale, tiles, tensor_scales, biases, sizes=sizes, **options)
+    return mosaic_matmul.matmul(x8, x_scale, tiles, tensor_scales, biases, residual, sizes=sizes, **options)
 
 
 def _mosaic_matvec(
-    x8: jax.Array, x_scale: jax.Array, weights: Sequence["TiledWeight"], **options: Any
+    x8: jax.Array, x_scale: jax.Array, weights: Sequence["TiledWeight"], residual: jax.Array | None, **options: Any
 ) -> tuple[jax.Array, ...]:
     from pallas_kernels import mosaic_matvec
 
     tiles, tensor_scales, biases, sizes = zip(*weights, strict=True)
-    return mosaic_matvec.matvec(x8, x_scale, tiles, tensor_scales, biases, sizes=sizes, **options)
+    return mosaic_matvec.matvec(x8, x_scale, tiles, tensor_scales, biases, residual, sizes=sizes, **options)
 
 
 def _reference_tiled(
-    x8: jax.Array, x_scale: jax.Array, weights: Sequence["TiledWeight"], **options: Any
+    x8: jax.Array, x_scale: jax.Array, weights: Sequence["TiledWeight"], residual: jax.Array | None, **options: Any
 ) -> tuple[jax.Array, ...]:
-    return tuple(
+    products = tuple(
         reference.int4_fp8_matmul_tiled(x8, x_scale, w.tiles, w.tensor_scale, w.bias, n=w.outputs, **options)
         for w in weights
     )
+    return products if residual is None else (residual + products[0],)
 
 
 def _mosaic_decode(*arrays: jax.Array, **options: Any) -> jax.Array:
@@ -242,6 +249,7 @@ def int4_fp8_matmuls_tiled(
     x8: jax.Array,
     x_scale: jax.Array,
     weights: Sequence[TiledWeight],
+    residual: jax.Array | None = None,
     *,
     group_size: int,
     scale_dtype: Any,
@@ -254,6 +262,7 @@ def int4_fp8_matmuls_tiled(
       x8: ``[m, k]`` e4m3.
       x_scale: ``[m]`` float32.
       weights: at least one.
+      residual: ``[m, n]`` of ``out_dtype``, to which the rounded product of the one weight is added; or None.
       group_size: inputs that share a weight scale: 32, 64 or 128, a divisor of k.
       scale_dtype: of the scales in the tiles, e4m3 or bf16.
       out_dtype: dtype of the results.
@@ -281,10 +290,18 @@ def int4_fp8_matmuls_tiled(
         _check_factors(op, x8, x_scale, weight.tensor_scale, weight.bias, weight.outputs)
         shape = weight_layout.tiles_shape(weight.outputs, k, group_size, scale_dtype)
         _require(op, "tiles", weight.tiles, shape, (jnp.int32,))
+    if residual is not None:
+        if len(weights) != 1:
+            raise ValueError(f"{op}: a residual goes with one weight, got {len(weights)}")
+        _require(op, "residual", residual, (m, weights[0].outputs), (out_dtype,))
     share = weight_layout.share_bytes(group_size, scale_dtype)
     settings = {"group_size": group_size, "scale_dtype": jnp.dtype(scale_dtype), "out_dtype": out_dtype}
     refusals = _tiled_refusals(m, [weight.outputs for weight in weights], k, share, out_dtype)
-    products: tuple[jax.Array, ...] = select(op, implementation, refusals)(x8, x_scale, weights, **settings)
+    if residual is not None and residual.dtype != jnp.bfloat16:
+        refusals.setdefault("mosaic_gpu_matvec", f"the residual is {residual.dtype}, not bfloat16")
+    products: tuple[jax.Array, ...] = select(op, implementation, refusals)(
+        x8, x_scale, weights, residual, **settings
+    )  # fmt: skip
     return products
 
 
@@ -305,7 +322,7 @@ def int4_matmuls_tiled(
     Args:
       source: makes ``[m, k]`` e4m3 and their scales.
       weights: at least one.
-      residual: ``[m, n]`` of ``out_dtype``, to which the rounded product of the one weight is added.
+      residual: as there.
       group_size: as there.
       scale_dtype: as there.
       out_dtype: as there.
@@ -318,33 +335,37 @@ def int4_matmuls_tiled(
       ValueError: shapes or dtypes do not belong together.
       NotImplementedError: ``implementation`` does not exist, or takes no such shape or device.
     """
-    op = "int4_matmuls_tiled"
     settings = {"group_size": group_size, "scale_dtype": jnp.dtype(scale_dtype)}
-    rows = source.arrays()[0]
-    if residual is not None:
-        if len(weights) != 1:
-            raise ValueError(f"{op}: a residual goes with one weight, got {len(weights)}")
-        _require(op, "residual", residual, (rows.shape[0], weights[0].outputs), (out_dtype,))
-    if implementation in (None, "mosaic_gpu_matvec") and not _token_refusal(source, weights, out_dtype, **settings):
+    fused = implementation in (None, "mosaic_gpu_matvec") and len(weights) >= 1
+    if fused and not _token_refusal(source, weights, residual, out_dtype, **settings):
         from pallas_kernels import mosaic_matvec
 
         tiles, tensor_scales, biases, sizes = zip(*weights, strict=True)
         return mosaic_matvec.matvec_of_token(source, tiles, tensor_scales, biases, residual, sizes=sizes, **settings)
     rounding = None if implementation == "mosaic_gpu_matvec" else implementation
     x8, x_scale = round_rows(source, implementation=rounding)
-    products = int4_fp8_matmuls_tiled(
-        x8, x_scale, weights, out_dtype=out_dtype, implementation=implementation, **settings
+    return int4_fp8_matmuls_tiled(
+        x8, x_scale, weights, residual, out_dtype=out_dtype, implementation=implementation, **settings
     )  # fmt: skip
-    return products if residual is None else (residual + products[0],)
 
 
 def _token_refusal(
-    source: Source, weights: Sequence[TiledWeight], out_dtype: Any, group_size: int, scale_dtype: Any
+    source: Source,
+    weights: Sequence[TiledWeight],
+    residual: jax.Array | None,
+    out_dtype: Any,
+    group_size: int,
+    scale_dtype: Any,
 ) -> str | None:
-    """Why no kernel rounds the source and multiplies it, if none does."""
+    """Why no kernel both rounds and multiplies, if none does. Wrong shapes are left to others to complain of."""
     m, k = source.arrays()[0].shape
     share, sizes = weight_layout.share_bytes(group_size, scale_dtype), [weight.outputs for weight in weights]
-    if any(array.dtype != jnp.bfloat16 for array in source.arrays()[:1]) or jnp.dtype(out_dtype) != jnp.bfloat16:
+    if residual is not None and (len(weights) != 1 or residual.shape != (m, sizes[0])):
+        return "the residual does not belong to the weights"
+    if (
+        any(array.dtype != jnp.bfloat16 for array in (*source.arrays()[:1], *([] if residual is None else [residual])))
+        or jnp.dtype(out_dtype) != jnp.bfloat16
+    ):
         return "activations or results are not bfloat16"
     if not rounds_its_input(choose_streaming(m, sum(sizes), k, share), m, k):
         return f"{m} tokens of {k} inputs are not one token of up to 16384"
@@ -359,7 +380,7 @@ def round_rows(source: Source, *, implementation: str | None = None) -> tuple[ja
       NotImplementedError: ``implementation`` does not exist, or takes no such rows or device.
     """
     if isinstance(source, Unnormed):
-        return norm_quantize(source.values, None, source.gain, eps=source.eps, implementation=implementation)[1:]
+        return norm_quantize(source.values, source.gain, eps=source.eps, implementation=implementation)
     if isinstance(source, Ungated):
         return gate_quantize(source.gate, source.up, implementation=implementation)
     return quantize_rows(source.values, implementation=implementation)
@@ -418,18 +439,18 @@ def quantize_rows(x: jax.Array, *, implementation: str | None = None) -> tuple[j
 
 
 def norm_quantize(
-    x: jax.Array, addend: jax.Array | None, gain: jax.Array, *, eps: float, implementation: str | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A residual sum, and its RMS norm in e4m3; see :func:`pallas_kernels.reference.norm_quantize`.
+    x: jax.Array, gain: jax.Array, *, eps: float, implementation: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """An RMS norm in e4m3; see :func:`pallas_kernels.reference.norm_quantize`.
 
     Raises:
       ValueError: shapes or dtypes do not belong together.
       NotImplementedError: ``implementation`` does not exist, or takes no such rows or device.
     """
     op = "norm_quantize"
-    refusals = _row_refusals(op, x, x if addend is None else addend)
+    refusals = _row_refusals(op, x)
     _require(op, "gain", gain, x.shape[1:], (jnp.bfloat16, jnp.float32))
-    return select(op, implementation, refusals)(x, addend, gain, eps=eps)
+    return select(op, implementation, refusals)(x, gain, eps=eps)
 
 
 def gate_quantize(gate: jax.Array, up: jax.Array, *, implementation: str | None = None) -> tuple[jax.Array, jax.Array]:

@@ -185,6 +185,19 @@ def store_matrices(address: ir.Value, registers: Sequence[ir.Value], transposed:
     )
 
 
+def load_matrices(address: ir.Value, count: int, transposed: bool) -> list[ir.Value]:
+    """Loads two or four 8x8 matrices of 16-bit elements (ldmatrix), the inverse of :func:`store_matrices`."""
+    word = ir.IntegerType.get_signless(32)
+    results = ", ".join(f"${i}" for i in range(count))
+    kind = ".trans" if transposed else ""
+    return asm(
+        f"ldmatrix.sync.aligned.m8n8.x{count}{kind}.shared.b16 {{{results}}}, [${count}];",
+        ",".join(["=r"] * count + ["r"]),
+        [address],
+        [word] * count,
+    )
+
+
 def to_bf16x2(low: ir.Value, high: ir.Value) -> ir.Value:
     """Rounds two float32 to a register of two bf16."""
     word = ir.IntegerType.get_signless(32)

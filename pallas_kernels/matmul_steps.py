@@ -219,8 +219,11 @@ class Steps:
 
         return cast(Operation, load)
 
-    def store(self, half: int, has_bias: bool) -> Operation:
-        """``(accumulator, scales, factors, y in shared memory[, bias]) -> ()``: a half's results, in bf16."""
+    def store(self, half: int, has_bias: bool, has_residual: bool) -> Operation:
+        """``(accumulator, scales, factors, y in shared memory[, bias]) -> ()``: a half's results, in bf16.
+
+        They replace the residual that they are added to, if there is one.
+        """
 
         @plgpu.inline_mgpu(
             arg_types=(
@@ -253,7 +256,14 @@ class Steps:
                     packed.append(hopper.to_bf16x2(*part))
             for j in range(0, self.half // 8, 2):
                 offset = (half * self.half + 8 * j) * 128
-                hopper.store_matrices(arith.addi(address, i32(offset)), packed[2 * j : 2 * j + 4], transposed=True)
+                place, results = arith.addi(address, i32(offset)), packed[2 * j : 2 * j + 4]
+                if has_residual:
+                    added = hopper.load_matrices(place, 4, transposed=True)
+                    results = [
+                        hopper.pure_asm("add.rn.bf16x2 $0, $1, $2;", "=r,r,r", list(pair), pair[0].type)
+                        for pair in zip(added, results, strict=True)
+                    ]
+                hopper.store_matrices(place, results, transposed=True)
             return ()
 
         return cast(Operation, write)

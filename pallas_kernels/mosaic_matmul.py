@@ -23,9 +23,19 @@ from pallas_kernels.weight_layout import TILE_K, TILE_N, tile_shape
 
 
 def make_kernel(
-    m: int, sizes: tuple[int, ...], k: int, group_size: int, scale_dtype: Any, has_bias: bool, t: Tiling
+    m: int,
+    sizes: tuple[int, ...],
+    k: int,
+    group_size: int,
+    scale_dtype: Any,
+    has_bias: bool,
+    t: Tiling,
+    has_residual: bool = False,
 ) -> Operation:
-    """The kernel for one shape: ``(x8, x_scale, *tiles, *tensor_scales [1], *biases [n] if any) -> *y [m, n]`` bf16."""
+    """The kernel for one shape: ``(x8, x_scale, *tiles, *tensor_scales [1], *biases [n] if any) -> *y [m, n]`` bf16.
+
+    Behind ``x_scale`` comes the residual, if there is one.
+    """
     ops = Steps(m, sizes, group_size, scale_dtype, t)
     weights = len(sizes)
     steps = -(-k // TILE_K)
@@ -56,10 +66,15 @@ def make_kernel(
             else:
                 pl.when(weight == i)(functools.partial(do, i))
 
+    # The chain behind which a tile's residual is asked for: not at once, as the last tile's results may still be read.
+    chains = steps // t.unroll
+    asking = min(1, chains - 1) if persistent else -1
+
     def body(x: Any, x_scale: Any, *refs: Any) -> None:
-        ends = itertools.accumulate((weights, weights, weights * has_bias, weights), initial=0)
-        w, tensor_scales, biases, y = (refs[start:end] for start, end in itertools.pairwise(ends))
+        ends = itertools.accumulate((has_residual, weights, weights, weights * has_bias, weights), initial=0)
+        residual, w, tensor_scales, biases, y = (refs[start:end] for start, end in itertools.pairwise(ends))
         x_smem, w_smem, y_smem, full, empty, *rest = refs[len(refs) - len(scratch) :]
+        residual_here = rest.pop() if has_residual else None
         received: Any = rest[0] if rest else None
         block, warpgroup = jax.lax.axis_index("block"), jax.lax.axis_index("warpgroup")
         peer = jax.lax.axis_index("peer") if cluster > 1 else jnp.int32(0)
@@ -126,6 +141,17 @@ def make_kernel(
             weight, row = of_weight(row)
             output = row * BLOCK_N + side * TILE_N
             factors = ops.load_factors()(weight, token * t.tokens, x_scale, *tensor_scales)
+
+            def ask_for_residual() -> None:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.copy_gmem_to_smem(
+                    residual[0].at[pl.ds(token * t.tokens, t.tokens), pl.ds(output, TILE_N)], y_smem.at[side],
+                    cast(Any, residual_here).at[side],
+                )  # fmt: skip
+
+            if has_residual and asking < 0:
+                writes = (team == 0) & (peer == 0) if t.share == 1 else team == 0
+                pl.when(writes)(ask_for_residual)
             ones = plgpu.layout_cast(jnp.ones((256,), jnp.float32), ops.layout["pair"])
 
             def slot(s: Any) -> Any:
@@ -180,15 +206,23 @@ def make_kernel(
             rest = steps % t.unroll
             if rest:
                 carry = chain(jnp.int32(0), rest, carry)
-            _, _, unit, _, accumulators = jax.lax.fori_loop(
-                0, steps // t.unroll, lambda j, carry: chain(rest + j * t.unroll, t.unroll, carry), carry
-            )
+
+            def next_chain(j: Any, carry: Any) -> Any:
+                carry = chain(rest + j * t.unroll, t.unroll, carry)
+                if has_residual and asking >= 0:
+                    pl.when(j == asking)(ask_for_residual)
+                return carry
+
+            _, _, unit, _, accumulators = jax.lax.fori_loop(0, chains, next_chain, carry)
 
             def write(accumulators: Any, unit: Any) -> None:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                if residual_here is None:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                else:
+                    plgpu.barrier_wait(residual_here.at[side])
                 offsets = [ops.load_bias()(weight, output, *biases)] if has_bias else []
                 for h in range(t.halves):
-                    ops.store(h, has_bias)(accumulators[h], unit, factors, y_smem.at[side], *offsets)
+                    ops.store(h, has_bias, has_residual)(accumulators[h], unit, factors, y_smem.at[side], *offsets)
                     plgpu.commit_smem()
                     done, tokens = y_smem.at[side, pl.ds(h * ops.half, ops.half)], token * t.tokens + h * ops.half
 
@@ -267,6 +301,8 @@ def make_kernel(
     ]
     if parts > 1:
         scratch.append(plgpu.SMEM((t.split + t.teams - 2, WARPGROUPS, TILE_N * t.tokens), jnp.float32))
+    if has_residual:
+        scratch.append(plgpu.Barrier(num_arrivals=1, num_barriers=WARPGROUPS))
     cluster_axis: dict[str, Any] = {"cluster": (cluster,), "cluster_names": ("peer",)} if cluster > 1 else {}
     kernel = plgpu.kernel(
         body,
@@ -290,6 +326,7 @@ def matmul(
     tiles: Sequence[jax.Array],
     tensor_scales: Sequence[jax.Array],
     biases: Sequence[jax.Array | None],
+    residual: jax.Array | None = None,
     *,
     sizes: tuple[int, ...],
     group_size: int,
@@ -304,6 +341,7 @@ def matmul(
       tiles: int32, per weight what :func:`pallas_kernels.weight_layout.to_tiles` makes of it.
       tensor_scales: per weight, scalar float32.
       biases: per weight ``[n]`` float, or None.
+      residual: ``[m, n]`` bf16 that is added to the (rounded) product of the one weight; or None.
       sizes: outputs n of each weight, multiples of 64.
       group_size: 32, 64 or 128, a divisor of k.
       scale_dtype: of the group scales in ``tiles``, e4m3 or bf16.
@@ -318,8 +356,10 @@ def matmul(
         whole_blocks = sum(-(-n // BLOCK_N) * BLOCK_N for n in sizes)
         tiling = choose_tiling(m, whole_blocks, k, 4 * rows * columns)
     has_bias = any(bias is not None for bias in biases)
-    kernel = make_kernel(m, sizes, k, group_size, jnp.dtype(scale_dtype), has_bias, tiling)
-    return tuple(kernel(x8, x_scale, *tiles, *as_vectors(sizes, tensor_scales, biases)))
+    has_residual = residual is not None
+    kernel = make_kernel(m, sizes, k, group_size, jnp.dtype(scale_dtype), has_bias, tiling, has_residual)
+    beside = [] if residual is None else [residual]
+    return tuple(kernel(x8, x_scale, *beside, *tiles, *as_vectors(sizes, tensor_scales, biases)))
 
 
 def as_vectors(

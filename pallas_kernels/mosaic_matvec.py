@@ -150,7 +150,7 @@ def matvec_of_token(
     tiles: Sequence[jax.Array],
     tensor_scales: Sequence[jax.Array],
     biases: Sequence[jax.Array | None],
-    residual: jax.Array | None,
+    residual: jax.Array | None = None,
     *,
     sizes: tuple[int, ...],
     group_size: int,
@@ -165,7 +165,7 @@ def matvec_of_token(
       tiles: as there.
       tensor_scales: as there.
       biases: as there.
-      residual: ``[1, n]`` bf16 that is added to the (rounded) product of the one weight; None for none.
+      residual: as there.
       sizes: as there.
       group_size: as there.
       scale_dtype: as there.
@@ -192,6 +192,7 @@ def matvec(
     tiles: Sequence[jax.Array],
     tensor_scales: Sequence[jax.Array],
     biases: Sequence[jax.Array | None],
+    residual: jax.Array | None = None,
     *,
     sizes: tuple[int, ...],
     group_size: int,
@@ -207,6 +208,7 @@ def matvec(
       tiles: int32, per weight what :func:`pallas_kernels.weight_layout.to_tiles` makes of it.
       tensor_scales: per weight, scalar float32.
       biases: per weight ``[n]`` float, or None.
+      residual: ``[m, n]`` bf16 that is added to the (rounded) product of the one weight; or None.
       sizes: outputs n of each weight, multiples of 64.
       group_size: 32, 64 or 128, a divisor of k.
       scale_dtype: of the group scales in ``tiles``, e4m3 or bf16.
@@ -225,5 +227,9 @@ def matvec(
     if cut is None:
         raise NotImplementedError(f"{m} tokens by {n} outputs by {k} inputs do not suit the kernel for few tokens")
     has_bias = any(bias is not None for bias in biases)
-    kernel = make_kernel(m, sizes, k, group_size, jnp.dtype(scale_dtype), jnp.dtype(out_dtype), has_bias, cut)
-    return tuple(kernel(x8, x_scale, *tiles, *as_vectors(sizes, tensor_scales, biases)))
+    kernel = make_kernel(
+        m, sizes, k, group_size, jnp.dtype(scale_dtype), jnp.dtype(out_dtype), has_bias, cut,
+        has_residual=residual is not None,
+    )  # fmt: skip
+    beside = [] if residual is None else [residual]
+    return tuple(kernel(x8, x_scale, *beside, *tiles, *as_vectors(sizes, tensor_scales, biases)))

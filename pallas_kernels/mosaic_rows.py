@@ -56,31 +56,17 @@ def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnames=("eps",))
-def norm_quantize(
-    x: jax.Array, addend: jax.Array | None, gain: jax.Array, *, eps: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def norm_quantize(x: jax.Array, gain: jax.Array, *, eps: float) -> tuple[jax.Array, jax.Array]:
     """:func:`pallas_kernels.reference.norm_quantize` of ``[m, k]`` bf16, k a multiple of 8."""
     m, k = x.shape
     ops, gain_dtype = _steps(m, k), gain.dtype
 
-    if addend is None:
-
-        def body(x: Any, gain: Any, x8: Any, x_scale: Any, sums: Any, peaks: Any) -> None:
-            row = jax.lax.axis_index("row")
-            values = ops.normalize(eps, gain_dtype)(ops.load()(x, row), gain, sums)
-            ops.quantize()(values, x8, x_scale, peaks, row)
-
-        return x, *_launch("norm_quantize", body, ops, m, _rounded(m, k))(x, gain)
-
-    def body_adding(
-        x: Any, addend: Any, gain: Any, total: Any, x8: Any, x_scale: Any, sums: Any, peaks: Any
-    ) -> None:  # fmt: skip
+    def body(x: Any, gain: Any, x8: Any, x_scale: Any, sums: Any, peaks: Any) -> None:
         row = jax.lax.axis_index("row")
-        values = ops.add()(ops.load()(x, row), addend, total, row)
-        ops.quantize()(ops.normalize(eps, gain_dtype)(values, gain, sums), x8, x_scale, peaks, row)
+        values = ops.normalize(eps, gain_dtype)(ops.load()(x, row), gain, sums)
+        ops.quantize()(values, x8, x_scale, peaks, row)
 
-    outputs = [((m, k), jnp.bfloat16), *_rounded(m, k)]
-    return _launch("add_norm_quantize", body_adding, ops, m, outputs)(x, addend, gain)
+    return _launch("norm_quantize", body, ops, m, _rounded(m, k))(x, gain)
 
 
 @jax.jit

@@ -71,25 +71,21 @@ def quantize_fp8(x: jax.Array, axis: int | tuple[int, ...] = -1) -> tuple[jax.Ar
     return round_to_e4m3(x / scale), jnp.squeeze(scale, axis)
 
 
-def norm_quantize(
-    x: jax.Array, addend: jax.Array | None, gain: jax.Array, *, eps: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A residual sum, its RMS norm, and that in e4m3.
+def norm_quantize(x: jax.Array, gain: jax.Array, *, eps: float) -> tuple[jax.Array, jax.Array]:
+    """The RMS norm in e4m3.
 
     Args:
       x: ``[m, k]`` float.
-      addend: ``[m, k]`` of x's dtype, or None for zeros.
       gain: ``[k]`` float.
       eps: added to the mean of the squares.
 
     Returns:
-      ``x + addend`` in x's dtype; and ``x / sqrt(mean(x²) + eps) · gain`` of it, computed in float32 and rounded to x's
-      dtype, as ``[m, k]`` e4m3 and ``[m]`` float32 scales, like :func:`quantize_fp8`.
+      ``x / sqrt(mean(x²) + eps) · gain``, computed in float32 and rounded to x's dtype, as ``[m, k]`` e4m3 and ``[m]``
+      float32 scales, like :func:`quantize_fp8`.
     """
-    total = x if addend is None else x + addend
-    values = total.astype(jnp.float32)
+    values = x.astype(jnp.float32)
     values = values * jax.lax.rsqrt(jnp.mean(jnp.square(values), axis=-1, keepdims=True) + eps)
-    return total, *quantize_fp8((values * gain.astype(jnp.float32)).astype(x.dtype))
+    return quantize_fp8((values * gain.astype(jnp.float32)).astype(x.dtype))
 
 
 def gate_quantize(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -80,21 +80,6 @@ class Steps:
 
         return cast(Operation, read)
 
-    def add(self) -> Operation:
-        """``(values, addend, total, row) -> values``: adds a row, rounds to bf16 and writes that to ``total``, too."""
-
-        @plgpu.inline_mgpu(
-            arg_types=(self.layout, plgpu.RefType(), plgpu.RefType(), self.scalar), return_type=self.type
-        )
-        def add(_: Any, values: Any, addend: Any, total: Any, row: Any) -> Any:
-            other = self._read(addend, row.registers.item())
-            sums = [arith.addf(a, b) for a, b in zip(hopper.unpack(values), other, strict=True)]
-            words = to_words(sums)
-            self._write(total, row.registers.item(), words, 2)
-            return hopper.pack([value for w in words for value in from_bf16x2(w)])
-
-        return cast(Operation, add)
-
     def normalize(self, eps: float, gain_dtype: Any) -> Operation:
         """``(values, gain, scratch) -> values``: ``x / sqrt(mean(x²) + eps) · gain``, rounded to bf16."""
 

@@ -54,7 +54,7 @@ class Tiling:
             self.stages * WARPGROUPS * tile_bytes,
             self.tokens * BLOCK_N * 2,
             (self.split + self.teams - 2) * self.tokens * BLOCK_N * 4,
-            2 * self.stages * 8,
+            2 * (self.stages + 1) * 8,
         ]
         return sum(-(-size // 1024) * 1024 for size in arrays)
 

@@ -655,8 +655,23 @@ def emulated(*modules):
                     row, column = (column, row) if transposed else (row, column)
                     machine.block.shared[rows[:, row] + 2 * column + byte % 2] = words >> U32(8 * byte) & U32(0xFF)
 
+    def load_matrices(address, count, transposed):
+        lanes, results = address.values.astype(np.int64).reshape(-1, 32), []
+        for i in range(count):
+            rows = lanes[:, 8 * i : 8 * i + 8]
+            words = np.zeros((len(lanes), 32), U32)
+            for lane in range(32):
+                for byte in range(4):
+                    row, column = lane // 4, lane % 4 * 2 + byte // 2
+                    row, column = (column, row) if transposed else (row, column)
+                    value = machine.block.shared[rows[:, row] + 2 * column + byte % 2]
+                    words[:, lane] |= value.astype(U32) << U32(8 * byte)
+            results.append(Register(words.reshape(-1)))
+        return results
+
     hopper_functions = {
         "wgmma_e4m3": issue, "wait_for_wgmma": wait_for_products, "store_matrices": store_matrices,
+        "load_matrices": load_matrices,
         "k_major_descriptor": lambda address, row_bytes=128: (int(address.values[0]), row_bytes),
         "thread_in_warpgroup": lambda: Register(np.arange(machine.block.threads, dtype=U32) % U32(128)),
         "asm": asm, "pure_asm": pure_asm, "constant": constant, "ir": ir, "arith": arith, "llvm": llvm,

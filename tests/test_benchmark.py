@@ -104,7 +104,7 @@ def test_out_of_memory_is_a_result():
         ("nvjet_sm90_tst_176x128_64x5_1x2_h_bz_TNN", "matmul"),
         ("gemm_fusion_dot_1", "matmul"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_", "attention"),
-        ("add_norm_quantize_mosaic_gpu_kernel", "norms and roundings"),
+        ("norm_quantize_mosaic_gpu_kernel", "norms and roundings"),
         ("rotate_and_round_mosaic_gpu_kernel", "rotation and cache"),
         ("loop_add_fusion_29", "other"),
     ],

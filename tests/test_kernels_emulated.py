@@ -120,6 +120,36 @@ def test_matmul_of_several_weights(m, sizes, biased, how):
 
 
 @pytest.mark.parametrize(
+    ("m", "n", "k", "how"),
+    [
+        (5, 192, 640, None),
+        (13, 64, 4480, Streaming(1, 4, 4, False)),  # inputs in parts
+        (9, 192, 1152, Tiling(16, 4, halves=1, unroll=2, persistent=False, teams=2)),
+        (40, 192, 128, Tiling(32, 3, halves=2, unroll=2)),  # no chain behind which to ask for the residual
+        (70, 192, 256, Tiling(32, 2, halves=2, unroll=2)),
+        (70, 320, 896, Tiling(32, 2, halves=2, unroll=2)),  # blocks with several tiles
+    ],
+)
+def test_residual(m, n, k, how, monkeypatch):
+    monkeypatch.setattr(mosaic_matmul, "STREAMING_MULTIPROCESSORS", 2)
+    x, x_scale = random_tokens(m, m, k)
+    weights, [expected] = several_weights((n,), k, (0,), x, x_scale)
+    rng = np.random.default_rng(m)
+    residual = jnp.asarray(rng.normal(size=expected.shape) * np.abs(expected).max() / 4, BF16)
+    settings = {"sizes": (n,), "group_size": 128, "scale_dtype": E4M3}
+    if isinstance(how, Tiling):
+        with emulated(mosaic_matmul, matmul_steps):
+            [y] = mosaic_matmul.matmul(x, x_scale, *weights, residual, **settings, tiling=how)
+    else:
+        with emulated(mosaic_matvec, matvec_steps, matmul_steps):
+            [y] = mosaic_matvec.matvec(x, x_scale, *weights, residual, **settings, cut=how)
+    total = expected + np.asarray(residual, np.float64)
+    # Half a unit of bf16's eight bits of the product, and of the sum.
+    bound = 2**-8 * (np.abs(expected) + np.abs(total)) + 1e-5 * np.abs(expected).max()
+    assert np.all(np.abs(np.asarray(y, np.float64) - total) <= bound)
+
+
+@pytest.mark.parametrize(
     ("tokens", "heads", "kv_heads", "head_dim", "slots", "positions", "splits"),
     [
         (1, 2, 2, 64, 64, [0, 63, 31], 1),

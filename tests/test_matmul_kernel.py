@@ -335,6 +335,26 @@ def test_several_weights_agree_with_float32(m, sizes):
 
 @pytest.mark.gpu
 @on_hopper
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [(2, 4096, 4096), (16, 4096, 14336), (64, 576, 1536), (200, 4096, 4096), (1000, 1088, 2048), (4097, 4096, 4096)],
+)
+def test_residual_on_a_gpu(m, n, k):
+    values, scales = random_weight(m, n, k, 128, E4M3)
+    x, x_scale = random_tokens(m + 1, m, k)
+    weight = pk.TiledWeight(pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales), jnp.float32(0.5), None, n)
+    w = jnp.asarray(values * np.asarray(scales, np.float32).repeat(128, axis=1))
+    expected = jnp.matmul(x.astype(jnp.float32), w.T, precision="highest") * x_scale[:, None] * 0.5
+    residual = (jax.random.normal(jax.random.key(m), (m, n)) * jnp.std(expected)).astype(BF16)
+    settings = {"group_size": 128, "scale_dtype": E4M3}
+    results = [pk.int4_fp8_matmuls_tiled(x, x_scale, [weight], residual, **settings)[0] for _ in range(20)]
+    assert frobenius(results[0], np.asarray(expected + residual, np.float64)) < TOLERANCE
+    for other in results[1:]:
+        np.testing.assert_array_equal(np.asarray(other).view(np.uint16), np.asarray(results[0]).view(np.uint16))
+
+
+@pytest.mark.gpu
+@on_hopper
 @pytest.mark.parametrize(("multiply", "m"), [(matmul, 200), (matvec, 5)])
 def test_thousand_launches_give_the_same(multiply, m):
     n, k = 1024, 2048
