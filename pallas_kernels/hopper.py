@@ -284,14 +284,21 @@ def block_barrier() -> None:
 
 @plgpu.inline_mgpu(arg_types=(), return_type=())
 def cluster_arrive(ctx: object) -> tuple[()]:
-    """Tells the cluster that this thread got here; all that it wrote before is seen behind :func:`cluster_wait`."""
+    """Tells the cluster that this thread got here, not what it wrote: that takes a fence of the whole device."""
+    asm("barrier.cluster.arrive.relaxed;", "", [], [])
+    return ()
+
+
+@plgpu.inline_mgpu(arg_types=(), return_type=())
+def cluster_arrive_done(ctx: object) -> tuple[()]:
+    """As :func:`cluster_arrive`; what this thread did to other blocks' memory has happened once all have arrived."""
     asm("barrier.cluster.arrive.release;", "", [], [])
     return ()
 
 
 @plgpu.inline_mgpu(arg_types=(), return_type=())
 def cluster_wait(ctx: object) -> tuple[()]:
-    """Waits until every thread of the cluster has arrived."""
+    """Waits until every thread of the cluster has arrived, and sees the barriers that they made before."""
     asm("barrier.cluster.wait.acquire;", "", [], [])
     return ()
 

@@ -279,22 +279,61 @@ class Steps:
 
         return cast(Operation, wait)
 
-    def send(self, half: int, within_block: bool = False) -> Operation:
-        """``(accumulator, scales, received) -> ()``: a partial sum, to the cluster's first block or to this one."""
+    def open_landing(self) -> Operation:
+        """``(landing) -> ()``: makes the barrier at which other blocks' sums land, and announces their bytes."""
+        size = (self.tiling.split - 1) * self.tiling.tokens * BLOCK_N * 4
 
-        @plgpu.inline_mgpu(arg_types=(self.layout["accumulator"], self.layout["pair"], plgpu.RefType()), return_type=())
-        def write(_: Any, accumulator: Any, scales: Any, received: Any) -> Any:
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=())
+        def make(_: Any, landing: Any) -> Any:
+            first = arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), i32(0))
+            hopper.asm(
+                "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p mbarrier.init.shared.b64 [$0], 1; "
+                f"@p mbarrier.arrive.expect_tx.shared.b64 _, [$0], {size}; }}", "r,r",
+                [hopper.shared_address(landing), arith.extui(ir.IntegerType.get_signless(32), first)], [],
+            )  # fmt: skip
+            hopper.asm("fence.mbarrier_init.release.cluster;", "", [], [])
+            return ()
+
+        return cast(Operation, make)
+
+    def await_landing(self) -> Operation:
+        """``(landing) -> ()``: waits for the other blocks' sums."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=())
+        def wait(_: Any, landing: Any) -> Any:
+            hopper.asm(
+                "{ .reg .pred p; again: mbarrier.try_wait.parity.shared.b64 p, [$0], 0; @!p bra again; }", "r",
+                [hopper.shared_address(landing)], [],
+            )  # fmt: skip
+            return ()
+
+        return cast(Operation, wait)
+
+    def send(self, half: int, within_block: bool = False) -> Operation:
+        """``(accumulator, scales, received, [landing]) -> ()``: a sum, to the cluster's first block or in this one."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(
+                self.layout["accumulator"], self.layout["pair"], plgpu.RefType(),
+                *[plgpu.RefType()] * (not within_block),
+            ),
+            return_type=(),
+        )  # fmt: skip
+        def write(_: Any, accumulator: Any, scales: Any, received: Any, *landing: Any) -> Any:
             registers = by_row(hopper.unpack(accumulator), hopper.unpack(scales))
             address = arith.muli(hopper.thread_in_warpgroup(), i32(16))
             address = arith.addi(hopper.shared_address(received), address)
-            if not within_block:
+            store, kinds, barriers = "st.shared.v4.f32 [$0+{}], {{$1, $2, $3, $4}};", "r,f,f,f,f", []
+            if landing:
+                # What is stored like this is announced to the barrier as it arrives, which takes no fence.
+                store = (
+                    "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [$0+{}], {{$1, $2, $3, $4}}, [$5];"
+                )
+                kinds, barriers = kinds + ",r", [hopper.in_block(hopper.shared_address(landing[0]), 0)]
                 address = hopper.in_block(address, 0)
             for i in range(0, self.registers, 4):
                 offset = (half * self.registers + i) * 512
-                hopper.asm(
-                    f"st.shared::cluster.v4.f32 [$0+{offset}], {{$1, $2, $3, $4}};", "r,f,f,f,f",
-                    [address, *registers[i : i + 4]], [],
-                )  # fmt: skip
+                hopper.asm(store.format(offset), kinds, [address, *registers[i : i + 4], *barriers], [])
             return ()
 
         return cast(Operation, write)

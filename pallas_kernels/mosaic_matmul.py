@@ -76,11 +76,14 @@ def make_kernel(
         x_smem, w_smem, y_smem, full, empty, *rest = refs[len(refs) - len(scratch) :]
         residual_here = rest.pop() if has_residual else None
         received: Any = rest[0] if rest else None
+        landing: Any = rest[1] if t.split > 1 else None
         block, warpgroup = jax.lax.axis_index("block"), jax.lax.axis_index("warpgroup")
         peer = jax.lax.axis_index("peer") if cluster > 1 else jnp.int32(0)
         side, team = jax.lax.rem(warpgroup, jnp.int32(WARPGROUPS)), jax.lax.div(warpgroup, jnp.int32(WARPGROUPS))
         first_step = peer * (steps * t.teams) if t.split > 1 else 0
         mine = jax.lax.div(tiles - block + blocks - 1, jnp.int32(blocks))
+        if t.split > 1:
+            ops.open_landing()(landing)
         if cluster > 1:
             hopper.cluster_arrive()
 
@@ -129,7 +132,6 @@ def make_kernel(
             jax.lax.fori_loop(0, mine, produce_tile, None)
             if t.split > 1:
                 hopper.cluster_wait()
-                hopper.cluster_arrive()
 
         def release(barrier: Any) -> None:
             if t.share > 1:  # one thread arrives for all of them, in both blocks
@@ -249,8 +251,6 @@ def make_kernel(
                     for h in range(t.halves):
                         ops.send(h, within_block=True)(accumulators[h], unit, received.at[t.split - 1, side])
                     ops.meet()(side)
-                    if t.split > 1:
-                        hopper.cluster_arrive()
 
             def first_team() -> None:
                 sums, in_unit = accumulators, unit
@@ -264,13 +264,11 @@ def make_kernel(
                 @pl.when(peer > 0)
                 def other_block() -> None:
                     for h in range(t.halves):
-                        ops.send(h)(sums[h], in_unit, received.at[peer - 1, side])
-                    hopper.cluster_arrive()
+                        ops.send(h)(sums[h], in_unit, received.at[peer - 1, side], landing)
 
                 @pl.when(peer == 0)
                 def leader() -> None:
-                    hopper.cluster_arrive()
-                    hopper.cluster_wait()
+                    ops.await_landing()(landing)
                     write(gathered(sums, in_unit, 0, t.split - 1), ones)
 
             if t.teams > 1:
@@ -287,7 +285,7 @@ def make_kernel(
             jax.lax.fori_loop(0, mine, compute_tile, None)
             plgpu.wait_smem_to_gmem(0)
             if t.share > 1:  # the other block still arrives on this one's barriers
-                hopper.cluster_arrive()
+                hopper.cluster_arrive_done()
                 hopper.cluster_wait()
 
     barriers = plgpu.Barrier(num_arrivals=2, num_barriers=t.stages)
@@ -301,6 +299,8 @@ def make_kernel(
     ]
     if parts > 1:
         scratch.append(plgpu.SMEM((t.split + t.teams - 2, WARPGROUPS, TILE_N * t.tokens), jnp.float32))
+    if t.split > 1:
+        scratch.append(plgpu.SMEM((2,), jnp.int32))
     if has_residual:
         scratch.append(plgpu.Barrier(num_arrivals=1, num_barriers=WARPGROUPS))
     cluster_axis: dict[str, Any] = {"cluster": (cluster,), "cluster_names": ("peer",)} if cluster > 1 else {}

@@ -55,6 +55,7 @@ class Tiling:
             self.tokens * BLOCK_N * 2,
             (self.split + self.teams - 2) * self.tokens * BLOCK_N * 4,
             2 * (self.stages + 1) * 8,
+            8 if self.split > 1 else 0,
         ]
         return sum(-(-size // 1024) * 1024 for size in arrays)
 
