@@ -12,7 +12,7 @@ from jaxlib.mlir.dialects import arith, llvm
 from pallas_kernels import hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation, by_row, decode_scales, float_address, load_if
-from pallas_kernels.tiling import PIECE, STREAMING_MULTIPROCESSORS, SUMS_PITCH, UNIT, WARPS, Streaming
+from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS, SUMS_PITCH, UNIT, WARPS, Streaming
 from pallas_kernels.weight_layout import CODE_WORDS, SHARE_N, SHARES, TILE_K, share_bytes
 
 THREADS = 32 * WARPS
@@ -47,7 +47,7 @@ class Steps:
         self.results = -(-UNIT * 8 * self.blocks_of_tokens // (32 * cut.team))  # of a unit, that each thread adds up
         self.held = min(cut.rounds * cut.team, self.tiles)  # tiles whose inputs shared memory holds
         self.pitch = cut.inputs_pitch(k)
-        self.pieces = -(-self.m * self.held * TILE_K // (PIECE * THREADS))  # of inputs, that each thread stages
+        self.pieces = -(-self.m * self.held * TILE_K // (32 * THREADS))  # of inputs, that each thread stages
         self.scalar = plgpu.Layout.WG_SPLAT(())
         containers = {
             "inputs": (8 * self.pieces, jnp.int32),
@@ -184,13 +184,13 @@ class Steps:
 
         return cast(Operation, read)
 
-    def pieces_of_thread(self) -> list[tuple[ir.Value, ir.Value, ir.Value]]:
+    def _pieces(self) -> list[tuple[ir.Value, ir.Value, ir.Value]]:
         """The token, the held input and whether there is such a token, for each piece of 32 that a thread stages."""
         pieces = []
         for at in range(0, THREADS * self.pieces, THREADS):
             piece = arith.addi(utils.thread_idx(), i32(at))
-            chunks = i32(self.held * TILE_K // PIECE)
-            token, column = arith.divui(piece, chunks), arith.muli(arith.remui(piece, chunks), i32(PIECE))
+            chunks = i32(self.held * TILE_K // 32)
+            token, column = arith.divui(piece, chunks), arith.muli(arith.remui(piece, chunks), i32(32))
             pieces.append((token, column, arith.cmpi(arith.CmpIPredicate.ult, token, i32(self.m))))
         return pieces
 
@@ -203,7 +203,7 @@ class Steps:
             source = llvm.ptrtoint(i64, utils.memref_ptr(x))
             start = arith.muli(first.registers.item(), i32(TILE_K))
             words = []
-            for token, column, here in self.pieces_of_thread():
+            for token, column, here in self._pieces():
                 column = arith.addi(start, column)
                 inside = arith.andi(here, arith.cmpi(arith.CmpIPredicate.ult, column, i32(self.k)))
                 row = arith.muli(arith.extui(i64, token), hopper.constant(self.k, bits=64))
@@ -229,7 +229,7 @@ class Steps:
         def put(_: Any, inputs: Any, held: Any) -> Any:
             word = ir.IntegerType.get_signless(32)
             target, words = hopper.shared_address(held), hopper.unpack(inputs)
-            for i, (token, column, here) in enumerate(self.pieces_of_thread()):
+            for i, (token, column, here) in enumerate(self._pieces()):
                 if self.cut.halves:
                     within = arith.muli(column, i32(2))
                 else:
@@ -238,10 +238,7 @@ class Steps:
                     within = arith.addi(arith.muli(tile, i32(TILE_K)), quarter)
                 place = arith.addi(target, arith.addi(arith.muli(token, i32(self.pitch)), within))
                 for lane in range(4):
-                    swapped = [
-                        hopper.pure_asm("prmt.b32 $0, $1, 0, 0x3120;", "=r,r", [words[8 * i + 4 * half + lane]], word)
-                        for half in range(2)
-                    ]
+                    swapped = [in_operand_order(words[8 * i + 4 * half + lane]) for half in range(2)]
                     if self.cut.halves:
                         values = [h for w in swapped for h in to_halves(w)]
                         store_if(place, 16 * lane, values, arith.extui(word, here))
@@ -444,6 +441,11 @@ def lane_leads(thread: ir.Value) -> ir.Value:
     """1 in the first lane of each warp, else 0."""
     first = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(thread, i32(31)), i32(0))
     return arith.extui(ir.IntegerType.get_signless(32), first)
+
+
+def in_operand_order(word: ir.Value) -> ir.Value:
+    """Four e4m3 in the order in which codes come out of their words."""
+    return hopper.pure_asm("prmt.b32 $0, $1, 0, 0x3120;", "=r,r", [word], word.type)
 
 
 def to_halves(word: ir.Value) -> list[ir.Value]:

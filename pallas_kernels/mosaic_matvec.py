@@ -87,8 +87,9 @@ def make_kernel(
             request(to_read, jnp.int32(slot))
             to_read = after(to_read)
         if unrounded is not None:
-            inputs, factors = unrounded.round()(raw, factors, partial.at[0], partial.at[1])
-        ops.hold_inputs()(inputs, held)
+            factors = unrounded.hold()(raw, factors, held, partial.at[0], partial.at[1])
+        else:
+            ops.hold_inputs()(inputs, held)
         ops.barrier()()
 
         def step(_: Any, carry: Any) -> Any:

@@ -12,7 +12,7 @@ STREAMING_MULTIPROCESSORS = 132
 FEW_TOKENS = 16  # that the matvec kernel takes at most
 UNIT = SHARE_N  # outputs that the matvec kernel's warps make together
 WARPS = 16  # of a block of the matvec kernel
-PIECE = 32  # inputs that a thread of the matvec kernel puts into shared memory at a time
+MAX_TOKEN = 16384  # inputs of a token that the matvec kernel rounds itself: 32 of each thread
 # Of partial sums, from a token's 16 outputs to the next one's: so that neither who writes nor who adds them up finds
 # many in one bank.
 SUMS_PITCH = 20
@@ -72,8 +72,8 @@ def choose_tiling(m: int, n: int, k: int, tile_bytes: int) -> Tiling:
         # Few stages where two blocks run on a multiprocessor: more in flight makes some of them fall behind.
         stages = 4 if tokens < 64 and blocks * split > 96 else 8
         tiling = Tiling(tokens, stages, halves=1, unroll=2, split=split, persistent=False)
-        if tokens == 64 and split == 4:  # adding up 64 tokens' sums of four blocks takes longer than it saves
-            tiling = dataclasses.replace(tiling, stages=6, split=2, teams=2)
+        if tokens >= 16 and split == 4:  # two teams in each of two blocks add up faster than four blocks
+            tiling = dataclasses.replace(tiling, stages=6 if tokens == 64 else 8, split=2, teams=2)
     elif m <= 512 and blocks * -(-m // 256) < 96:
         split = 2 if steps >= 16 and blocks * -(-m // 128) < 96 else 1
         tiling = Tiling(128, 5 if split == 2 else 6, split=split)
@@ -128,8 +128,8 @@ class Streaming:
 
 
 def rounds_its_input(cut: Streaming | None, m: int, k: int) -> TypeGuard[Streaming]:
-    """Whether the matvec kernel can take the inputs before their rounding: one token's, at most a piece per thread."""
-    return m == 1 and cut is not None and cut.parts(k) == 1 and -(-k // TILE_K) * TILE_K <= 32 * WARPS * PIECE
+    """Whether the matvec kernel can take the inputs before their rounding: one token's, all held as float16."""
+    return m == 1 and cut is not None and cut.parts(k) == 1 and cut.halves and k <= MAX_TOKEN
 
 
 def choose_streaming(m: int, n: int, k: int, share: int) -> Streaming | None:
