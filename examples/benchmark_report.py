@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 PLOT = ROOT / "docs" / "benchmarks.svg"
+MEMORY_PLOT = ROOT / "docs" / "long-contexts.svg"
 README = ROOT / "README.md"
 # Prefill of Llama-3-8B in 1000 tokens per second, as the paper has them (arXiv 2505.20839), on an H100, batch 16.
 PAPER = {
@@ -38,13 +39,26 @@ def feed_forward_table(results: dict[str, Any]) -> str:
     rows = []
     for case in results["feed_forward"]:
         times = case["microseconds"]
-        rows.append([str(case["tokens"]), shown(times["int4"], 1), shown(times["bf16"], 1), speed(times)])
-    return table(["tokens", "INT4/FP8, us", "bf16, us", "speed"], rows)
+        cells = [str(case["tokens"]), shown(times["int4"], 1), shown(times["bf16"], 1), speed(times)]
+        rows.append([*cells, shown(times["fp8"], 1) if "fp8" in times else "-"])
+    return table(["tokens", "INT4/FP8, us", "bf16, us", "speed", "fp8 by XLA, us"], rows)
+
+
+def gigabytes(case: dict[str, Any], kind: str) -> str:
+    return f"{case['memory_bytes'][kind] / 1e9:.1f}" if "memory_bytes" in case else "-"
+
+
+def of_torch(results: dict[str, Any], part: str, index: int) -> list[str]:
+    """What transformers took, if it was measured: of a prompt, or of a token by both caches."""
+    if not results.get("torch"):
+        return ["-"] if part == "prefill" else ["-", "-"]
+    found = results["torch"][part][index]
+    return [shown(found, 1)] if part == "prefill" else [shown(value, 2) for value in found.values()]
 
 
 def prefill_table(results: dict[str, Any]) -> str:
     rows = []
-    for case in results["prefill"]:
+    for index, case in enumerate(results["prefill"]):
         times = case["milliseconds"]
         batch, length = case["batch"], case["length"]
         rates = [None if times[kind] is None else batch * length / times[kind] for kind in ("int4", "bf16")]
@@ -55,19 +69,27 @@ def prefill_table(results: dict[str, Any]) -> str:
             for of_length in PAPER.values()
         ]
         cells = [f"{batch} x {length}", shown(times["int4"], 1), shown(times["bf16"], 1), speed(times)]
-        rows.append([*cells, *(shown(rate, 1) for rate in rates), *paper])
+        memory = [gigabytes(case, kind) for kind in ("int4", "bf16")]
+        rows.append(
+            [*cells, *(shown(rate, 1) for rate in rates), *memory, *of_torch(results, "prefill", index), *paper]
+        )
     header = ["batch x tokens", "INT4/FP8, ms", "bf16, ms", "speed", "INT4/FP8, k tokens/s", "bf16, k tokens/s"]
+    header += ["INT4/FP8, GB", "bf16, GB", "transformers bf16, ms"]
     return table([*header, *(f"{name} in the paper" for name in PAPER)], rows)
 
 
 def decode_table(results: dict[str, Any]) -> str:
     rows = []
-    for case in results["decode"]:
+    for index, case in enumerate(results["decode"]):
         times = case["milliseconds"]
         rate = None if times["int4"] is None else case["bytes"]["int4"] / times["int4"] / 1e9
         cells = [f"{case['batch']} x {case['context']}", shown(times["int4"], 3), shown(times["bf16"], 3), speed(times)]
-        rows.append([*cells, shown(rate), f"{case['bytes']['int4'] / 1e9:.2f}"])
+        share = None if rate is None else rate * 1e12 / results["copy_bytes_per_second"]
+        memory = [gigabytes(case, kind) for kind in ("int4", "bf16")]
+        cells += [shown(rate), f"{case['bytes']['int4'] / 1e9:.2f}", "-" if share is None else f"{share:.0%}", *memory]
+        rows.append([*cells, *of_torch(results, "decode", index)])
     header = ["batch x context", "INT4/FP8, ms per token", "bf16, ms per token", "speed", "TB/s", "of GB per step"]
+    header += ["of copy bandwidth", "INT4/FP8, GB", "bf16, GB", "transformers bf16, ms", "with a static cache, ms"]
     return table(header, rows)
 
 
@@ -91,6 +113,19 @@ def operators_table(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def feed_forward_part(results: dict[str, Any]) -> list[str]:
+    about = "Norm, gate and up, SiLU, down, residual sum and all roundings."
+    return ["### Feed-forward block", about, feed_forward_table(results)]
+
+
+def operators_part(results: dict[str, Any]) -> list[str]:
+    about = (
+        "Sums of the kernels' own times, from one profiled call; the decode step's cache is not donated here, so that "
+        "its copies count as other."
+    )
+    return ["### Where the time goes", about, operators_table(results)]
+
+
 def page(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     far = results["distances_from_bf16"]
@@ -106,15 +141,10 @@ def page(results: dict[str, Any]) -> str:
         "A loop on the device, greedy choice included. Bytes are those of all weights but the input embedding, and of "
         "the caches.",
         decode_table(results),
-        "### Feed-forward block",
-        "Norm, gate and up, SiLU, down, residual sum and all roundings.",
-        feed_forward_table(results),
-        "### Where the time goes",
-        "Sums of the kernels' own times, from one profiled call; the decode step's cache is not donated here, so that "
-        "its copies count as other.",
-        operators_table(results),
+        *(feed_forward_part(results) if results["feed_forward"] else []),
+        *(operators_part(results) if any(map(any, map(dict.values, results["operators"].values()))) else []),
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def readme_table(results: dict[str, Any]) -> str:
@@ -169,12 +199,44 @@ def draw_plot(results: dict[str, Any]) -> None:
     figure.savefig(PLOT, metadata={"Date": None})
 
 
+def draw_memory(results: dict[str, Any]) -> None:
+    """What prompts and their continuations take of the device's memory, and how long, over their length."""
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+
+    mpl.rcParams["svg.hashsalt"] = "fireq-jax"
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    names = {"int4": "INT4/FP8", "bf16": "bf16"}
+    for kind, name in names.items():
+        for part, what, style in (("prefill", "length", "-"), ("decode", "context", "--")):
+            cases = [case for case in results[part] if case["batch"] == 1]
+            lengths = [case[what] for case in cases]
+            memory = [case["memory_bytes"][kind] / 1e9 for case in cases]
+            axes[0].plot(lengths, memory, style, marker=".", label=f"{name}, {part}")
+            times = [(n, case["milliseconds"][kind]) for n, case in zip(lengths, cases, strict=True)]
+            times = [(n, ms) for n, ms in times if ms is not None]
+            axis = axes[1 if part == "prefill" else 2]
+            axis.plot(*zip(*times, strict=True), marker=".", label=name)
+    axes[0].axhline(80, color="black", linewidth=0.8)
+    for axis, label in zip(axes, ("GB", "prefill, ms", "decoding, ms per token"), strict=True):
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("tokens")
+        axis.set_ylabel(label)
+        axis.legend(fontsize="small")
+    axes[1].set_yscale("log")
+    figure.savefig(MEMORY_PLOT, metadata={"Date": None})
+
+
 def main() -> None:
-    found = [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob("bench-*.json"))]
-    fill(PAGE, "benchmarks", "\n\n".join(f"## {results['sizes']}\n\n{page(results)}" for results in found))
-    [shown_first] = [results for results in found if results["sizes"] == "llama-3-8b"]
-    fill(README, "benchmarks", readme_table(shown_first))
-    draw_plot(shown_first)
+    found = {
+        path.stem.removeprefix("bench-"): json.loads(path.read_text("utf-8"))
+        for path in sorted(RESULTS.glob("bench-*.json"))
+    }
+    fill(PAGE, "benchmarks", "\n\n".join(f"## {name}\n\n{page(results)}" for name, results in found.items()))
+    fill(README, "benchmarks", readme_table(found["llama-3-8b"]))
+    draw_plot(found["llama-3-8b"])
+    if "llama-3-8b-long" in found:
+        draw_memory(found["llama-3-8b-long"])
 
 
 if __name__ == "__main__":

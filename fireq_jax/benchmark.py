@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
+from fireq_jax import torch_benchmark
 from fireq_jax.config import LlamaConfig, RopeConfig
 from fireq_jax.kv_cache import KVCache, cache_bytes_per_token
 from fireq_jax.layers import DecoderBlock
@@ -58,6 +59,7 @@ def run_benchmark(
     decode: Sequence[tuple[int, int]] = (),
     new_tokens: int = 64,
     operators: bool = True,
+    with_torch: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measures a model and the same model in bf16.
@@ -69,6 +71,7 @@ def run_benchmark(
       prefill: pairs of batch size and prompt length.
       decode: pairs of batch size and context length.
       new_tokens: tokens generated per sequence at each of these.
+      with_torch: whether transformers' Llama in torch is measured, too, at ``prefill`` and ``decode``.
       operators: whether the first case of ``prefill`` and of ``decode`` is profiled kernel by kernel (on a GPU).
       progress: called with what comes next.
 
@@ -78,6 +81,7 @@ def run_benchmark(
 
     Raises:
       ValueError: there are no such sizes, or a case does not fit the model's positions.
+      ModuleNotFoundError: torch or transformers is missing.
       RuntimeError: the kernels' logits are further from the bf16 model's than those of the reference implementation;
         nothing was timed.
     """
@@ -87,6 +91,10 @@ def run_benchmark(
     for batch, length in (*prefill, *((b, context + new_tokens) for b, context in decode)):
         if batch < 1 or not 1 <= length <= config.max_positions:
             raise ValueError(f"{batch} x {length} tokens: there are {config.max_positions} positions")
+    of_torch = None
+    if with_torch:  # before this process takes the device's memory
+        progress("transformers in torch")
+        of_torch = torch_benchmark.run(_transformers_config(config), prefill, decode, new_tokens)
     model = Llama(config)
     progress("making weights")
     params: dict[str, Params] = {"bf16": random_params(config)}
@@ -110,6 +118,7 @@ def run_benchmark(
         "cache_bytes_per_token": {
             kind: cache_bytes_per_token(config, cache_kind(p)) for kind, p in params.items()
         },
+        "torch": of_torch,
         "feed_forward": [],
         "prefill": [],
         "decode": [],
@@ -117,23 +126,25 @@ def run_benchmark(
     }  # fmt: skip
     for tokens in feed_forward:
         progress(f"feed-forward block, {tokens} tokens")
-        seconds = {kind: _unless_too_large(time_feed_forward, config, p, tokens) for kind, p in params.items()}
+        seconds = {
+            kind: _unless_too_large(time_feed_forward, config, p, tokens) for kind, p in params.items()
+        }  # fmt: skip
+        if jax.default_backend() == "gpu" and tokens % 16 == 0:  # cuBLASLt takes no other number in fp8
+            seconds["fp8"] = _unless_too_large(time_feed_forward_fp8, config, tokens)
         result["feed_forward"].append({"tokens": tokens} | _by_kind("microseconds", seconds, 1e6))
     for batch, length in prefill:
         progress(f"prefill, {batch} x {length}")
-        seconds = {kind: _unless_too_large(time_prefill, model, p, batch, length) for kind, p in params.items()}
-        result["prefill"].append({"batch": batch, "length": length} | _by_kind("milliseconds", seconds, 1e3))
+        measured = {kind: time_prefill(model, p, batch, length) for kind, p in params.items()}
+        result["prefill"].append({"batch": batch, "length": length} | _as_case(measured))
     for batch, context in decode:
         progress(f"decode, {batch} x {context}")
-        seconds = {
-            kind: _unless_too_large(time_decode, model, p, batch, context, new_tokens) for kind, p in params.items()
-        }
+        measured = {kind: time_decode(model, p, batch, context, new_tokens) for kind, p in params.items()}
         needed = {
             kind: step_bytes(p, result["cache_bytes_per_token"][kind], batch, context + new_tokens / 2)
             for kind, p in params.items()
         }
         case = {"batch": batch, "context": context, "new_tokens": new_tokens, "bytes": needed}
-        result["decode"].append(case | _by_kind("milliseconds", seconds, 1e3))
+        result["decode"].append(case | _as_case(measured))
     if operators:
         for what, cases in (("prefill", prefill), ("decode", decode)):
             for batch, length in cases[:1]:
@@ -176,6 +187,19 @@ def _decode(model: Llama, params: Params, tokens: jax.Array, cache: KVCache) -> 
     return model.apply({"params": params}, tokens, cache, method="decode")
 
 
+def _transformers_config(config: LlamaConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "max_position_embeddings": config.max_positions,
+        "tie_word_embeddings": config.tie_word_embeddings,
+    }
+
+
 def _tokens(config: LlamaConfig, batch: int, length: int) -> jax.Array:
     return jax.random.randint(jax.random.key(batch), (batch, length), 0, config.vocab_size, jnp.int32)
 
@@ -211,6 +235,38 @@ def _seconds(call: Callable[[], Any], repeats: int = 3) -> float:
         jax.block_until_ready(call())
         found.append(time.perf_counter() - began)
     return min(found)
+
+
+class Measured(NamedTuple):
+    """What a call took.
+
+    Attributes:
+      seconds: None if the device's memory does not suffice.
+      memory_bytes: that its arguments, results and temporary arrays take together on the device.
+    """
+
+    seconds: float | None
+    memory_bytes: int
+
+
+def _measure(call: Any, arguments: Sequence[Any], static: Sequence[int], calls: int = 1) -> Measured:
+    """Compiles, and times one of so many equal calls that ``call`` makes."""
+    compiled = call.lower(*arguments).compile()
+    memory = compiled.memory_analysis()
+    needed = (
+        memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )  # fmt: skip
+    dynamic = [argument for i, argument in enumerate(arguments) if i not in static]
+    seconds = _unless_too_large(_seconds, lambda: compiled(*dynamic))
+    return Measured(None if seconds is None else seconds / calls, needed)
+
+
+def _as_case(measured: Mapping[str, Measured]) -> dict[str, Any]:
+    seconds = {kind: found.seconds for kind, found in measured.items()}
+    return _by_kind("milliseconds", seconds, 1e3) | {
+        "memory_bytes": {kind: found.memory_bytes for kind, found in measured.items()}
+    }
 
 
 def _unless_too_large(measure: Callable[..., float], *arguments: Any) -> float | None:
@@ -255,6 +311,42 @@ def time_feed_forward(config: LlamaConfig, params: Params, tokens: int) -> float
     return _seconds(lambda: _feed_forward(config, layers, x, rounds)) / (rounds * len(layers))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _feed_forward_fp8(
+    config: LlamaConfig, layers: Sequence[tuple[jax.Array, ...]], scale: jax.Array, x: jax.Array, rounds: int
+) -> jax.Array:
+    """As :func:`_feed_forward` with e4m3 weights and activations and a scale per tensor, products left to XLA."""
+
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        # XLA makes an fp8 product of cuBLASLt of this.
+        a, b = (array.astype(jnp.bfloat16) * scale for array in (x.astype(jnp.float8_e4m3fn), w))
+        return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16)
+
+    def one_round(_: Any, x: jax.Array) -> jax.Array:
+        for gate, up, down in layers:
+            wide = x.astype(jnp.float32)
+            normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.rms_norm_eps)
+            x = x + product(jax.nn.silu(product(normed, gate)) * product(normed, up), down)
+        return x
+
+    return jax.lax.fori_loop(0, rounds, one_round, x)
+
+
+def time_feed_forward_fp8(config: LlamaConfig, tokens: int) -> float:
+    """As :func:`time_feed_forward`, of a block in fp8 by XLA alone."""
+    wide, hidden = config.intermediate_size, config.hidden_size
+    shapes = [(wide, hidden), (wide, hidden), (hidden, wide)]
+    count = min(LAYERS_OF_A_LOOP, config.num_layers)
+    layers = [
+        tuple(_normal(jax.random.key(3 * i + j), shape).astype(jnp.float8_e4m3fn) for j, shape in enumerate(shapes))
+        for i in range(count)
+    ]
+    rounds = max(1, 64 // math.isqrt(tokens))
+    x = jax.random.normal(jax.random.key(0), (tokens, hidden), jnp.bfloat16)
+    one = jnp.ones((), jnp.bfloat16)
+    return _seconds(lambda: _feed_forward_fp8(config, layers, one, x, rounds)) / (rounds * count)
+
+
 def _call(what: str, model: Llama, params: Params, batch: int, length: int) -> tuple[Callable[..., Any], Any]:
     """A prefill or a decode step, and its arguments."""
     if what == "prefill":
@@ -269,10 +361,10 @@ def _behind(model: Llama, params: Params, batch: int, context: int, room: int) -
     return _tokens(model.config, batch, 1), replace(cache, lengths=jnp.full(batch, context, jnp.int32))
 
 
-def time_prefill(model: Llama, params: Params, batch: int, length: int) -> float:
+def time_prefill(model: Llama, params: Params, batch: int, length: int) -> Measured:
     """Seconds until the logits behind full prompts are there."""
     call, arguments = _call("prefill", model, params, batch, length)
-    return _seconds(lambda: call(*arguments))
+    return _measure(call, arguments, (0, 4))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -285,10 +377,13 @@ def _decode_greedily(model: Llama, params: Params, tokens: jax.Array, cache: KVC
     return jax.lax.fori_loop(0, steps, step, (tokens, cache))[0]
 
 
-def time_decode(model: Llama, params: Params, batch: int, context: int, new_tokens: int) -> float:
-    """Seconds per token of a loop on the device that begins behind ``context`` tokens; choosing the tokens included."""
+def time_decode(model: Llama, params: Params, batch: int, context: int, new_tokens: int) -> Measured:
+    """Seconds per token of a loop on the device that begins behind ``context`` tokens; choosing the tokens included.
+
+    The loop's result is the last token: the caches that it grows are temporary arrays beside those it is given.
+    """
     tokens, cache = _behind(model, params, batch, context, new_tokens)
-    return _seconds(lambda: _decode_greedily(model, params, tokens, cache, new_tokens)) / new_tokens
+    return _measure(_decode_greedily, (model, params, tokens, cache, new_tokens), (0, 4), new_tokens)
 
 
 def step_bytes(params: Params, of_token: int, batch: int, context: float) -> int:

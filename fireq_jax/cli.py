@@ -311,6 +311,7 @@ def bench(
     ] = "16x1024,16x2048,16x4096,1x2048",
     decode: Annotated[str, typer.Option(help="Batch sizes and context lengths.")] = "1x1024,16x1024,64x1024",
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated per sequence in each decode case.")] = 64,
+    torch: Annotated[bool, typer.Option(help="Also time transformers' Llama in torch, if it is installed.")] = False,
     commit: Annotated[str | None, typer.Option(help="Recorded beside the results.")] = None,
     smoke: Annotated[bool, typer.Option(help="A toy on any device, to see the command work.")] = False,
     json_file: JsonFile = None,
@@ -326,10 +327,11 @@ def bench(
     with notes.status("starting ...") as status:
         result = run_benchmark(
             sizes, recipe=recipe, feed_forward=tokens, prefill=prompts, decode=contexts, new_tokens=new_tokens,
-            progress=lambda what: status.update(f"{what} ..."),
+            with_torch=torch, progress=lambda what: status.update(f"{what} ..."),
         )  # fmt: skip
     command = f"fireq-jax bench --sizes {sizes} --recipe {recipe} --feed-forward {feed_forward} --prefill {prefill}"
-    result |= {"command": f"{command} --decode {decode} --new-tokens {new_tokens}", "commit": commit}
+    command += f" --decode {decode} --new-tokens {new_tokens}{' --torch' if torch else ''}"
+    result |= {"command": command, "commit": commit}
     table = Table(title=f"{sizes}, {result['recipe']}, on {result['device']}; bf16 through the same code")
     for column in ("", "INT4/FP8", "bf16", "speed"):
         table.add_column(column, justify="left" if not column else "right")
@@ -421,6 +423,6 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
-    except (ValueError, OSError, NotImplementedError) as error:
+    except (ValueError, OSError, NotImplementedError, ModuleNotFoundError) as error:
         notes.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
         sys.exit(2)

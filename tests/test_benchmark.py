@@ -1,15 +1,17 @@
 """``fireq-jax bench`` and the page that is made of what it writes."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from test_cli import run
 
-from fireq_jax import benchmark
+from fireq_jax import benchmark, torch_benchmark
 from fireq_jax.kv_cache import cache_bytes_per_token
 from fireq_jax.quantize import parameter_bytes
 
@@ -46,6 +48,8 @@ def test_smoke(monkeypatch, capsys, tmp_path, report):
     for case in result["decode"]:
         cache = case["batch"] * (16 + 32 / 2) * cache_bytes_per_token(benchmark.SIZES["toy"], "float")
         assert case["bytes"]["bf16"] == 2 * (floats - 256 * 128) + cache
+        # The loop's caches, or those it is given, are there beside the weights.
+        assert case["memory_bytes"]["bf16"] > 2 * floats
     assert "decode, 2 x 16, per token" in out
     assert f"{result['prefill'][0]['milliseconds']['int4']:.1f}" in report.page(result)
 
@@ -95,6 +99,31 @@ def test_out_of_memory_is_a_result():
     assert benchmark._unless_too_large(too_much) is None
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         benchmark._unless_too_large(broken)
+
+
+def test_torch_is_measured_in_a_process_of_its_own(monkeypatch, capsys):
+    if importlib.util.find_spec("torch") is None:
+        code, _, err = run(monkeypatch, capsys, "bench", "--smoke", "--torch")
+        assert code == 2
+        assert "torch is not installed" in err
+    answer = {"versions": {}, "prefill": [3.5], "decode": [{"default": 2.0, "static cache": None}]}
+    asked = []
+
+    def process(command, input, **_):
+        asked.append(json.loads(input))
+        return SimpleNamespace(returncode=0, stdout="a warning\n" + json.dumps(answer), stderr="")
+
+    monkeypatch.setattr(torch_benchmark, "find_spec", lambda _: True)
+    monkeypatch.setattr(torch_benchmark.subprocess, "run", process)
+    config = benchmark._transformers_config(benchmark.SIZES["llama-3-8b"])
+    assert torch_benchmark.run(config, [(1, 8)], [(2, 16)], 4) == answer
+    assert asked[0]["config"]["num_key_value_heads"] == 8
+    assert asked[0]["decode"] == [[2, 16]]
+    monkeypatch.setattr(
+        torch_benchmark.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="it broke")
+    )
+    with pytest.raises(RuntimeError, match="it broke"):
+        torch_benchmark.run(config, [], [], 4)
 
 
 @pytest.mark.parametrize(
