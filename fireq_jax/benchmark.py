@@ -9,6 +9,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -61,6 +62,7 @@ def run_benchmark(
     operators: bool = True,
     with_torch: bool = False,
     progress: Callable[[str], None] = lambda _: None,
+    save: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measures a model and the same model in bf16.
 
@@ -74,6 +76,7 @@ def run_benchmark(
       with_torch: whether transformers' Llama in torch is measured, too, at ``prefill`` and ``decode``.
       operators: whether the first case of ``prefill`` and of ``decode`` is profiled kernel by kernel (on a GPU).
       progress: called with what comes next.
+      save: called with what there is of the result, whenever a case is done.
 
     Returns:
       Sizes, device, versions, and a list of cases per kind, each with ``int4`` and ``bf16`` measurements: None where
@@ -124,35 +127,128 @@ def run_benchmark(
         "decode": [],
         "operators": {},
     }  # fmt: skip
+    calls = _calls(model, params, feed_forward, prefill, decode, new_tokens, operators)
+    progress(f"compiling {sum(map(len, calls.values()))} programs")
+    with ThreadPoolExecutor(len(calls)) as pool:
+        # A thread per kind: more of bf16's products at once would disturb XLA's choice among their kernels.
+        compiled = dict(zip(calls, pool.map(_compile_all, calls, calls.values()), strict=True))
+
+    def measured(*case: Any) -> dict[str, Measured]:
+        progress(", ".join(map(str, case)))
+        return {kind: calls[kind][case].measure(compiled[kind][case]) for kind in calls if case in compiled[kind]}
+
     for tokens in feed_forward:
-        progress(f"feed-forward block, {tokens} tokens")
-        seconds = {
-            kind: _unless_too_large(time_feed_forward, config, p, tokens) for kind, p in params.items()
-        }  # fmt: skip
-        if jax.default_backend() == "gpu" and tokens % 16 == 0:  # cuBLASLt takes no other number in fp8
-            seconds["fp8"] = _unless_too_large(time_feed_forward_fp8, config, tokens)
+        seconds = {kind: found.seconds for kind, found in measured("feed-forward", tokens).items()}
         result["feed_forward"].append({"tokens": tokens} | _by_kind("microseconds", seconds, 1e6))
+        save(result)
     for batch, length in prefill:
-        progress(f"prefill, {batch} x {length}")
-        measured = {kind: time_prefill(model, p, batch, length) for kind, p in params.items()}
-        result["prefill"].append({"batch": batch, "length": length} | _as_case(measured))
+        case = {"batch": batch, "length": length}
+        result["prefill"].append(case | _as_case(measured("prefill", batch, length)))
+        save(result)
     for batch, context in decode:
-        progress(f"decode, {batch} x {context}")
-        measured = {kind: time_decode(model, p, batch, context, new_tokens) for kind, p in params.items()}
         needed = {
             kind: step_bytes(p, result["cache_bytes_per_token"][kind], batch, context + new_tokens / 2)
             for kind, p in params.items()
         }
-        case = {"batch": batch, "context": context, "new_tokens": new_tokens, "bytes": needed}
-        result["decode"].append(case | _as_case(measured))
-    if operators:
-        for what, cases in (("prefill", prefill), ("decode", decode)):
-            for batch, length in cases[:1]:
-                progress(f"kernels of {what}, {batch} x {length}")
-                result["operators"][f"{what} {batch} x {length}"] = {
-                    kind: kernel_times(*_call(what, model, p, batch, length)) for kind, p in params.items()
-                }
+        settings: dict[str, Any] = {"batch": batch, "context": context, "new_tokens": new_tokens, "bytes": needed}
+        result["decode"].append(settings | _as_case(measured("decode", batch, context)))
+        save(result)
+    for what, name, cases in (("prefill", "prefill", prefill), ("step", "decode", decode)):
+        for batch, length in cases[: int(operators)]:
+            progress(f"kernels of {name}, {batch} x {length}")
+            result["operators"][f"{name} {batch} x {length}"] = {
+                kind: kernel_times(calls[kind][what, batch, length].bound(compiled[kind][what, batch, length]))
+                for kind in params
+            }
+            save(result)
     return result
+
+
+class Measured(NamedTuple):
+    """What a call took.
+
+    Attributes:
+      seconds: None if the device's memory does not suffice.
+      memory_bytes: that its arguments, results and temporary arrays take together on the device.
+    """
+
+    seconds: float | None
+    memory_bytes: int
+
+
+class _Call(NamedTuple):
+    """A jitted function and its arguments: the static ones around arrays, which are made when they are needed."""
+
+    function: Any
+    first: Any
+    arrays: Callable[[], tuple[Any, ...]]
+    last: tuple[int, ...] = ()
+    parts: int = 1  # equal calls that the function makes, of which one is to be timed
+
+    def compile(self) -> Any:
+        return self.function.lower(self.first, *jax.eval_shape(self.arrays), *self.last).compile()
+
+    def bound(self, compiled: Any) -> Callable[[], Any]:
+        """A call of what :meth:`compile` made."""
+        arrays = self.arrays()
+        return lambda: compiled(*arrays)
+
+    def measure(self, compiled: Any) -> Measured:
+        memory = compiled.memory_analysis()
+        needed = (
+            memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+            - memory.alias_size_in_bytes
+        )  # fmt: skip
+        seconds = _unless_too_large(lambda: _seconds(self.bound(compiled)))
+        return Measured(None if seconds is None else seconds / self.parts, needed)
+
+
+def _compile_all(kind: str, calls: Mapping[Any, _Call]) -> dict[Any, Any]:
+    compiled = {}
+    for case, call in calls.items():
+        try:
+            compiled[case] = call.compile()
+        except jax.errors.JaxRuntimeError:
+            if kind != "fp8":  # which XLA may not support here
+                raise
+    return compiled
+
+
+def _calls(
+    model: Llama,
+    params: Mapping[str, Params],
+    feed_forward: Sequence[int],
+    prefill: Sequence[tuple[int, int]],
+    decode: Sequence[tuple[int, int]],
+    new_tokens: int,
+    operators: bool,
+) -> dict[str, dict[Any, _Call]]:
+    """Per kind of model, what is to be timed of each case."""
+    config = model.config
+    calls: dict[str, dict[Any, _Call]] = {}
+    for kind, p in params.items():
+        of_kind: dict[Any, _Call] = {}
+        for tokens in feed_forward:
+            of_kind["feed-forward", tokens] = _feed_forward_call(config, p, tokens)
+        for batch, length in prefill:
+            of_kind["prefill", batch, length] = _prefill_call(model, p, batch, length)
+        for batch, context in decode:
+            arrays = functools.partial(_behind, model, p, batch, context, new_tokens)
+            call = _Call(_decode_greedily, model, arrays, (new_tokens,), new_tokens)
+            of_kind["decode", batch, context] = call
+        for batch, context in decode[: int(operators)]:
+            of_kind["step", batch, context] = _Call(
+                _decode, model, functools.partial(_behind, model, p, batch, context, 2)
+            )  # fmt: skip
+        calls[kind] = of_kind
+    if jax.default_backend() == "gpu":
+        # cuBLASLt takes no other numbers of tokens in fp8.
+        calls["fp8"] = {
+            ("feed-forward", tokens): _feed_forward_fp8_call(config, tokens)
+            for tokens in feed_forward
+            if tokens % 16 == 0
+        }
+    return calls
 
 
 def random_params(config: LlamaConfig) -> Params:
@@ -237,31 +333,6 @@ def _seconds(call: Callable[[], Any], repeats: int = 3) -> float:
     return min(found)
 
 
-class Measured(NamedTuple):
-    """What a call took.
-
-    Attributes:
-      seconds: None if the device's memory does not suffice.
-      memory_bytes: that its arguments, results and temporary arrays take together on the device.
-    """
-
-    seconds: float | None
-    memory_bytes: int
-
-
-def _measure(call: Any, arguments: Sequence[Any], static: Sequence[int], calls: int = 1) -> Measured:
-    """Compiles, and times one of so many equal calls that ``call`` makes."""
-    compiled = call.lower(*arguments).compile()
-    memory = compiled.memory_analysis()
-    needed = (
-        memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes
-    )  # fmt: skip
-    dynamic = [argument for i, argument in enumerate(arguments) if i not in static]
-    seconds = _unless_too_large(_seconds, lambda: compiled(*dynamic))
-    return Measured(None if seconds is None else seconds / calls, needed)
-
-
 def _as_case(measured: Mapping[str, Measured]) -> dict[str, Any]:
     seconds = {kind: found.seconds for kind, found in measured.items()}
     return _by_kind("milliseconds", seconds, 1e3) | {
@@ -303,12 +374,15 @@ def _feed_forward(config: LlamaConfig, layers: Sequence[Params], x: jax.Array, r
     return jax.lax.fori_loop(0, rounds, one_round, x)
 
 
-def time_feed_forward(config: LlamaConfig, params: Params, tokens: int) -> float:
-    """Seconds per block, of a loop over the blocks of several layers."""
+def _feed_forward_call(config: LlamaConfig, params: Params, tokens: int) -> _Call:
+    """A loop over the blocks of several layers, per block."""
     layers = [params[f"layers_{i}"] for i in range(min(LAYERS_OF_A_LOOP, config.num_layers))]
     rounds = max(1, 64 // math.isqrt(tokens))
-    x = jax.random.normal(jax.random.key(0), (1, tokens, config.hidden_size), jnp.bfloat16)
-    return _seconds(lambda: _feed_forward(config, layers, x, rounds)) / (rounds * len(layers))
+
+    def arrays() -> tuple[Any, ...]:
+        return layers, jax.random.normal(jax.random.key(0), (1, tokens, config.hidden_size), jnp.bfloat16)
+
+    return _Call(_feed_forward, config, arrays, (rounds,), rounds * len(layers))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -332,58 +406,50 @@ def _feed_forward_fp8(
     return jax.lax.fori_loop(0, rounds, one_round, x)
 
 
-def time_feed_forward_fp8(config: LlamaConfig, tokens: int) -> float:
-    """As :func:`time_feed_forward`, of a block in fp8 by XLA alone."""
+def _feed_forward_fp8_call(config: LlamaConfig, tokens: int) -> _Call:
+    """As :func:`_feed_forward_call`, of a block in fp8 by XLA alone."""
     wide, hidden = config.intermediate_size, config.hidden_size
     shapes = [(wide, hidden), (wide, hidden), (hidden, wide)]
-    count = min(LAYERS_OF_A_LOOP, config.num_layers)
-    layers = [
-        tuple(_normal(jax.random.key(3 * i + j), shape).astype(jnp.float8_e4m3fn) for j, shape in enumerate(shapes))
-        for i in range(count)
-    ]
-    rounds = max(1, 64 // math.isqrt(tokens))
-    x = jax.random.normal(jax.random.key(0), (tokens, hidden), jnp.bfloat16)
-    one = jnp.ones((), jnp.bfloat16)
-    return _seconds(lambda: _feed_forward_fp8(config, layers, one, x, rounds)) / (rounds * count)
+    count, rounds = min(LAYERS_OF_A_LOOP, config.num_layers), max(1, 64 // math.isqrt(tokens))
+
+    def arrays() -> tuple[Any, ...]:
+        layers = [
+            tuple(_normal(jax.random.key(3 * i + j), shape).astype(jnp.float8_e4m3fn) for j, shape in enumerate(shapes))
+            for i in range(count)
+        ]
+        x = jax.random.normal(jax.random.key(0), (tokens, hidden), jnp.bfloat16)
+        return layers, jnp.ones((), jnp.bfloat16), x
+
+    return _Call(_feed_forward_fp8, config, arrays, (rounds,), rounds * count)
 
 
-def _call(what: str, model: Llama, params: Params, batch: int, length: int) -> tuple[Callable[..., Any], Any]:
-    """A prefill or a decode step, and its arguments."""
-    if what == "prefill":
-        lengths = jnp.full(batch, length, jnp.int32)
-        return _prefill, (model, params, _tokens(model.config, batch, length), lengths, length)
-    return _decode, (model, params, *_behind(model, params, batch, length, 2))
-
-
-def _behind(model: Llama, params: Params, batch: int, context: int, room: int) -> tuple[jax.Array, KVCache]:
-    """A token per sequence, and a cache with ``context`` tokens before it and ``room`` for more."""
+def _behind(model: Llama, params: Params, batch: int, context: int, room: int) -> tuple[Any, ...]:
+    """Parameters, a token per sequence, and a cache with ``context`` tokens before it and ``room`` for more."""
     cache = KVCache.zeros(model.config, batch, context + room, cache_kind(params), model.dtype)
-    return _tokens(model.config, batch, 1), replace(cache, lengths=jnp.full(batch, context, jnp.int32))
+    return params, _tokens(model.config, batch, 1), replace(cache, lengths=jnp.full(batch, context, jnp.int32))
 
 
-def time_prefill(model: Llama, params: Params, batch: int, length: int) -> Measured:
-    """Seconds until the logits behind full prompts are there."""
-    call, arguments = _call("prefill", model, params, batch, length)
-    return _measure(call, arguments, (0, 4))
+def _prefill_call(model: Llama, params: Params, batch: int, length: int) -> _Call:
+    """Full prompts, up to the logits behind them."""
+
+    def arrays() -> tuple[Any, ...]:
+        return params, _tokens(model.config, batch, length), jnp.full(batch, length, jnp.int32)
+
+    return _Call(_prefill, model, arrays, (length,))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _decode_greedily(model: Llama, params: Params, tokens: jax.Array, cache: KVCache, steps: int) -> jax.Array:
+    """A loop on the device, the choice of the tokens included.
+
+    Its result is the last token: the caches that it grows are temporary arrays beside those it is given.
+    """
 
     def step(_: Any, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
         logits, grown = cast(Any, model.apply({"params": params}, *carry, method="decode"))
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), grown
 
     return jax.lax.fori_loop(0, steps, step, (tokens, cache))[0]
-
-
-def time_decode(model: Llama, params: Params, batch: int, context: int, new_tokens: int) -> Measured:
-    """Seconds per token of a loop on the device that begins behind ``context`` tokens; choosing the tokens included.
-
-    The loop's result is the last token: the caches that it grows are temporary arrays beside those it is given.
-    """
-    tokens, cache = _behind(model, params, batch, context, new_tokens)
-    return _measure(_decode_greedily, (model, params, tokens, cache, new_tokens), (0, 4), new_tokens)
 
 
 def step_bytes(params: Params, of_token: int, batch: int, context: float) -> int:
@@ -394,12 +460,12 @@ def step_bytes(params: Params, of_token: int, batch: int, context: float) -> int
     return round(weights + batch * context * of_token)
 
 
-def kernel_times(call: Callable[..., Any], arguments: Any) -> dict[str, Any]:
+def kernel_times(call: Callable[[], Any]) -> dict[str, Any]:
     """Microseconds of the kernels of a call by operation, and of each kernel's name; empty where no GPU runs them."""
-    jax.block_until_ready(call(*arguments))
+    jax.block_until_ready(call())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            jax.block_until_ready(call(*arguments))
+            jax.block_until_ready(call())
         [trace] = Path(folder).rglob("*.xplane.pb")
         planes = jax.profiler.ProfileData.from_file(str(trace)).planes
         events = [

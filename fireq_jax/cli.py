@@ -324,14 +324,19 @@ def bench(
         sizes, feed_forward, prefill, decode, new_tokens = "toy", "1,8", "1x32,2x16", "1x16,2x16", 32
     tokens = [count for (count,) in _numbers("--feed-forward", feed_forward, 1)]
     prompts, contexts = _numbers("--prefill", prefill, 2), _numbers("--decode", decode, 2)
+    command = f"fireq-jax bench --sizes {sizes} --recipe {recipe} --feed-forward {feed_forward} --prefill {prefill}"
+    command += f" --decode {decode} --new-tokens {new_tokens}{' --torch' if torch else ''}"
+
+    def save(result: dict[str, Any]) -> None:
+        """A run that is cut off leaves what it has."""
+        if json_file is not None:
+            write_json(json_file, result | {"command": command, "commit": commit})
+
     with notes.status("starting ...") as status:
         result = run_benchmark(
             sizes, recipe=recipe, feed_forward=tokens, prefill=prompts, decode=contexts, new_tokens=new_tokens,
-            with_torch=torch, progress=lambda what: status.update(f"{what} ..."),
+            with_torch=torch, progress=lambda what: status.update(f"{what} ..."), save=save,
         )  # fmt: skip
-    command = f"fireq-jax bench --sizes {sizes} --recipe {recipe} --feed-forward {feed_forward} --prefill {prefill}"
-    command += f" --decode {decode} --new-tokens {new_tokens}{' --torch' if torch else ''}"
-    result |= {"command": command, "commit": commit}
     table = Table(title=f"{sizes}, {result['recipe']}, on {result['device']}; bf16 through the same code")
     for column in ("", "INT4/FP8", "bf16", "speed"):
         table.add_column(column, justify="left" if not column else "right")
@@ -342,8 +347,7 @@ def bench(
     for case in result["decode"]:
         _add_times(table, f"decode, {case['batch']} x {case['context']}, per token", case["milliseconds"], "ms")
     console.print(table)
-    if json_file is not None:
-        write_json(json_file, result)
+    save(result)
 
 
 def _numbers(option: str, text: str, count: int) -> list[Any]:
