@@ -9,7 +9,6 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -60,6 +59,7 @@ def run_benchmark(
     decode: Sequence[tuple[int, int]] = (),
     new_tokens: int = 64,
     operators: bool = True,
+    fp8: bool = False,
     with_torch: bool = False,
     progress: Callable[[str], None] = lambda _: None,
     save: Callable[[dict[str, Any]], None] = lambda _: None,
@@ -73,6 +73,7 @@ def run_benchmark(
       prefill: pairs of batch size and prompt length.
       decode: pairs of batch size and context length.
       new_tokens: tokens generated per sequence at each of these.
+      fp8: whether the block is measured in fp8 by XLA alone, too, which XLA takes long to compile.
       with_torch: whether transformers' Llama in torch is measured, too, at ``prefill`` and ``decode``.
       operators: whether the first case of ``prefill`` and of ``decode`` is profiled kernel by kernel (on a GPU).
       progress: called with what comes next.
@@ -127,23 +128,32 @@ def run_benchmark(
         "decode": [],
         "operators": {},
     }  # fmt: skip
-    calls = _calls(model, params, feed_forward, prefill, decode, new_tokens, operators)
-    progress(f"compiling {sum(map(len, calls.values()))} programs")
-    with ThreadPoolExecutor(len(calls)) as pool:
-        # A thread per kind: more of bf16's products at once would disturb XLA's choice among their kernels.
-        compiled = dict(zip(calls, pool.map(_compile_all, calls, calls.values()), strict=True))
 
-    def measured(*case: Any) -> dict[str, Measured]:
-        progress(", ".join(map(str, case)))
-        return {kind: calls[kind][case].measure(compiled[kind][case]) for kind in calls if case in compiled[kind]}
+    def measured(what: str, call_of: Callable[..., _Call], *case: int) -> dict[str, Measured]:
+        """Per kind of model; of the first prompts the kernels, too."""
+        found = {}
+        for kind, p in params.items():
+            progress(f"{kind}: {what} {' x '.join(map(str, case))}")
+            call = call_of(model, p, *case)
+            compiled = call.compile()
+            found[kind] = call.measure(compiled)
+            if what == "prefill" and case == tuple(prefill[0]) and operators:
+                result["operators"].setdefault(f"prefill {case[0]} x {case[1]}", {})[kind] = kernel_times(
+                    call.bound(compiled)
+                )
+        return found
 
     for tokens in feed_forward:
-        seconds = {kind: found.seconds for kind, found in measured("feed-forward", tokens).items()}
+        seconds = {kind: m.seconds for kind, m in measured("feed-forward", _feed_forward_call, tokens).items()}
+        if fp8 and tokens % 16 == 0:  # cuBLASLt takes no other number in fp8
+            progress(f"fp8: feed-forward {tokens}")
+            call = _feed_forward_fp8_call(config, tokens)
+            seconds["fp8"] = call.measure(call.compile()).seconds
         result["feed_forward"].append({"tokens": tokens} | _by_kind("microseconds", seconds, 1e6))
         save(result)
     for batch, length in prefill:
         case = {"batch": batch, "length": length}
-        result["prefill"].append(case | _as_case(measured("prefill", batch, length)))
+        result["prefill"].append(case | _as_case(measured("prefill", _prefill_call, batch, length)))
         save(result)
     for batch, context in decode:
         needed = {
@@ -151,16 +161,19 @@ def run_benchmark(
             for kind, p in params.items()
         }
         settings: dict[str, Any] = {"batch": batch, "context": context, "new_tokens": new_tokens, "bytes": needed}
-        result["decode"].append(settings | _as_case(measured("decode", batch, context)))
+        found = measured("decode", functools.partial(_decode_call, new_tokens=new_tokens), batch, context)
+        result["decode"].append(settings | _as_case(found))
         save(result)
-    for what, name, cases in (("prefill", "prefill", prefill), ("step", "decode", decode)):
-        for batch, length in cases[: int(operators)]:
-            progress(f"kernels of {name}, {batch} x {length}")
-            result["operators"][f"{name} {batch} x {length}"] = {
-                kind: kernel_times(calls[kind][what, batch, length].bound(compiled[kind][what, batch, length]))
-                for kind in params
-            }
-            save(result)
+    for batch, context in decode[: int(operators)]:
+        progress(f"kernels of decode {batch} x {context}")
+        steps = {
+            kind: _Call(_decode, model, functools.partial(_behind, model, p, batch, context, 2))
+            for kind, p in params.items()
+        }
+        result["operators"][f"decode {batch} x {context}"] = {
+            kind: kernel_times(call.bound(call.compile())) for kind, call in steps.items()
+        }
+        save(result)
     return result
 
 
@@ -201,54 +214,6 @@ class _Call(NamedTuple):
         )  # fmt: skip
         seconds = _unless_too_large(lambda: _seconds(self.bound(compiled)))
         return Measured(None if seconds is None else seconds / self.parts, needed)
-
-
-def _compile_all(kind: str, calls: Mapping[Any, _Call]) -> dict[Any, Any]:
-    compiled = {}
-    for case, call in calls.items():
-        try:
-            compiled[case] = call.compile()
-        except jax.errors.JaxRuntimeError:
-            if kind != "fp8":  # which XLA may not support here
-                raise
-    return compiled
-
-
-def _calls(
-    model: Llama,
-    params: Mapping[str, Params],
-    feed_forward: Sequence[int],
-    prefill: Sequence[tuple[int, int]],
-    decode: Sequence[tuple[int, int]],
-    new_tokens: int,
-    operators: bool,
-) -> dict[str, dict[Any, _Call]]:
-    """Per kind of model, what is to be timed of each case."""
-    config = model.config
-    calls: dict[str, dict[Any, _Call]] = {}
-    for kind, p in params.items():
-        of_kind: dict[Any, _Call] = {}
-        for tokens in feed_forward:
-            of_kind["feed-forward", tokens] = _feed_forward_call(config, p, tokens)
-        for batch, length in prefill:
-            of_kind["prefill", batch, length] = _prefill_call(model, p, batch, length)
-        for batch, context in decode:
-            arrays = functools.partial(_behind, model, p, batch, context, new_tokens)
-            call = _Call(_decode_greedily, model, arrays, (new_tokens,), new_tokens)
-            of_kind["decode", batch, context] = call
-        for batch, context in decode[: int(operators)]:
-            of_kind["step", batch, context] = _Call(
-                _decode, model, functools.partial(_behind, model, p, batch, context, 2)
-            )  # fmt: skip
-        calls[kind] = of_kind
-    if jax.default_backend() == "gpu":
-        # cuBLASLt takes no other numbers of tokens in fp8.
-        calls["fp8"] = {
-            ("feed-forward", tokens): _feed_forward_fp8_call(config, tokens)
-            for tokens in feed_forward
-            if tokens % 16 == 0
-        }
-    return calls
 
 
 def random_params(config: LlamaConfig) -> Params:
@@ -374,8 +339,9 @@ def _feed_forward(config: LlamaConfig, layers: Sequence[Params], x: jax.Array, r
     return jax.lax.fori_loop(0, rounds, one_round, x)
 
 
-def _feed_forward_call(config: LlamaConfig, params: Params, tokens: int) -> _Call:
+def _feed_forward_call(model: Llama, params: Params, tokens: int) -> _Call:
     """A loop over the blocks of several layers, per block."""
+    config = model.config
     layers = [params[f"layers_{i}"] for i in range(min(LAYERS_OF_A_LOOP, config.num_layers))]
     rounds = max(1, 64 // math.isqrt(tokens))
 
@@ -450,6 +416,12 @@ def _decode_greedily(model: Llama, params: Params, tokens: jax.Array, cache: KVC
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), grown
 
     return jax.lax.fori_loop(0, steps, step, (tokens, cache))[0]
+
+
+def _decode_call(model: Llama, params: Params, batch: int, context: int, new_tokens: int) -> _Call:
+    """A loop that begins behind ``context`` tokens, per token."""
+    arrays = functools.partial(_behind, model, params, batch, context, new_tokens)
+    return _Call(_decode_greedily, model, arrays, (new_tokens,), new_tokens)
 
 
 def step_bytes(params: Params, of_token: int, batch: int, context: float) -> int:

@@ -311,6 +311,7 @@ def bench(
     ] = "16x1024,16x2048,16x4096,1x2048",
     decode: Annotated[str, typer.Option(help="Batch sizes and context lengths.")] = "1x1024,16x1024,64x1024",
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated per sequence in each decode case.")] = 64,
+    fp8: Annotated[bool, typer.Option(help="Also time the block in fp8 by XLA, which takes long to compile.")] = False,
     torch: Annotated[bool, typer.Option(help="Also time transformers' Llama in torch, if it is installed.")] = False,
     commit: Annotated[str | None, typer.Option(help="Recorded beside the results.")] = None,
     smoke: Annotated[bool, typer.Option(help="A toy on any device, to see the command work.")] = False,
@@ -325,7 +326,7 @@ def bench(
     tokens = [count for (count,) in _numbers("--feed-forward", feed_forward, 1)]
     prompts, contexts = _numbers("--prefill", prefill, 2), _numbers("--decode", decode, 2)
     command = f"fireq-jax bench --sizes {sizes} --recipe {recipe} --feed-forward {feed_forward} --prefill {prefill}"
-    command += f" --decode {decode} --new-tokens {new_tokens}{' --torch' if torch else ''}"
+    command += f" --decode {decode} --new-tokens {new_tokens}{' --fp8' * fp8}{' --torch' * torch}"
 
     def save(result: dict[str, Any]) -> None:
         """A run that is cut off leaves what it has."""
@@ -335,7 +336,7 @@ def bench(
     with notes.status("starting ...") as status:
         result = run_benchmark(
             sizes, recipe=recipe, feed_forward=tokens, prefill=prompts, decode=contexts, new_tokens=new_tokens,
-            with_torch=torch, progress=lambda what: status.update(f"{what} ..."), save=save,
+            fp8=fp8, with_torch=torch, progress=lambda what: status.update(f"{what} ..."), save=save,
         )  # fmt: skip
     table = Table(title=f"{sizes}, {result['recipe']}, on {result['device']}; bf16 through the same code")
     for column in ("", "INT4/FP8", "bf16", "speed"):

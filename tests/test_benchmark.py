@@ -82,7 +82,7 @@ def test_wrong_kernels_are_not_timed(monkeypatch):
         return out if implementation else -10 * out
 
     monkeypatch.setattr(pallas_kernels, "decode_attention", wrong)
-    monkeypatch.setattr(benchmark, "_calls", lambda *_: pytest.fail("was timed"))
+    monkeypatch.setattr(benchmark, "_prefill_call", lambda *_: pytest.fail("was timed"))
     jax.clear_caches()
     with pytest.raises(RuntimeError, match="the kernels' logits are"):
         benchmark.run_benchmark("toy", prefill=[(1, 8)])
