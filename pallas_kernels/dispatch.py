@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels import reference, weight_layout
 from pallas_kernels.reference import Cache, Numerics
 from pallas_kernels.sources import Source, Ungated, Unnormed
-from pallas_kernels.tiling import DECODE_ROWS, MAX_ROW, choose_streaming, rounds_its_input
+from pallas_kernels.tiling import DECODE_ROWS, MAX_ROW, MAX_TOKEN, choose_streaming, rounds_its_input
 
 
 # Mosaic takes a second to import, which only who runs a kernel should pay.
@@ -151,12 +151,13 @@ def _require(op: str, name: str, array: jax.Array, shape: tuple[int, ...], dtype
         raise ValueError(f"{op}: {name} must be {expected}, got {array.dtype}")
 
 
-def _check_factors(
-    op: str, x8: jax.Array, x_scale: jax.Array, tensor_scale: jax.Array, bias: jax.Array | None, n: int
-) -> None:
-    """What both products have beside the weight."""
+def _check_activations(op: str, x8: jax.Array, x_scale: jax.Array) -> None:
     _require(op, "x8", x8, x8.shape, (jnp.float8_e4m3fn,))
     _require(op, "x_scale", x_scale, x8.shape[:1], (jnp.float32,))
+
+
+def _check_factors(op: str, tensor_scale: jax.Array, bias: jax.Array | None, n: int) -> None:
+    """What belongs to a weight of any layout."""
     _require(op, "tensor_scale", tensor_scale, (), (jnp.float32,))
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"{op}: bias must have shape {(n,)}, got {bias.shape}")
@@ -189,7 +190,8 @@ def int4_fp8_matmul(
         raise ValueError(f"{op}: {k=} cannot be split into {groups} groups of an even size")
     if numerics not in ("exact", "folded"):
         raise ValueError(f"{op}: {numerics=} must be 'exact' or 'folded'")
-    _check_factors(op, x8, x_scale, tensor_scale, bias, n)
+    _check_activations(op, x8, x_scale)
+    _check_factors(op, tensor_scale, bias, n)
     _require(op, "codes", codes, (n, k // 2), (jnp.uint8,))
     _require(op, "scales", scales, (n, groups), (jnp.float8_e4m3fn, jnp.bfloat16))
     return compute(x8, x_scale, codes, scales, tensor_scale, bias, numerics=numerics, out_dtype=out_dtype)
@@ -245,6 +247,28 @@ def _tiled_refusals(m: int, sizes: Sequence[int], k: int, share: int, out_dtype:
     return _named({"mosaic_gpu": many, "mosaic_gpu_matvec": few})
 
 
+def _check_tiled(op: str, weights: Sequence[TiledWeight], k: int, group_size: int, scale_dtype: Any) -> None:
+    if not weights:
+        raise ValueError(f"{op}: there are no weights")
+    if group_size not in weight_layout.GROUP_SIZES or k % group_size:
+        raise ValueError(f"{op}: {group_size=} must be one of {weight_layout.GROUP_SIZES} and divide {k=}")
+    if jnp.dtype(scale_dtype) not in (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.bfloat16)):
+        raise ValueError(f"{op}: scale_dtype must be float8_e4m3fn or bfloat16, got {jnp.dtype(scale_dtype).name}")
+    for weight in weights:
+        _check_factors(op, weight.tensor_scale, weight.bias, weight.outputs)
+        shape = weight_layout.tiles_shape(weight.outputs, k, group_size, scale_dtype)
+        _require(op, "tiles", weight.tiles, shape, (jnp.int32,))
+
+
+def _check_residual(
+    op: str, residual: jax.Array | None, m: int, weights: Sequence[TiledWeight], out_dtype: Any
+) -> None:
+    if residual is not None:
+        if len(weights) != 1:
+            raise ValueError(f"{op}: a residual goes with one weight, got {len(weights)}")
+        _require(op, "residual", residual, (m, weights[0].outputs), (out_dtype,))
+
+
 def int4_fp8_matmuls_tiled(
     x8: jax.Array,
     x_scale: jax.Array,
@@ -279,21 +303,10 @@ def int4_fp8_matmuls_tiled(
     op = "int4_fp8_matmul_tiled"
     if x8.ndim != 2:
         raise ValueError(f"{op}: x8 is a matrix, got {x8.shape}")
-    if not weights:
-        raise ValueError(f"{op}: there are no weights")
     m, k = x8.shape
-    if group_size not in weight_layout.GROUP_SIZES or k % group_size:
-        raise ValueError(f"{op}: {group_size=} must be one of {weight_layout.GROUP_SIZES} and divide {k=}")
-    if jnp.dtype(scale_dtype) not in (jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.bfloat16)):
-        raise ValueError(f"{op}: scale_dtype must be float8_e4m3fn or bfloat16, got {jnp.dtype(scale_dtype).name}")
-    for weight in weights:
-        _check_factors(op, x8, x_scale, weight.tensor_scale, weight.bias, weight.outputs)
-        shape = weight_layout.tiles_shape(weight.outputs, k, group_size, scale_dtype)
-        _require(op, "tiles", weight.tiles, shape, (jnp.int32,))
-    if residual is not None:
-        if len(weights) != 1:
-            raise ValueError(f"{op}: a residual goes with one weight, got {len(weights)}")
-        _require(op, "residual", residual, (m, weights[0].outputs), (out_dtype,))
+    _check_activations(op, x8, x_scale)
+    _check_tiled(op, weights, k, group_size, scale_dtype)
+    _check_residual(op, residual, m, weights, out_dtype)
     share = weight_layout.share_bytes(group_size, scale_dtype)
     settings = {"group_size": group_size, "scale_dtype": jnp.dtype(scale_dtype), "out_dtype": out_dtype}
     refusals = _tiled_refusals(m, [weight.outputs for weight in weights], k, share, out_dtype)
@@ -335,9 +348,13 @@ def int4_matmuls_tiled(
       ValueError: shapes or dtypes do not belong together.
       NotImplementedError: ``implementation`` does not exist, or takes no such shape or device.
     """
+    op = "int4_matmuls_tiled"
+    rows = _check_source(op, source)
+    _check_tiled(op, weights, rows.shape[1], group_size, scale_dtype)
+    _check_residual(op, residual, rows.shape[0], weights, out_dtype)
     settings = {"group_size": group_size, "scale_dtype": jnp.dtype(scale_dtype)}
-    fused = implementation in (None, "mosaic_gpu_matvec") and len(weights) >= 1
-    if fused and not _token_refusal(source, weights, residual, out_dtype, **settings):
+    fused = implementation in (None, "mosaic_gpu_matvec")
+    if fused and not _token_refusal(rows, weights, out_dtype, **settings):
         from pallas_kernels import mosaic_matvec
 
         tiles, tensor_scales, biases, sizes = zip(*weights, strict=True)
@@ -349,26 +366,28 @@ def int4_matmuls_tiled(
     )  # fmt: skip
 
 
+def _check_source(op: str, source: Source) -> jax.Array:
+    """The rows of a source whose arrays belong together."""
+    rows, *others = source.arrays()
+    if isinstance(source, Ungated):
+        _check_rows(op, rows, *others)
+    else:
+        _check_rows(op, rows)
+    if isinstance(source, Unnormed):
+        _require(op, "gain", source.gain, rows.shape[1:], (jnp.bfloat16, jnp.float32))
+    return rows
+
+
 def _token_refusal(
-    source: Source,
-    weights: Sequence[TiledWeight],
-    residual: jax.Array | None,
-    out_dtype: Any,
-    group_size: int,
-    scale_dtype: Any,
+    rows: jax.Array, weights: Sequence[TiledWeight], out_dtype: Any, group_size: int, scale_dtype: Any
 ) -> str | None:
-    """Why no kernel both rounds and multiplies, if none does. Wrong shapes are left to others to complain of."""
-    m, k = source.arrays()[0].shape
-    share, sizes = weight_layout.share_bytes(group_size, scale_dtype), [weight.outputs for weight in weights]
-    if residual is not None and (len(weights) != 1 or residual.shape != (m, sizes[0])):
-        return "the residual does not belong to the weights"
-    if (
-        any(array.dtype != jnp.bfloat16 for array in (*source.arrays()[:1], *([] if residual is None else [residual])))
-        or jnp.dtype(out_dtype) != jnp.bfloat16
-    ):
+    """Why no kernel rounds such rows and multiplies them, if none does."""
+    (m, k), share = rows.shape, weight_layout.share_bytes(group_size, scale_dtype)
+    sizes = [weight.outputs for weight in weights]
+    if {rows.dtype, jnp.dtype(out_dtype)} != {jnp.dtype(jnp.bfloat16)}:
         return "activations or results are not bfloat16"
     if not rounds_its_input(choose_streaming(m, sum(sizes), k, share), m, k):
-        return f"{m} tokens of {k} inputs are not one token of up to 16384"
+        return f"{m} tokens of {k} inputs are not one token of up to {MAX_TOKEN}"
     return _tiled_refusals(m, sizes, k, share, out_dtype).get("mosaic_gpu_matvec")
 
 
@@ -404,12 +423,7 @@ def int4_fp8_matmul_tiled(
     return int4_fp8_matmuls_tiled(x8, x_scale, [TiledWeight(tiles, tensor_scale, bias, n)], **settings)[0]
 
 
-def _row_refusals(op: str, *rows: jax.Array) -> dict[str, str]:
-    """Why the Hopper kernels cannot take such rows, if they cannot; they must be matrices of one shape and dtype.
-
-    Raises:
-      ValueError: they are not.
-    """
+def _check_rows(op: str, *rows: jax.Array) -> None:
     first = rows[0]
     for other in rows:
         if other.ndim != 2 or other.shape != first.shape or other.dtype != first.dtype:
@@ -417,6 +431,16 @@ def _row_refusals(op: str, *rows: jax.Array) -> dict[str, str]:
                 f"{op}: the rows must be matrices of one shape and dtype, got "
                 + " and ".join(f"{r.dtype} {r.shape}" for r in rows)
             )
+
+
+def _row_refusals(op: str, *rows: jax.Array) -> dict[str, str]:
+    """Why the Hopper kernels cannot take such rows, if they cannot; they must be matrices of one shape and dtype.
+
+    Raises:
+      ValueError: they are not.
+    """
+    _check_rows(op, *rows)
+    first = rows[0]
     reason, (m, k) = _no_hopper(), first.shape
     if first.dtype != jnp.bfloat16:
         reason = f"the rows are {first.dtype}, not bfloat16"

@@ -9,7 +9,7 @@ from test_matmul_kernel import BF16, E4M3, frobenius, on_hopper, product, random
 from test_row_kernels import exact, norm, silu
 
 import pallas_kernels as pk
-from pallas_kernels import matmul_steps, matvec_steps, mosaic_matvec, row_steps, token_steps, weight_layout
+from pallas_kernels import dispatch, matmul_steps, matvec_steps, mosaic_matvec, row_steps, token_steps, weight_layout
 
 
 def source_of(kind, k, seed=0, m=1):
@@ -105,6 +105,29 @@ def test_refuses_what_does_not_belong_together():
     if not pk.has_hopper_gpu():
         with pytest.raises(NotImplementedError, match="no Hopper GPU"):
             pk.int4_matmuls_tiled(source, weights, implementation="mosaic_gpu_matvec", **settings)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (pk.Unnormed(jnp.zeros((1, 128), BF16), jnp.ones(128, jnp.float16), 1e-5), "gain must be bfloat16 or float32"),
+        (pk.Unnormed(jnp.zeros((1, 128), BF16), jnp.ones(64, BF16), 1e-5), r"gain must have shape \(128,\)"),
+        (pk.Ungated(jnp.zeros((1, 128), BF16), jnp.zeros((1, 64), BF16)), "the rows must be matrices of one shape"),
+        (pk.Unrounded(jnp.zeros(128, BF16)), "the rows must be matrices"),
+    ],
+)
+def test_refuses_sources_that_make_no_sense(monkeypatch, source, message, on_gpu):
+    """Before a kernel is chosen, also where there is one."""
+    weights, _ = weights_of((64,), 128, ())
+    monkeypatch.setattr(dispatch, "has_hopper_gpu", lambda: on_gpu)
+    with pytest.raises(ValueError, match=message):
+        pk.int4_matmuls_tiled(source, weights, group_size=128, scale_dtype=E4M3)
+    right = pk.Unrounded(jnp.zeros((1, 128), BF16))
+    with pytest.raises(ValueError, match="tiles must have shape"):
+        pk.int4_matmuls_tiled(right, [weights[0]._replace(outputs=128)], group_size=128, scale_dtype=E4M3)
+    with pytest.raises(ValueError, match="group_size=48"):
+        pk.int4_matmuls_tiled(right, weights, group_size=48, scale_dtype=E4M3)
 
 
 LARGE = [
