@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import struct
+from copy import deepcopy
 
 import jax
 import numpy as np
@@ -83,10 +84,11 @@ def write_header(path, text, payload):
 
 
 SIZES = st.one_of(st.integers(-2, 70), st.sampled_from([2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64, 10**30]))
+# Copies: a test that changes what it drew must not change what it draws next.
 NASTY = st.one_of(
     st.none(), st.booleans(), SIZES, st.floats(), st.text(max_size=6), st.lists(SIZES, max_size=4),
     st.sampled_from([{}, [], [[]], {"a": {}}, "../x", "/etc/passwd", "\0", "F8_E4M3", "I32", "U8", "BF16", "F64", 0.5]),
-)  # fmt: skip
+).map(deepcopy)  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -247,5 +247,7 @@ def peak(statement, *arguments):
         "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])\n"
     )
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    ran = subprocess.run(command, capture_output=True, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    # One arena: how much freed memory glibc keeps in those of XLA's threads is chance, up to two blocks here.
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "MALLOC_ARENA_MAX": "1"}
+    ran = subprocess.run(command, capture_output=True, check=True, env=environment)
     return 1024 * int(ran.stdout)
