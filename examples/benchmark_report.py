@@ -142,9 +142,9 @@ def page(results: dict[str, Any]) -> str:
         "the caches.",
         decode_table(results),
         *(feed_forward_part(results) if results["feed_forward"] else []),
-        *(operators_part(results) if any(map(any, map(dict.values, results["operators"].values()))) else []),
+        *(operators_part(results) if any(any(kinds.values()) for kinds in results["operators"].values()) else []),
     ]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(parts)
 
 
 def readme_table(results: dict[str, Any]) -> str:
@@ -167,12 +167,17 @@ def readme_table(results: dict[str, Any]) -> str:
     return table([f"{results['sizes']} on one {results['device']}", "time", "speed to bf16"], rows)
 
 
-def draw_plot(results: dict[str, Any]) -> None:
-    """Ratios of all cases, and the kernels' times by operation."""
+def pyplot() -> Any:
     import matplotlib as mpl  # the tables need no plot
     import matplotlib.pyplot as plt
 
     mpl.rcParams["svg.hashsalt"] = "fireq-jax"  # the same numbers give the same file
+    return plt
+
+
+def draw_plot(results: dict[str, Any]) -> None:
+    """Ratios of all cases, and the kernels' times by operation."""
+    plt = pyplot()
     ratios = {f"block, {c['tokens']}": c["microseconds"] for c in results["feed_forward"]}
     ratios |= {f"prefill, {c['batch']} x {c['length']}": c["milliseconds"] for c in results["prefill"]}
     ratios |= {f"decode, {c['batch']} x {c['context']}": c["milliseconds"] for c in results["decode"]}
@@ -201,10 +206,7 @@ def draw_plot(results: dict[str, Any]) -> None:
 
 def draw_memory(results: dict[str, Any]) -> None:
     """What prompts and their continuations take of the device's memory, and how long, over their length."""
-    import matplotlib as mpl
-    import matplotlib.pyplot as plt
-
-    mpl.rcParams["svg.hashsalt"] = "fireq-jax"
+    plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
     names = {"int4": "INT4/FP8", "bf16": "bf16"}
     for kind, name in names.items():

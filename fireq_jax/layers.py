@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pallas_kernels
 from fireq_jax.config import LlamaConfig
 from fireq_jax.kv_cache import Int4LayerCache, LayerCache
-from fireq_jax.qtensor import Fp8Activations, Int4Weight, TiledInt4Weight, is_int4, takes_fp8
+from fireq_jax.qtensor import Int4Weight, TiledInt4Weight, is_int4, takes_fp8
 
 # How new tokens find keys and values:
 #   "prefill"   they are the first of their sequences and attend to each other, to unquantised or e4m3 values
@@ -21,8 +21,8 @@ AttentionMode = Literal["prefill", "continue", "cached"]
 
 
 Weight = jax.Array | Int4Weight | TiledInt4Weight
-# What a linear layer takes: floats, or for weights that take e4m3 such activations, made already or still to be made.
-Activations = jax.Array | Fp8Activations | pallas_kernels.Source
+# What a linear layer takes: floats, or where all of its weights take e4m3 what these are made of.
+Activations = jax.Array | pallas_kernels.Source
 
 
 def apply_linears(
@@ -49,71 +49,74 @@ def apply_linears(
     Returns:
       ``[..., *out_shape]`` per weight.
     """
-    shape = _shape(x)
+    shape = x.shape if isinstance(x, jax.Array) else x.arrays()[0].shape
     batch_shape, in_shape = shape[:-input_axes], shape[-input_axes:]
-    m, k = math.prod(batch_shape), math.prod(in_shape)
+    k = math.prod(in_shape)
+    source: pallas_kernels.Source
+    source = pallas_kernels.Unrounded(x.reshape(-1, k)) if isinstance(x, jax.Array) else x.as_matrix(k)
+    rows = source.values if isinstance(source, pallas_kernels.Unrounded) else None
     out_shapes = [weight.shape[:-input_axes] for weight in weights]
     flat = [None if bias is None else bias.reshape(-1) for bias in biases]
-    added = None if residual is None else residual.reshape(m, -1)
+    added = None if residual is None else residual.reshape(-1, math.prod(out_shapes[0]))
     tiled = [weight for weight in weights if isinstance(weight, TiledInt4Weight)]
+    products: Sequence[jax.Array]
     if len(tiled) == len(weights) and len({(w.group_size, w.scale_dtype) for w in tiled}) == 1:
-        operands = [
-            pallas_kernels.TiledWeight(weight.tiles, weight.tensor_scale, bias, math.prod(out_shape))
-            for weight, bias, out_shape in zip(tiled, flat, out_shapes, strict=True)
-        ]
-        settings: Any = {
-            "group_size": tiled[0].group_size, "scale_dtype": tiled[0].scale_dtype, "out_dtype": out_dtype,
-            "implementation": implementation,
-        }  # fmt: skip
-        products: Sequence[jax.Array]
-        if isinstance(x, Fp8Activations):
-            rows = x.values.reshape(m, k), x.scale.reshape(m)
-            products = pallas_kernels.int4_fp8_matmuls_tiled(*rows, operands, added, **settings)
-        else:
-            products = pallas_kernels.int4_matmuls_tiled(_source(x, k), operands, added, **settings)
-        added = None
-    elif len(weights) > 1:
-        each = {"input_axes": input_axes, "out_dtype": out_dtype, "implementation": implementation}
-        if not isinstance(x, jax.Array):
-            x = _rounded(x, implementation)
-        return [apply_linears(x, [w], [b], **each)[0] for w, b in zip(weights, biases, strict=True)]
-    elif takes_fp8(weights[0]):
-        weight, rounded = cast(Int4Weight, weights[0]), _rounded(_source(x, k), implementation)
-        products = [
-            pallas_kernels.int4_fp8_matmul(
-                rounded.values.reshape(m, k), rounded.scale.reshape(m),
-                weight.codes, weight.scales, weight.tensor_scale, flat[0],
-                numerics=weight.numerics, out_dtype=out_dtype, implementation=implementation,
-            )
-        ]  # fmt: skip
+        products = _tiled_products(source, tiled, flat, added, out_dtype, implementation)
     else:
-        assert isinstance(x, jax.Array)  # who rounds asks takes_fp8 first
-        products = [_float_product(x.reshape(m, k), weights[0], flat[0], out_dtype)]
-    if added is not None:
-        products = [added + products[0]]
+        if len(weights) > 1 and any(map(takes_fp8, weights)):  # once for all of them
+            source = pallas_kernels.Rounded(*pallas_kernels.round_rows(source, implementation=implementation))
+        products = [
+            _product(rows, source, weight, bias, out_dtype, implementation)
+            for weight, bias in zip(weights, flat, strict=True)
+        ]
+        if added is not None:
+            [product] = products
+            products = [added + product]
     return [y.reshape(*batch_shape, *out_shape) for y, out_shape in zip(products, out_shapes, strict=True)]
 
 
-def _shape(x: Activations) -> tuple[int, ...]:
-    if isinstance(x, Fp8Activations):
-        return x.values.shape
-    return x.shape if isinstance(x, jax.Array) else x.arrays()[0].shape
+def _tiled_products(
+    source: pallas_kernels.Source,
+    weights: Sequence[TiledInt4Weight],
+    biases: Sequence[jax.Array | None],
+    residual: jax.Array | None,
+    out_dtype: Any,
+    implementation: str | None,
+) -> Sequence[jax.Array]:
+    """Of weights with tiles of one kind."""
+    operands = [
+        pallas_kernels.TiledWeight(weight.tiles, weight.tensor_scale, bias, math.prod(weight.out_shape))
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
+    group_size, scale_dtype = weights[0].group_size, weights[0].scale_dtype
+    products: Sequence[jax.Array] = pallas_kernels.int4_matmuls_tiled(
+        source, operands, residual,
+        group_size=group_size, scale_dtype=scale_dtype, out_dtype=out_dtype, implementation=implementation,
+    )  # fmt: skip
+    return products
 
 
-def _source(x: Activations, k: int) -> Any:
-    """As what products take that round for themselves, rows of k; or what is rounded already."""
-    if isinstance(x, Fp8Activations):
-        return x
-    return pallas_kernels.Unrounded(x.reshape(-1, k)) if isinstance(x, jax.Array) else x.as_matrix(k)
-
-
-def _rounded(x: Fp8Activations | pallas_kernels.Source, implementation: str | None) -> Fp8Activations:
-    """What is to be made of a source, in its shape."""
-    if isinstance(x, Fp8Activations):
-        return x
-    shape = _shape(x)
-    values, scale = pallas_kernels.round_rows(x.as_matrix(shape[-1]), implementation=implementation)
-    return Fp8Activations(values.reshape(shape), scale.reshape(shape[:-1]))
+def _product(
+    rows: jax.Array | None,
+    source: pallas_kernels.Source,
+    weight: Weight,
+    bias: jax.Array | None,
+    out_dtype: Any,
+    implementation: str | None,
+) -> jax.Array:
+    """Of one weight of any kind; ``rows`` are the float inputs, if the source is no more than their rounding."""
+    if isinstance(weight, TiledInt4Weight):
+        return _tiled_products(source, [weight], [bias], None, out_dtype, implementation)[0]
+    if takes_fp8(weight):
+        int4 = cast(Int4Weight, weight)
+        product: jax.Array = pallas_kernels.int4_fp8_matmul(
+            *pallas_kernels.round_rows(source, implementation=implementation),
+            int4.codes, int4.scales, int4.tensor_scale, bias,
+            numerics=int4.numerics, out_dtype=out_dtype, implementation=implementation,
+        )  # fmt: skip
+        return product
+    assert rows is not None  # who hands on a source asks takes_fp8 first
+    return _float_product(rows, weight, bias, out_dtype)
 
 
 def _float_product(x: jax.Array, weight: Weight, bias: jax.Array | None, out_dtype: Any) -> jax.Array:

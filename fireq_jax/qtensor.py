@@ -145,22 +145,8 @@ class TiledInt4Weight(_Int4):
         return Int4Weight(codes, scales, self.tensor_scale, self.out_shape, self.in_shape)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=[])
-@dataclass(frozen=True)
-class Fp8Activations:
-    """Activations as an INT4 product takes them, made where they arose.
-
-    Attributes:
-      values: ``[..., k]`` e4m3.
-      scale: ``[...]`` float32; the activations are ``values · scale``.
-    """
-
-    values: jax.Array
-    scale: jax.Array
-
-
 def takes_fp8(leaf: object) -> bool:
-    """Whether ``leaf`` is an int4 weight whose product takes :class:`Fp8Activations`."""
+    """Whether ``leaf`` is an int4 weight whose product takes e4m3 activations."""
     return isinstance(leaf, TiledInt4Weight) or (isinstance(leaf, Int4Weight) and leaf.activations == "fp8")
 
 

@@ -32,7 +32,7 @@ from pallas_kernels.reference import (
     transpose_values,
     write_rows,
 )
-from pallas_kernels.sources import Source, Ungated, Unnormed, Unrounded
+from pallas_kernels.sources import Rounded, Source, Ungated, Unnormed, Unrounded
 from pallas_kernels.weight_layout import can_tile, from_tiles, to_tiles
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "INT4_MAX",
     "INT4_MIN",
     "Numerics",
+    "Rounded",
     "Source",
     "TiledWeight",
     "Ungated",

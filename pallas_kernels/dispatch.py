@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import reference, weight_layout
 from pallas_kernels.reference import Cache, Numerics
-from pallas_kernels.sources import Source, Ungated, Unnormed
+from pallas_kernels.sources import Rounded, Source, Ungated, Unnormed
 from pallas_kernels.tiling import DECODE_ROWS, MAX_ROW, MAX_TOKEN, choose_streaming, rounds_its_input
 
 
@@ -36,10 +36,16 @@ def _mosaic_matmul(
 def _mosaic_matvec(
     x8: jax.Array, x_scale: jax.Array, weights: Sequence["TiledWeight"], residual: jax.Array | None, **options: Any
 ) -> tuple[jax.Array, ...]:
+    return _mosaic_matvec_of(Rounded(x8, x_scale), weights, residual, **options)
+
+
+def _mosaic_matvec_of(
+    source: Source, weights: Sequence["TiledWeight"], residual: jax.Array | None, **options: Any
+) -> tuple[jax.Array, ...]:
     from pallas_kernels import mosaic_matvec
 
     tiles, tensor_scales, biases, sizes = zip(*weights, strict=True)
-    return mosaic_matvec.matvec(x8, x_scale, tiles, tensor_scales, biases, residual, sizes=sizes, **options)
+    return mosaic_matvec.matvec(source, tiles, tensor_scales, biases, residual, sizes=sizes, **options)
 
 
 def _reference_tiled(
@@ -328,7 +334,7 @@ def int4_matmuls_tiled(
     out_dtype: Any = jnp.bfloat16,
     implementation: str | None = None,
 ) -> tuple[jax.Array, ...]:
-    """:func:`int4_fp8_matmuls_tiled` of activations that are still to be made, and added to a residual stream.
+    """:func:`int4_fp8_matmuls_tiled` of activations that may still have to be made.
 
     For one token that is one kernel, if ``implementation`` is None or "mosaic_gpu_matvec"; else each part has its own.
 
@@ -349,16 +355,14 @@ def int4_matmuls_tiled(
       NotImplementedError: ``implementation`` does not exist, or takes no such shape or device.
     """
     op = "int4_matmuls_tiled"
-    rows = _check_source(op, source)
-    _check_tiled(op, weights, rows.shape[1], group_size, scale_dtype)
-    _check_residual(op, residual, rows.shape[0], weights, out_dtype)
     settings = {"group_size": group_size, "scale_dtype": jnp.dtype(scale_dtype)}
-    fused = implementation in (None, "mosaic_gpu_matvec")
-    if fused and not _token_refusal(rows, weights, out_dtype, **settings):
-        from pallas_kernels import mosaic_matvec
-
-        tiles, tensor_scales, biases, sizes = zip(*weights, strict=True)
-        return mosaic_matvec.matvec_of_token(source, tiles, tensor_scales, biases, residual, sizes=sizes, **settings)
+    if implementation in (None, "mosaic_gpu_matvec") and not isinstance(source, Rounded):
+        rows = _check_source(op, source)
+        if not _token_refusal(rows, weights, out_dtype, **settings):
+            _check_tiled(op, weights, rows.shape[1], group_size, scale_dtype)
+            _check_residual(op, residual, rows.shape[0], weights, out_dtype)
+            return _mosaic_matvec_of(source, weights, residual, **settings)
+    # What follows checks for itself.
     rounding = None if implementation == "mosaic_gpu_matvec" else implementation
     x8, x_scale = round_rows(source, implementation=rounding)
     return int4_fp8_matmuls_tiled(
@@ -398,6 +402,8 @@ def round_rows(source: Source, *, implementation: str | None = None) -> tuple[ja
       ValueError: shapes or dtypes do not belong together.
       NotImplementedError: ``implementation`` does not exist, or takes no such rows or device.
     """
+    if isinstance(source, Rounded):
+        return source.values, source.scale
     if isinstance(source, Unnormed):
         return norm_quantize(source.values, source.gain, eps=source.eps, implementation=implementation)
     if isinstance(source, Ungated):

@@ -108,6 +108,30 @@ def global_address(ref: ir.Value, element_bytes: int, *index: tuple[ir.Value | i
     return address
 
 
+def load_global_x4(address: ir.Value, condition: ir.Value, offset: int = 0, read_only: bool = True) -> list[ir.Value]:
+    """Four 32-bit words at a 16-byte aligned global address, zeros where the condition does not hold.
+
+    ``read_only`` memory is not written by the kernel, so that its lines may stay in the cache of the multiprocessor.
+    """
+    word = ir.IntegerType.get_signless(32)
+    load = "ld.global.nc" if read_only else "ld.global"
+    ptx = (
+        "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
+        f"@p {load}.v4.u32 {{$0, $1, $2, $3}}, [$4+{offset}]; }}"
+    )
+    return asm(ptx, "=&r,=&r,=&r,=&r,l,r", [address, arith.extui(word, condition)], [word] * 4)
+
+
+def wait_for_phase(barrier: ir.Value, parity: ir.Value) -> None:
+    """Waits until a phase of that parity of the mbarrier at a shared address is over."""
+    asm(
+        "{ .reg .pred p; again: mbarrier.try_wait.parity.shared.b64 p, [$0], $1; @!p bra again; }",
+        "r,r",
+        [barrier, parity],
+        [],
+    )
+
+
 def load_shared_x4(address: ir.Value, offset: int = 0) -> list[ir.Value]:
     """Four 32-bit words at a 16-byte aligned shared address."""
     word = ir.IntegerType.get_signless(32)

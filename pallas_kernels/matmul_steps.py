@@ -301,10 +301,7 @@ class Steps:
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=())
         def wait(_: Any, landing: Any) -> Any:
-            hopper.asm(
-                "{ .reg .pred p; again: mbarrier.try_wait.parity.shared.b64 p, [$0], 0; @!p bra again; }", "r",
-                [hopper.shared_address(landing)], [],
-            )  # fmt: skip
+            hopper.wait_for_phase(hopper.shared_address(landing), i32(0))
             return ()
 
         return cast(Operation, wait)

@@ -166,10 +166,7 @@ class Steps:
             lane, (_, warp) = arith.andi(thread, i32(31)), self._in_team(thread)
             tile = arith.addi(first.registers.item(), warp)
             exists = arith.cmpi(arith.CmpIPredicate.slt, tile, i32(self.tiles))
-            hopper.asm(
-                "{ .reg .pred p; again: mbarrier.try_wait.parity.shared.b64 p, [$0], $1; @!p bra again; }",
-                "r,r", [self._arrival(arrivals, thread, slot), parity.registers.item()], [],
-            )  # fmt: skip
+            hopper.wait_for_phase(self._arrival(arrivals, thread, slot), parity.registers.item())
             place = self._place(slots, thread, slot)
             address = arith.addi(place, arith.muli(lane, i32(16)))
             codes = hopper.load_shared_x4(address) + hopper.load_shared_x4(address, 512)
@@ -199,7 +196,7 @@ class Steps:
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), self.scalar), return_type=self.type["inputs"])
         def load(_: Any, x: Any, first: Any) -> Any:
-            i64, word = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32)
+            i64 = ir.IntegerType.get_signless(64)
             source = llvm.ptrtoint(i64, utils.memref_ptr(x))
             start = arith.muli(first.registers.item(), i32(TILE_K))
             words = []
@@ -209,11 +206,7 @@ class Steps:
                 row = arith.muli(arith.extui(i64, token), hopper.constant(self.k, bits=64))
                 address = arith.addi(arith.addi(source, row), arith.extui(i64, column))
                 for half in range(2):
-                    words += hopper.asm(
-                        "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; "
-                        f"mov.b32 $3, 0; @p ld.global.nc.v4.u32 {{$0, $1, $2, $3}}, [$4+{16 * half}]; }}",
-                        "=&r,=&r,=&r,=&r,l,r", [address, arith.extui(word, inside)], [word] * 4,
-                    )  # fmt: skip
+                    words += hopper.load_global_x4(address, inside, 16 * half)
             return hopper.pack(words)
 
         return cast(Operation, load)

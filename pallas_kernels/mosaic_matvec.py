@@ -22,8 +22,8 @@ from pallas_kernels import hopper
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.matvec_steps import Steps
 from pallas_kernels.mosaic_matmul import as_vectors
-from pallas_kernels.sources import Source
-from pallas_kernels.tiling import SUMS_PITCH, WARPS, Streaming, choose_streaming, rounds_its_input
+from pallas_kernels.sources import Rounded, Source
+from pallas_kernels.tiling import MAX_TOKEN, SUMS_PITCH, WARPS, Streaming, choose_streaming, rounds_its_input
 from pallas_kernels.token_steps import TokenSteps
 from pallas_kernels.weight_layout import share_bytes
 
@@ -36,22 +36,22 @@ def make_kernel(
     scale_dtype: Any,
     out_dtype: Any,
     has_bias: bool,
+    has_residual: bool,
     cut: Streaming,
-    source: Source | None = None,
-    has_residual: bool = False,
+    source: Source,
 ) -> Operation:
     """The kernel for one shape: ``(*inputs, *tiles, *tensor_scales [1], *biases [n] if any) -> *y [m, n]``.
 
-    Inputs are ``x8, x_scale``, or the arrays of a source; and the residual, if there is one.
+    Inputs are the arrays of the source; and the residual, if there is one.
     """
     ops = Steps(m, sizes, k, group_size, scale_dtype, out_dtype, cut)
-    unrounded = None if source is None else TokenSteps(ops, source)
+    unrounded = None if isinstance(source, Rounded) else TokenSteps(ops, source)
     parts, turns = cut.parts(k), cut.turns(sum(sizes))
     weights = len(sizes)
     sums_size = SUMS_PITCH * 8 * ops.blocks_of_tokens
 
     def body(*refs: Any) -> None:
-        counts = (2 if source is None else len(source.arrays()), has_residual, weights, weights, weights * has_bias)
+        counts = (len(source.arrays()), has_residual, weights, weights, weights * has_bias)
         ends = itertools.accumulate((*counts, weights), initial=0)
         of_x, residual, w, tensor_scales, biases, y = (refs[start:end] for start, end in itertools.pairwise(ends))
         held, partial, slots, arrivals, *kept = refs[len(refs) - len(scratch) :]
@@ -145,51 +145,9 @@ def make_kernel(
     return cast(Operation, kernel)
 
 
-@functools.partial(jax.jit, static_argnames=("sizes", "group_size", "scale_dtype"))
-def matvec_of_token(
-    source: Source,
-    tiles: Sequence[jax.Array],
-    tensor_scales: Sequence[jax.Array],
-    biases: Sequence[jax.Array | None],
-    residual: jax.Array | None = None,
-    *,
-    sizes: tuple[int, ...],
-    group_size: int,
-    scale_dtype: Any,
-) -> tuple[jax.Array, ...]:
-    """:func:`matvec` of one token, which is rounded in the kernel, and bf16 results.
-
-    Every block rounds all of it for itself, in the time that its first weights take to come.
-
-    Args:
-      source: of one bf16 row, up to 16384 inputs; the gain of a norm may be float32.
-      tiles: as there.
-      tensor_scales: as there.
-      biases: as there.
-      residual: as there.
-      sizes: as there.
-      group_size: as there.
-      scale_dtype: as there.
-
-    Returns:
-      Per weight ``[1, n]``.
-    """
-    k = source.arrays()[0].shape[1]
-    cut = choose_streaming(1, sum(sizes), k, share_bytes(group_size, scale_dtype))
-    assert rounds_its_input(cut, 1, k)  # the caller has seen to that
-    has_bias = any(bias is not None for bias in biases)
-    kernel = make_kernel(
-        1, sizes, k, group_size, jnp.dtype(scale_dtype), jnp.dtype(jnp.bfloat16), has_bias, cut,
-        source, residual is not None,
-    )  # fmt: skip
-    beside = [] if residual is None else [residual]
-    return tuple(kernel(*source.arrays(), *beside, *tiles, *as_vectors(sizes, tensor_scales, biases)))
-
-
 @functools.partial(jax.jit, static_argnames=("sizes", "group_size", "scale_dtype", "out_dtype", "cut"))
 def matvec(
-    x8: jax.Array,
-    x_scale: jax.Array,
+    source: Source,
     tiles: Sequence[jax.Array],
     tensor_scales: Sequence[jax.Array],
     biases: Sequence[jax.Array | None],
@@ -201,11 +159,13 @@ def matvec(
     out_dtype: Any = jnp.bfloat16,
     cut: Streaming | None = None,
 ) -> tuple[jax.Array, ...]:
-    """:func:`pallas_kernels.mosaic_matmul.matmul` of up to 16 tokens and several weights at once, with float32 sums.
+    """:func:`pallas_kernels.mosaic_matmul.matmul` of up to 16 tokens, with float32 sums.
+
+    One token need not be rounded: every block rounds all of it for itself, in the time that its first weights take to
+    come.
 
     Args:
-      x8: ``[m, k]`` e4m3, m up to 16.
-      x_scale: ``[m]`` float32.
+      source: ``[m, k]``, m up to 16; e4m3, or one bf16 row of up to 16384 inputs (the gain of a norm may be float32).
       tiles: int32, per weight what :func:`pallas_kernels.weight_layout.to_tiles` makes of it.
       tensor_scales: per weight, scalar float32.
       biases: per weight ``[n]`` float, or None.
@@ -220,17 +180,19 @@ def matvec(
       Per weight ``[m, n]``.
 
     Raises:
-      NotImplementedError: there are more tokens, or sums of that many outputs do not fit into shared memory.
+      NotImplementedError: there are more tokens, or sums of that many outputs do not fit into shared memory; or what is
+        not rounded is no such token.
     """
-    m, k = x8.shape
+    m, k = source.arrays()[0].shape
     n = sum(sizes)
     cut = cut or choose_streaming(m, n, k, share_bytes(group_size, scale_dtype))
     if cut is None:
         raise NotImplementedError(f"{m} tokens by {n} outputs by {k} inputs do not suit the kernel for few tokens")
-    has_bias = any(bias is not None for bias in biases)
+    if not isinstance(source, Rounded) and not rounds_its_input(cut, m, k):
+        raise NotImplementedError(f"{m} tokens of {k} inputs are not one token of up to {MAX_TOKEN}")
+    has_bias, has_residual = any(bias is not None for bias in biases), residual is not None
     kernel = make_kernel(
-        m, sizes, k, group_size, jnp.dtype(scale_dtype), jnp.dtype(out_dtype), has_bias, cut,
-        has_residual=residual is not None,
+        m, sizes, k, group_size, jnp.dtype(scale_dtype), jnp.dtype(out_dtype), has_bias, has_residual, cut, source
     )  # fmt: skip
     beside = [] if residual is None else [residual]
-    return tuple(kernel(x8, x_scale, *beside, *tiles, *as_vectors(sizes, tensor_scales, biases)))
+    return tuple(kernel(*source.arrays(), *beside, *tiles, *as_vectors(sizes, tensor_scales, biases)))

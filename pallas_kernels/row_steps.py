@@ -44,32 +44,22 @@ class Steps:
 
     def _read(self, ref: Any, row: ir.Value | None, dtype: Any = jnp.bfloat16) -> list[ir.Value]:
         """A thread's elements of a row of bf16 or float32, zeros behind its end."""
-        word, size = ir.IntegerType.get_signless(32), jnp.dtype(dtype).itemsize
-        words = []
+        size, words = jnp.dtype(dtype).itemsize, []
         for column, exists in self._places():
             for offset in range(0, VECTOR * size, 16):
-                words += hopper.asm(
-                    "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; "
-                    f"mov.b32 $3, 0; @p ld.global.v4.u32 {{$0, $1, $2, $3}}, [$4+{offset}]; }}",
-                    "=&r,=&r,=&r,=&r,l,r",
-                    [self._address(ref, row, column, size), arith.extui(word, exists)], [word] * 4,
+                words += hopper.load_global_x4(
+                    self._address(ref, row, column, size), exists, offset, read_only=False
                 )  # fmt: skip
-        if size == 4:
-            return [arith.bitcast(ir.F32Type.get(), w) for w in words]
-        return [value for w in words for value in from_bf16x2(w)]
+        return to_floats(words, size)
 
-    def _write(self, ref: Any, row: ir.Value, words: Sequence[ir.Value], size: int) -> None:
-        """Writes packed words, ``VECTOR * size`` bytes per vector."""
+    def _write(self, ref: Any, row: ir.Value, words: Sequence[ir.Value]) -> None:
+        """Writes words of four e4m3, two per vector."""
         word = ir.IntegerType.get_signless(32)
-        count = VECTOR * size // 4
-        registers = ", ".join(f"${i + 2}" for i in range(count))
         for i, (column, exists) in enumerate(self._places()):
             hopper.asm(
-                f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.global.v{count}.b32 [$0], {{{registers}}}; }}",
-                ",".join(["l"] + ["r"] * (count + 1)),
-                [self._address(ref, row, column, size), arith.extui(word, exists), *words[count * i : count * (i + 1)]],
-                [],
-            )
+                "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.global.v2.b32 [$0], {$2, $3}; }", "l,r,r,r",
+                [self._address(ref, row, column, 1), arith.extui(word, exists), *words[2 * i : 2 * i + 2]], [],
+            )  # fmt: skip
 
     def load(self) -> Operation:
         """``(x, row) -> values``: a row in float32."""
@@ -108,7 +98,7 @@ class Steps:
         def quantize(_: Any, values: Any, x8: Any, x_scale: Any, scratch: Any, row: Any) -> Any:
             word, row = ir.IntegerType.get_signless(32), row.registers.item()
             packed, scale = rounded_to_e4m3(hopper.unpack(values), scratch, self.warps)
-            self._write(x8, row, packed, 1)
+            self._write(x8, row, packed)
             place = hopper.global_address(x_scale, 4, (row, 1))
             first = arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), i32(0))
             hopper.asm(
@@ -163,6 +153,13 @@ def from_bf16x2(word: ir.Value) -> list[ir.Value]:
     single = ir.F32Type.get()
     low, high = arith.shli(word, i32(16)), arith.andi(word, i32(0xFFFF0000))
     return [arith.bitcast(single, low), arith.bitcast(single, high)]
+
+
+def to_floats(words: Sequence[ir.Value], size: int) -> list[ir.Value]:
+    """Words of bf16 or, if ``size`` is 4, of float32 as float32."""
+    if size == 4:
+        return [arith.bitcast(ir.F32Type.get(), w) for w in words]
+    return [value for w in words for value in from_bf16x2(w)]
 
 
 def to_words(values: Sequence[ir.Value]) -> list[ir.Value]:

@@ -1,4 +1,4 @@
-"""What the e4m3 activations of a product are made of, for products that make them themselves."""
+"""The e4m3 activations of a product, or what they are made of, for products that make them themselves."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -6,6 +6,28 @@ from functools import partial
 import jax
 
 _pytree = jax.tree_util.register_dataclass
+
+
+@partial(_pytree, data_fields=["values", "scale"], meta_fields=[])
+@dataclass(frozen=True)
+class Rounded:
+    """Rows in e4m3 already.
+
+    Attributes:
+      values: ``[..., k]`` e4m3.
+      scale: ``[...]`` float32; the activations are ``values · scale``.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+
+    def arrays(self) -> tuple[jax.Array, ...]:
+        """What a kernel reads of it, rows first."""
+        return self.values, self.scale
+
+    def as_matrix(self, k: int) -> "Rounded":
+        """The same with rows of k in one axis."""
+        return Rounded(self.values.reshape(-1, k), self.scale.reshape(-1))
 
 
 @partial(_pytree, data_fields=["values"], meta_fields=[])
@@ -20,7 +42,7 @@ class Unrounded:
     values: jax.Array
 
     def arrays(self) -> tuple[jax.Array, ...]:
-        """Arrays with an entry per input, rows first."""
+        """What a kernel reads of it, rows first."""
         return (self.values,)
 
     def as_matrix(self, k: int) -> "Unrounded":
@@ -44,7 +66,7 @@ class Unnormed:
     eps: float
 
     def arrays(self) -> tuple[jax.Array, ...]:
-        """Arrays with an entry per input, rows first."""
+        """What a kernel reads of it, rows first."""
         return self.values, self.gain
 
     def as_matrix(self, k: int) -> "Unnormed":
@@ -66,7 +88,7 @@ class Ungated:
     up: jax.Array
 
     def arrays(self) -> tuple[jax.Array, ...]:
-        """Arrays with an entry per input, rows first."""
+        """What a kernel reads of it, rows first."""
         return self.gate, self.up
 
     def as_matrix(self, k: int) -> "Ungated":
@@ -74,4 +96,4 @@ class Ungated:
         return Ungated(self.gate.reshape(-1, k), self.up.reshape(-1, k))
 
 
-Source = Unrounded | Unnormed | Ungated
+Source = Rounded | Unrounded | Unnormed | Ungated

@@ -1,7 +1,6 @@
 """How the Hopper kernels are cut into pieces."""
 
 import dataclasses
-from typing import TypeGuard
 
 from pallas_kernels.weight_layout import SHARE_N, TILE_K, TILE_N
 
@@ -127,7 +126,7 @@ class Streaming:
         return sum(-(-size // 1024) * 1024 for size in arrays)
 
 
-def rounds_its_input(cut: Streaming | None, m: int, k: int) -> TypeGuard[Streaming]:
+def rounds_its_input(cut: Streaming | None, m: int, k: int) -> bool:
     """Whether the matvec kernel can take the inputs before their rounding: one token's, all held as float16."""
     return m == 1 and cut is not None and cut.parts(k) == 1 and cut.halves and k <= MAX_TOKEN
 

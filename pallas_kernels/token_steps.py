@@ -16,7 +16,7 @@ from pallas_kernels import hopper
 from pallas_kernels.hopper import i32
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.matvec_steps import THREADS, Steps, in_operand_order, store_if, to_halves
-from pallas_kernels.row_steps import VECTOR, from_bf16x2, gated, normalized, rounded_to_e4m3
+from pallas_kernels.row_steps import VECTOR, gated, normalized, rounded_to_e4m3, to_floats
 from pallas_kernels.sources import Source, Ungated, Unnormed
 from pallas_kernels.tiling import WARPS
 from pallas_kernels.weight_layout import TILE_K
@@ -47,17 +47,13 @@ class TokenSteps:
 
         @plgpu.inline_mgpu(arg_types=[plgpu.RefType()] * len(self.sizes), return_type=self.type)
         def read(_: Any, *refs: Any) -> Any:
-            word, words = ir.IntegerType.get_signless(32), []
+            words = []
             for ref, size in zip(refs, self.sizes, strict=True):
                 for column in self._columns():
                     exists = arith.cmpi(arith.CmpIPredicate.ult, column, i32(self.steps.k))
                     address = hopper.global_address(ref, size, (column, 1))
                     for offset in range(0, VECTOR * size, 16):
-                        words += hopper.asm(
-                            "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; "
-                            f"mov.b32 $3, 0; @p ld.global.nc.v4.u32 {{$0, $1, $2, $3}}, [$4+{offset}]; }}",
-                            "=&r,=&r,=&r,=&r,l,r", [address, arith.extui(word, exists)], [word] * 4,
-                        )  # fmt: skip
+                        words += hopper.load_global_x4(address, exists, offset)
             return hopper.pack(words)
 
         return cast(Operation, read)
@@ -68,10 +64,7 @@ class TokenSteps:
         for size in self.sizes:
             count = self.vectors * VECTOR * size // 4
             mine, words = words[:count], words[count:]
-            if size == 4:
-                values.append([arith.bitcast(ir.F32Type.get(), w) for w in mine])
-            else:
-                values.append([value for w in mine for value in from_bf16x2(w)])
+            values.append(to_floats(mine, size))
         return values
 
     def hold(self) -> Operation:

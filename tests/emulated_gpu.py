@@ -9,6 +9,7 @@ Kernels that have barriers of Pallas run every warpgroup in a Python thread of i
 waited for, from what shared memory holds then; reading its accumulators before is an error. Not known: clusters.
 """
 
+import itertools
 import re
 import threading
 from contextlib import contextmanager
@@ -644,28 +645,26 @@ def emulated(*modules):
             products.pop(0).compute()
         return [settled(register) for register in registers]
 
+    def places(address, matrix, transposed):
+        """Of each lane and byte of a fragment, where it lies in shared memory, per warp."""
+        rows = address.values.astype(np.int64).reshape(-1, 32)[:, 8 * matrix : 8 * matrix + 8]
+        for lane, byte in itertools.product(range(32), range(4)):
+            row, column = lane // 4, lane % 4 * 2 + byte // 2
+            row, column = (column, row) if transposed else (row, column)
+            yield lane, U32(8 * byte), rows[:, row] + 2 * column + byte % 2
+
     def store_matrices(address, registers, transposed):
-        lanes = address.values.astype(np.int64).reshape(-1, 32)
         for i, register in enumerate(registers):
-            rows = lanes[:, 8 * i : 8 * i + 8]  # of each warp
-            for lane in range(32):
-                words = register.values.view(U32).reshape(-1, 32)[:, lane]
-                for byte in range(4):
-                    row, column = lane // 4, lane % 4 * 2 + byte // 2
-                    row, column = (column, row) if transposed else (row, column)
-                    machine.block.shared[rows[:, row] + 2 * column + byte % 2] = words >> U32(8 * byte) & U32(0xFF)
+            words = register.values.view(U32).reshape(-1, 32)
+            for lane, shift, place in places(address, i, transposed):
+                machine.block.shared[place] = words[:, lane] >> shift & U32(0xFF)
 
     def load_matrices(address, count, transposed):
-        lanes, results = address.values.astype(np.int64).reshape(-1, 32), []
+        results = []
         for i in range(count):
-            rows = lanes[:, 8 * i : 8 * i + 8]
-            words = np.zeros((len(lanes), 32), U32)
-            for lane in range(32):
-                for byte in range(4):
-                    row, column = lane // 4, lane % 4 * 2 + byte // 2
-                    row, column = (column, row) if transposed else (row, column)
-                    value = machine.block.shared[rows[:, row] + 2 * column + byte % 2]
-                    words[:, lane] |= value.astype(U32) << U32(8 * byte)
+            words = np.zeros((len(address.values) // 32, 32), U32)
+            for lane, shift, place in places(address, i, transposed):
+                words[:, lane] |= machine.block.shared[place].astype(U32) << shift
             results.append(Register(words.reshape(-1)))
         return results
 

@@ -4,7 +4,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulated_gpu import Block, RaceError, emulated
-from test_matmul_kernel import BF16, E4M3, frobenius, product, random_tokens, random_weight
+from test_matmul_kernel import (
+    BF16,
+    E4M3,
+    frobenius,
+    product,
+    random_tokens,
+    random_weight,
+    rounded_matvec,
+    several_weights,
+)
 
 import pallas_kernels as pk
 from pallas_kernels import decode_steps, matmul_steps, matvec_steps, mosaic_decode, mosaic_matmul, mosaic_matvec
@@ -31,25 +40,13 @@ def test_matvec(m, n, k, group_size, scale_dtype, cut):
     tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
     bias = jnp.asarray(np.random.default_rng(5).normal(size=n) * 100, jnp.float32)
     with emulated(mosaic_matvec, matvec_steps, matmul_steps):
-        [y] = mosaic_matvec.matvec(
+        [y] = rounded_matvec(
             x, x_scale, [tiles], [jnp.float32(0.5)], [bias],
             sizes=(n,), group_size=group_size, scale_dtype=scale_dtype, cut=cut,
         )  # fmt: skip
     expected = product(x, x_scale, values, scales, 0.5, bias)
     # Half a unit of bf16's eight bits; the sums are float32, of terms as large as the largest result.
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-6 * np.abs(expected).max())
-
-
-def several_weights(sizes, k, biased, x, x_scale):
-    """Tiles, tensor scales and biases of weights, and the float64 products."""
-    tiles, biases, expected = [], [], []
-    for i, n in enumerate(sizes):
-        values, scales = random_weight(i, n, k, 128, E4M3)
-        tiles.append(pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales))
-        bias = jnp.asarray(np.random.default_rng(i).normal(size=n) * 100, jnp.float32) if i in biased else None
-        biases.append(bias)
-        expected.append(product(x, x_scale, values, scales, 2.0**i, bias))
-    return (tiles, [jnp.float32(2**i) for i in range(len(sizes))], biases), expected
 
 
 @pytest.mark.parametrize(
@@ -63,10 +60,12 @@ def several_weights(sizes, k, biased, x, x_scale):
 )
 def test_matvec_of_several_weights(m, sizes, k, cut, biased):
     x, x_scale = random_tokens(m + 1, m, k)
-    weights, expected = several_weights(sizes, k, biased, x, x_scale)
+    weights, dense = several_weights(sizes, k, biased)
+    expected = [product(x, x_scale, *of_weight) for of_weight in dense]
+    tiles, tensor_scales, biases, _ = zip(*weights, strict=True)
     with emulated(mosaic_matvec, matvec_steps, matmul_steps):
-        results = mosaic_matvec.matvec(
-            x, x_scale, *weights, sizes=sizes, group_size=128, scale_dtype=E4M3,
+        results = rounded_matvec(
+            x, x_scale, tiles, tensor_scales, biases, sizes=sizes, group_size=128, scale_dtype=E4M3,
             out_dtype=jnp.float32 if m == 3 else BF16, cut=cut,
         )  # fmt: skip
     for y, exact in zip(results, expected, strict=True):  # tolerances as above; float32 results have but that of sums
@@ -110,10 +109,12 @@ def test_matmul(m, n, k, group_size, scale_dtype, how):
 def test_matmul_of_several_weights(m, sizes, biased, how):
     k = 512
     x, x_scale = random_tokens(m, m, k)
-    weights, expected = several_weights(sizes, k, biased, x, x_scale)
+    weights, dense = several_weights(sizes, k, biased)
+    expected = [product(x, x_scale, *of_weight) for of_weight in dense]
+    tiles, tensor_scales, biases, _ = zip(*weights, strict=True)
     with emulated(mosaic_matmul, matmul_steps):
         results = mosaic_matmul.matmul(
-            x, x_scale, *weights, sizes=sizes, group_size=128, scale_dtype=E4M3, tiling=how
+            x, x_scale, tiles, tensor_scales, biases, sizes=sizes, group_size=128, scale_dtype=E4M3, tiling=how
         )  # fmt: skip
     for y, exact in zip(results, expected, strict=True):  # as above
         np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=2**-8, atol=1e-5 * np.abs(exact).max())
@@ -133,16 +134,20 @@ def test_matmul_of_several_weights(m, sizes, biased, how):
 def test_residual(m, n, k, how, monkeypatch):
     monkeypatch.setattr(mosaic_matmul, "STREAMING_MULTIPROCESSORS", 2)
     x, x_scale = random_tokens(m, m, k)
-    weights, [expected] = several_weights((n,), k, (0,), x, x_scale)
+    [weight], [of_weight] = several_weights((n,), k, biased=(0,))
+    arguments, expected = (
+        (x, x_scale, [weight.tiles], [weight.tensor_scale], [weight.bias]),
+        product(x, x_scale, *of_weight),
+    )
     rng = np.random.default_rng(m)
     residual = jnp.asarray(rng.normal(size=expected.shape) * np.abs(expected).max() / 4, BF16)
     settings = {"sizes": (n,), "group_size": 128, "scale_dtype": E4M3}
     if isinstance(how, Tiling):
         with emulated(mosaic_matmul, matmul_steps):
-            [y] = mosaic_matmul.matmul(x, x_scale, *weights, residual, **settings, tiling=how)
+            [y] = mosaic_matmul.matmul(*arguments, residual, **settings, tiling=how)
     else:
         with emulated(mosaic_matvec, matvec_steps, matmul_steps):
-            [y] = mosaic_matvec.matvec(x, x_scale, *weights, residual, **settings, cut=how)
+            [y] = rounded_matvec(*arguments, residual, **settings, cut=how)
     total = expected + np.asarray(residual, np.float64)
     # Half a unit of bf16's eight bits of the product, and of the sum.
     bound = 2**-8 * (np.abs(expected) + np.abs(total)) + 1e-5 * np.abs(expected).max()
@@ -192,6 +197,6 @@ def test_a_missing_barrier_is_a_race(monkeypatch):
     values, scales = random_weight(0, 64, 256, 128, E4M3)
     tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
     with emulated(mosaic_matvec, matvec_steps, matmul_steps), pytest.raises(RaceError, match="another warp"):
-        mosaic_matvec.matvec(
+        rounded_matvec(
             *random_tokens(1, 2, 256), [tiles], [jnp.float32(1)], [None], sizes=(64,), group_size=128, scale_dtype=E4M3
         )

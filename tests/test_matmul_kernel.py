@@ -177,8 +177,8 @@ def test_many_inputs_are_not_for_the_kernel_of_few_tokens(m, k):
     assert tiling.choose_streaming(m, 4096, k, 1040) is None
     with pytest.raises(NotImplementedError, match=f"{m} tokens by 128 outputs by {k} inputs"):
         mosaic_matvec.matvec(
-            jnp.zeros((m, k), E4M3), jnp.ones(m), [jnp.zeros((2, k // 128, 5, 208), jnp.int32)], [jnp.float32(1)],
-            [None], sizes=(128,), group_size=128, scale_dtype=E4M3,
+            pk.Rounded(jnp.zeros((m, k), E4M3), jnp.ones(m)), [jnp.zeros((2, k // 128, 5, 208), jnp.int32)],
+            [jnp.float32(1)], [None], sizes=(128,), group_size=128, scale_dtype=E4M3,
         )  # fmt: skip
 
 
@@ -206,6 +206,22 @@ FEW = [
 ]
 
 
+def several_weights(sizes, k, biased, group_size=128):
+    """Weights of different tensor scales, and what the oracle takes of each behind the activations."""
+    weights, dense = [], []
+    for i, n in enumerate(sizes):
+        values, scales = random_weight(i, n, k, group_size, E4M3)
+        tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
+        bias = jnp.asarray(np.random.default_rng(i).normal(size=n) * 100, jnp.float32) if i in biased else None
+        weights.append(pk.TiledWeight(tiles, jnp.float32(2**i), bias, n))
+        dense.append((values, scales, 2.0**i, bias))
+    return weights, dense
+
+
+def rounded_matvec(x, x_scale, *arguments, **settings):
+    return mosaic_matvec.matvec(pk.Rounded(x, x_scale), *arguments, **settings)
+
+
 def of_one_weight(kernel):
     def multiply(x, x_scale, tiles, tensor_scale, bias=None, *, n, **how):
         return kernel(x, x_scale, [tiles], [tensor_scale], [bias], sizes=(n,), **how)[0]
@@ -213,7 +229,7 @@ def of_one_weight(kernel):
     return multiply
 
 
-matmul, matvec = of_one_weight(mosaic_matmul.matmul), of_one_weight(mosaic_matvec.matvec)
+matmul, matvec = of_one_weight(mosaic_matmul.matmul), of_one_weight(rounded_matvec)
 
 
 KERNELS = [(matmul, shape) for shape in LOWERED] + [(matvec, shape) for shape in FEW]
@@ -315,13 +331,8 @@ def test_several_weights_agree_with_float32(m, sizes):
     """q, k and v, or gate and up, in either kernel."""
     k = 1024
     x, x_scale = random_tokens(m + 1, m, k)
-    weights, expected = [], []
-    for i, n in enumerate(sizes):
-        values, scales = random_weight(i, n, k, 128, E4M3)
-        tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
-        bias = jnp.asarray(np.random.default_rng(i).normal(size=n) * 100, jnp.float32) if i else None
-        weights.append(pk.TiledWeight(tiles, jnp.float32(2**i), bias, n))
-        expected.append(product(x, x_scale, values, scales, 2.0**i, bias))
+    weights, dense = several_weights(sizes, k, biased=range(1, len(sizes)))
+    expected = [product(x, x_scale, *of_weight) for of_weight in dense]
     results = pk.int4_fp8_matmuls_tiled(x, x_scale, weights, group_size=128, scale_dtype=E4M3)
     for y, exact in zip(results, expected, strict=True):
         assert frobenius(y, exact) < TOLERANCE

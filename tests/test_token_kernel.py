@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulated_gpu import emulated
-from test_matmul_kernel import BF16, E4M3, frobenius, on_hopper, product, random_weight
+from test_matmul_kernel import BF16, E4M3, frobenius, on_hopper, product, several_weights
 from test_row_kernels import exact, norm, silu
 
 import pallas_kernels as pk
@@ -25,18 +25,6 @@ def source_of(kind, k, seed=0, m=1):
     return pk.Unnormed(a, gain, 1e-5), exact(jnp.asarray(normed, BF16))
 
 
-def weights_of(sizes, k, biased):
-    weights, dense = [], []
-    for i, n in enumerate(sizes):
-        values, scales = random_weight(i, n, k, 128 if k % 128 == 0 else 64, E4M3)
-        bias = jnp.asarray(np.random.default_rng(i).normal(size=n) * 100, jnp.float32) if i in biased else None
-        weights.append(
-            pk.TiledWeight(pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales), jnp.float32(2**i), bias, n)
-        )
-        dense.append((values, scales, 2.0**i, bias))
-    return weights, dense
-
-
 # The result is rounded to bf16 (1.7e-3 of the Frobenius norm). Activations that differ in their last bits from the
 # float64 ones may fall to the other side of their rounding to e4m3, one in some thousands, by a sixteenth.
 TOLERANCE = 4e-3
@@ -46,13 +34,14 @@ TOLERANCE_IN_PARTS = 1e-2
 
 def check(multiply, kind, sizes, k, biased=(), with_residual=False, m=1, tolerance=TOLERANCE):
     source, activations = source_of(kind, k, m=m)
-    weights, dense = weights_of(sizes, k, biased)
+    group_size = 128 if k % 128 == 0 else 64
+    weights, dense = several_weights(sizes, k, biased, group_size)
     x8, x_scale = pk.quantize_fp8(jnp.asarray(activations, jnp.float32))
     residual = None
     if with_residual:
         # As large as the product, so that either one missing is seen.
         residual = jnp.asarray(np.random.default_rng(9).normal(size=(m, sizes[0])) * 1000, BF16)
-    settings = {"group_size": 128 if k % 128 == 0 else 64, "scale_dtype": E4M3}
+    settings = {"group_size": group_size, "scale_dtype": E4M3}
     for y, of_weight in zip(multiply(source, weights, residual, **settings), dense, strict=True):
         expected = product(x8, x_scale, *of_weight)
         assert y.dtype == BF16
@@ -71,7 +60,7 @@ CASES = [
 
 def alone(source, weights, residual, **settings):
     tiles, tensor_scales, biases, sizes = zip(*weights, strict=True)
-    return mosaic_matvec.matvec_of_token(source, tiles, tensor_scales, biases, residual, sizes=sizes, **settings)
+    return mosaic_matvec.matvec(source, tiles, tensor_scales, biases, residual, sizes=sizes, **settings)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -87,14 +76,14 @@ def test_in_parts(case, m):
 
 
 def test_a_zero_token_gives_the_bias():
-    weights, dense = weights_of((64,), 128, (0,))
+    weights, dense = several_weights((64,), 128, (0,))
     with emulated(mosaic_matvec, matvec_steps, matmul_steps, token_steps, row_steps):
         [y] = alone(pk.Unrounded(jnp.zeros((1, 128), BF16)), weights, None, group_size=128, scale_dtype=E4M3)
     np.testing.assert_array_equal(np.asarray(y[0]), np.asarray(dense[0][-1].astype(BF16)))
 
 
 def test_refuses_what_does_not_belong_together():
-    weights, _ = weights_of((64, 64), 128, ())
+    weights, _ = several_weights((64, 64), 128, ())
     source, settings = pk.Unrounded(jnp.zeros((1, 128), BF16)), {"group_size": 128, "scale_dtype": E4M3}
     with pytest.raises(ValueError, match="a residual goes with one weight, got 2"):
         pk.int4_matmuls_tiled(source, weights, jnp.zeros((1, 64), BF16), **settings)
@@ -119,7 +108,7 @@ def test_refuses_what_does_not_belong_together():
 )
 def test_refuses_sources_that_make_no_sense(monkeypatch, source, message, on_gpu):
     """Before a kernel is chosen, also where there is one."""
-    weights, _ = weights_of((64,), 128, ())
+    weights, _ = several_weights((64,), 128, ())
     monkeypatch.setattr(dispatch, "has_hopper_gpu", lambda: on_gpu)
     with pytest.raises(ValueError, match=message):
         pk.int4_matmuls_tiled(source, weights, group_size=128, scale_dtype=E4M3)
@@ -153,7 +142,7 @@ def test_lowers_for_cuda_without_a_gpu(case):
     residual = shape((1, sizes[0]), BF16) if with_residual else None
 
     def multiply(source, tiles, tensor_scales, biases, residual):
-        return mosaic_matvec.matvec_of_token(
+        return mosaic_matvec.matvec(
             source, tiles, tensor_scales, biases, residual, sizes=sizes, group_size=128, scale_dtype=E4M3
         )
 
