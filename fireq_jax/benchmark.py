@@ -268,7 +268,8 @@ def _tokens(config: LlamaConfig, batch: int, length: int) -> jax.Array:
 def distances_from_float(model: Llama, params: Params, float_params: Params) -> dict[str, float]:
     """How far logits are from the float model's, relative Frobenius: by kernels, and by the reference implementation.
 
-    Of the first two layers, behind a prompt and, through the cache, behind a token more.
+    Of the first two layers, behind two prompts and, through the cache, behind a token more of both and of the first
+    alone, since a single token takes other kernels.
     """
     few = min(2, model.config.num_layers)
     small = model.clone(config=replace(model.config, num_layers=few))
@@ -280,7 +281,8 @@ def distances_from_float(model: Llama, params: Params, float_params: Params) -> 
         network = small.clone(implementation=implementation)
         first, cache = _prefill(network, kept, tokens[:, :-1], lengths, 132)
         second, _ = _decode(network, kept, tokens[:, -1:], cache)
-        return jnp.stack([first, second[:, 0]])
+        alone, _ = _decode(network, kept, tokens[:1, -1:], jax.tree.map(lambda array: array[:1], cache))
+        return jnp.concatenate([first, second[:, 0], alone[:, 0]])
 
     expected = logits(float_params, None)
     found = {"kernels": logits(params, None), "reference": logits(params, "reference")}
