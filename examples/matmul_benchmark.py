@@ -10,9 +10,8 @@ median over rounds in which the candidates take turns; weights are rotated past 
 import argparse
 import functools
 import json
-import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
-
-# The one way to time kernels of both frameworks alike; jax.experimental.mosaic.gpu.profiler uses it for JAX functions.
-from jax._src.lib import mosaic_gpu as mosaic_gpu_library
+from gpu_times import Candidate, copies, description, kernel_times
 
 from pallas_kernels import int4_fp8_matmul_tiled, pack_int4, to_tiles, unpack_int4
 from pallas_kernels.tiling import choose_streaming, choose_tiling
@@ -34,47 +31,7 @@ RESULTS = ROOT / "docs" / "results" / "matmul.json"
 SHAPES = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]
 TOKENS = [1, 4, 16, 64, 256, 1024, 4096, 8192]
 GROUP_SIZE, SCALE_TYPE, E4M3 = 128, jnp.float8_e4m3fn, jnp.float8_e4m3fn
-L2_BYTES = 50 << 20
 TOLERANCE = 4e-3
-ROUNDS, ITERATIONS = 2, 8
-
-Candidate = Callable[[int], Any]
-
-
-def copies(bytes_of_one: int) -> int:
-    return max(1, min(12, 2 * L2_BYTES // bytes_of_one + 1))
-
-
-def kernel_times(candidates: dict[str, Candidate]) -> dict[str, float]:
-    """Microseconds per call.
-
-    A session of the timer takes half a second to begin, so one serves all candidates; a kernel that none of them
-    launches marks the end of each one's turn.
-    """
-    timer, mark = mosaic_gpu_library._mosaic_gpu_ext, torch.ones(1, device="cuda")
-    for call in candidates.values():
-        call(0)
-    torch.floor(mark)
-    torch.cuda.synchronize()
-    timer._cupti_init()
-    for _ in range(ROUNDS):
-        for call in candidates.values():
-            jax.block_until_ready([call(i) for i in range(ITERATIONS)])
-            torch.cuda.synchronize()
-            torch.floor(mark)
-            torch.cuda.synchronize()
-    turns: list[list[float]] = [[]]
-    for kernel, ms in timer._cupti_get_timings(True):
-        if "floor" in kernel:
-            turns.append([])
-        else:
-            turns[-1].append(ms)
-    if len(turns) != ROUNDS * len(candidates) + 1 or not all(turns[:-1]):
-        raise RuntimeError(f"{len(turns) - 1} turns were marked, of {ROUNDS} rounds of {len(candidates)} candidates")
-    return {
-        name: statistics.median(sum(turn) for turn in turns[i : -1 : len(candidates)]) / ITERATIONS * 1e3
-        for i, name in enumerate(candidates)
-    }
 
 
 def weight(key: jax.Array, n: int, k: int) -> tuple[jax.Array, jax.Array]:
@@ -175,13 +132,6 @@ def measure(seconds: float) -> Iterator[dict[str, Any]]:
         torch.cuda.empty_cache()
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second, read and written, of an elementwise pass over a gigabyte."""
-    source = torch.randn(2**28, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * 4 * 2**28 / kernel_times({"copy": lambda _: torch.neg(source, out=target)})["copy"] * 1e6
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -191,11 +141,9 @@ def main() -> None:
     results: dict[str, Any] = {
         "command": "python examples/matmul_benchmark.py",
         "commit": args.commit,
-        "device": torch.cuda.get_device_name(),
-        "versions": {"jax": jax.__version__, "torch": torch.__version__, "cuda": torch.version.cuda},
         "group_size": GROUP_SIZE,
         "scales": jnp.dtype(SCALE_TYPE).name,
-        "copy_bytes_per_second": copy_bandwidth(),
+        **description(),
         "rows": [],
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -16,10 +16,10 @@ from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.packing import INT4_MAX, INT4_MIN
 from pallas_kernels.reference import SCALE_TOKENS
-from pallas_kernels.row_steps import across_block, balanced, e4m3_scale, from_bf16x2, largest_magnitude
+from pallas_kernels.row_steps import across_block, balanced, e4m3_scale, largest_magnitude, to_floats
 
-WARPS = 4  # of a block, each with a head of a token
-VALUES_PITCH = SCALE_TOKENS + 4  # bytes from a channel to the next one, so that lanes write to different banks
+WARPS = 4  # of a block
+EACH = 4  # neighbouring channels of each half of a head that a lane holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,50 +42,70 @@ class AppendShape:
     head_dim: int
     slots: int
 
+    @property
+    def lanes(self) -> int:
+        """That hold a head of a token, a unit."""
+        return self.head_dim // (2 * EACH)
+
+    @property
+    def units(self) -> int:
+        """That a block holds at once."""
+        return WARPS * 32 // self.lanes
+
 
 class Steps:
     """The register-level steps for one shape.
 
-    Lane l holds the channels n l to n l + n - 1 of a head's first half and as many of its second; n is 1 or 2.
+    Lane l of a unit's holds the channels 4 l to 4 l + 3 of the head's first half, then those of its second.
     """
 
     def __init__(self, shape: AppendShape) -> None:
         self.shape = shape
-        self.each = shape.head_dim // 64  # channels of a half that a lane holds
         self.scalar = plgpu.Layout.WG_SPLAT(())
-        self.layout = hopper.container_layout(2 * self.each)
-        self.type = hopper.container_type(2 * self.each, jnp.float32)
+        self.layout = hopper.container_layout(2 * EACH)
+        self.type = hopper.container_type(2 * EACH, jnp.float32)
         self.single_layout, self.single_type = hopper.container_layout(1), hopper.container_type(1, jnp.float32)
 
     def _lane(self) -> ir.Value:
-        return arith.andi(utils.thread_idx(), i32(31))
+        """A lane's number among those of its unit."""
+        return arith.andi(utils.thread_idx(), i32(self.shape.lanes - 1))
+
+    def _is_first_lane(self) -> ir.Value:
+        return arith.cmpi(arith.CmpIPredicate.eq, self._lane(), i32(0))
+
+    def _number(self, first: Any) -> ir.Value:
+        """Of a lane's unit."""
+        return arith.addi(first.registers.item(), arith.divui(utils.thread_idx(), i32(self.shape.lanes)))
 
     def _unit(self, first: Any, heads: int) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """A warp's token (counted over all sequences) and head, and whether there is such a pair."""
-        unit = arith.addi(first.registers.item(), arith.shrui(utils.thread_idx(), i32(5)))
-        count = self.shape.batch * self.shape.tokens * heads
+        """A unit's token (counted over all sequences) and head, and whether there is such a pair."""
+        unit, count = self._number(first), self.shape.batch * self.shape.tokens * heads
         exists = arith.cmpi(arith.CmpIPredicate.ult, unit, i32(count))
         unit = arith.minui(unit, i32(count - 1))
         return arith.divui(unit, i32(heads)), arith.remui(unit, i32(heads)), exists
 
-    def _load_pairs(self, ref: Any, row: ir.Value, columns: int, dtype: Any) -> list[ir.Value]:
+    def _load_halves(self, ref: Any, row: ir.Value, columns: int, dtype: Any) -> list[ir.Value]:
         """A lane's channels of a row; of one of ``head_dim / 2`` columns only one half."""
         size = jnp.dtype(dtype).itemsize
         values = []
         for half in range(2 * columns // self.shape.head_dim):
-            at = arith.addi(arith.muli(self._lane(), i32(self.each)), i32(half * self.shape.head_dim // 2))
-            address = hopper.global_address(ref, size, (row, columns), (at, 1))
-            values += load_floats(address, self.each, size)
+            at = arith.muli(self._lane(), i32(EACH))
+            address = hopper.global_address(ref, size, (row, columns), (at, 1), (half * self.shape.head_dim // 2, 1))
+            values += load_floats(address, size)
         return values
 
+    def _across(self, value: ir.Value) -> ir.Value:
+        """The largest float32 of a unit's lanes, or NaN."""
+        return hopper.across_lanes(value, hopper.maximum_or_nan, self.shape.lanes)
+
     def load(self, heads: int) -> Operation:
-        """``(x, first unit) -> values``: each warp's head, in float32."""
+        """``(x, first unit) -> values``: each unit's head, in float32."""
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), self.scalar), return_type=self.type)
         def read(_: Any, x: Any, first: Any) -> Any:
             token, head, _exists = self._unit(first, heads)
             row = arith.addi(arith.muli(token, i32(heads)), head)
-            return hopper.pack(self._load_pairs(x, row, self.shape.head_dim, jnp.bfloat16))
+            return hopper.pack(self._load_halves(x, row, self.shape.head_dim, jnp.bfloat16))
 
         return cast(Operation, read)
 
@@ -98,9 +118,9 @@ class Steps:
         def rotate(_: Any, values: Any, cosines: Any, sines: Any, first: Any) -> Any:
             token, _head, _exists = self._unit(first, heads)
             registers = hopper.unpack(values)
-            low, high = registers[: self.each], registers[self.each :]
-            cos = self._load_pairs(cosines, token, self.shape.head_dim // 2, jnp.float32)
-            sin = self._load_pairs(sines, token, self.shape.head_dim // 2, jnp.float32)
+            low, high = registers[:EACH], registers[EACH:]
+            cos = self._load_halves(cosines, token, self.shape.head_dim // 2, jnp.float32)
+            sin = self._load_halves(sines, token, self.shape.head_dim // 2, jnp.float32)
             new_low = [
                 arith.subf(arith.mulf(a, c), arith.mulf(b, s)) for a, b, c, s in zip(low, high, cos, sin, strict=True)
             ]
@@ -118,7 +138,7 @@ class Steps:
         def combine(_: Any, values: Any, table: Any, first: Any) -> Any:
             _token, head, _exists = self._unit(first, heads)
             kv_head = arith.divui(head, i32(heads // self.shape.kv_heads))
-            row = self._load_pairs(table, kv_head, self.shape.head_dim, jnp.float32)
+            row = self._load_halves(table, kv_head, self.shape.head_dim, jnp.float32)
             if operation == "over":
                 row = [hopper.divide(f32(1), r) for r in row]
             apply = arith.subf if operation == "minus" else arith.mulf
@@ -141,7 +161,7 @@ class Steps:
                         new[i] = arith.addf(registers[i], registers[i + stride])
                         new[i + stride] = arith.subf(registers[i], registers[i + stride])
                 registers, stride = new, 2 * stride
-            for distance in (1, 2, 4, 8, 16):
+            for distance in (2**bit for bit in range(self.shape.lanes.bit_length() - 1)):
                 upper = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(self._lane(), i32(distance)), i32(0))
                 others = [hopper.exchange(r, distance) for r in registers]
                 registers = [
@@ -153,28 +173,27 @@ class Steps:
         return cast(Operation, mix)
 
     def _rounded(self, registers: Sequence[ir.Value], scale: ir.Value) -> list[ir.Value]:
-        """A lane's channels of the first and of the second half, over the scale, as e4m3 in the lowest bytes."""
+        """A lane's channels of the first and of the second half, over the scale, as words of four e4m3."""
         word = ir.IntegerType.get_signless(32)
-        convert = "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; mov.b16 h, 0; mov.b32 $0, {l, h}; }"
+        convert = (
+            "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; "
+            "mov.b32 $0, {l, h}; }"
+        )
         quotients = hopper.divide_all(registers, scale)
-        if self.each == 1:  # a byte of each half
-            pair = hopper.pure_asm(convert, "=r,f,f", quotients, word)
-            return [pair, arith.shrui(pair, i32(8))]
-        return [hopper.pure_asm(convert, "=r,f,f", quotients[2 * i : 2 * i + 2], word) for i in range(2)]
+        return [
+            hopper.pure_asm(convert, "=r,f,f,f,f", quotients[EACH * half : EACH * (half + 1)], word)
+            for half in range(2)
+        ]  # fmt: skip
 
     def _store_row(
         self, x8: Any, row: ir.Value, registers: Sequence[ir.Value], scale: ir.Value, exists: ir.Value
     ) -> None:  # fmt: skip
-        """Writes a warp's head to a row of ``head_dim`` e4m3."""
+        """Writes a unit's head to a row of ``head_dim`` e4m3."""
         d = self.shape.head_dim
+        at = hopper.global_address(x8, 1, (row, d), (arith.muli(self._lane(), i32(EACH)), 1))
+        flag = arith.extui(ir.IntegerType.get_signless(32), exists)
         for half, part in enumerate(self._rounded(registers, scale)):
-            at = arith.addi(arith.muli(self._lane(), i32(self.each)), i32(half * d // 2))
-            store_bytes(
-                hopper.global_address(x8, 1, (row, d), (at, 1)),
-                part,
-                self.each,
-                arith.extui(ir.IntegerType.get_signless(32), exists),
-            )
+            store_global("b32", "r", at, part, flag, half * d // 2)
 
     def store_queries(self) -> Operation:
         """``(values, q8, q_scale, first unit) -> ()``: e4m3 with the scale ``max|x| / 448``, or 1 of zeros."""
@@ -185,18 +204,11 @@ class Steps:
             word = ir.IntegerType.get_signless(32)
             token, head, exists = self._unit(first, heads)
             registers = hopper.unpack(values)
-            peak = hopper.across_lanes(largest_magnitude(registers), hopper.maximum_or_nan)
-            scale = e4m3_scale(peak)
+            scale = e4m3_scale(self._across(largest_magnitude(registers)))
             row = arith.addi(arith.muli(token, i32(heads)), head)
             self._store_row(q8, row, registers, scale, exists)
-            first_lane = arith.cmpi(arith.CmpIPredicate.eq, self._lane(), i32(0))
-            hopper.asm(
-                "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }", "l,f,r",
-                [
-                    hopper.global_address(q_scale, 4, (row, 1)), scale,
-                    arith.extui(word, arith.andi(first_lane, exists)),
-                ], [],
-            )  # fmt: skip
+            flag = arith.extui(word, arith.andi(self._is_first_lane(), exists))
+            store_global("f32", "f", hopper.global_address(q_scale, 4, (row, 1)), scale, flag)
             return ()
 
         return cast(Operation, store)
@@ -210,10 +222,9 @@ class Steps:
             word, single = ir.IntegerType.get_signless(32), ir.F32Type.get()
             token, head, exists = self._unit(first, s.kv_heads)
             registers = hopper.unpack(values)
-            highest = hopper.across_lanes(balanced(registers, hopper.maximum_or_nan), hopper.maximum_or_nan)
-            negative = [arith.subf(f32(0), r) for r in registers]
+            highest = self._across(balanced(registers, hopper.maximum_or_nan))
             # Minus the lowest.
-            depth = hopper.across_lanes(balanced(negative, hopper.maximum_or_nan), hopper.maximum_or_nan)
+            depth = self._across(balanced([arith.subf(f32(0), r) for r in registers], hopper.maximum_or_nan))
             peak = hopper.maximum_or_nan(highest, depth)
             zero = arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0))
             magnitude = arith.select(zero, f32(1), arith.mulf(peak, f32(-1 / INT4_MIN)))
@@ -237,24 +248,15 @@ class Steps:
             slot = arith.select(real, slot, i32(0))
             row = arith.addi(arith.muli(sequence, i32(s.kv_heads)), head)
             row = arith.addi(arith.muli(row, i32(s.slots)), slot)
-            half_bytes = s.head_dim // 4
+            flag = arith.extui(word, real)
+            at = hopper.global_address(codes, 1, (row, s.head_dim // 2), (self._lane(), EACH // 2))
             for half in range(2):
-                mine = nibbles[half * self.each : (half + 1) * self.each]
-                if self.each == 2:
-                    byte, at, flag = arith.ori(mine[0], arith.shli(mine[1], i32(4))), self._lane(), real
-                else:  # the neighbour has the other nibble
-                    other = hopper.exchange(mine[0], 1)
-                    byte = arith.ori(mine[0], arith.shli(other, i32(4)))
-                    even = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(self._lane(), i32(1)), i32(0))
-                    at, flag = arith.shrui(self._lane(), i32(1)), arith.andi(real, even)
-                at = arith.addi(at, i32(half * half_bytes))
-                store_bytes(
-                    hopper.global_address(codes, 1, (row, s.head_dim // 2), (at, 1)), byte, 1, arith.extui(word, flag)
-                )
-            first_lane = arith.cmpi(arith.CmpIPredicate.eq, self._lane(), i32(0))
-            store_bytes(
-                hopper.global_address(scales, 2, (row, 1)), rounded, 2, arith.extui(word, arith.andi(first_lane, real))
-            )
+                part = nibbles[half * EACH]
+                for i in range(1, EACH):
+                    part = arith.ori(part, arith.shli(nibbles[half * EACH + i], i32(4 * i)))
+                store_global("b16", "r", at, part, flag, half * s.head_dim // 4)
+            flag = arith.extui(word, arith.andi(self._is_first_lane(), real))
+            store_global("b16", "r", hopper.global_address(scales, 2, (row, 1)), rounded, flag)
             return ()
 
         return cast(Operation, store)
@@ -272,9 +274,8 @@ class BlockSteps(Steps):
         self.blocks = -(-shape.tokens // SCALE_TOKENS)  # of a sequence and head
 
     def _position(self, first: Any) -> tuple[ir.Value, ir.Value]:
-        """A warp's sequence and head as one number, and its token in the sequence."""
-        unit = arith.addi(first.registers.item(), arith.shrui(utils.thread_idx(), i32(5)))
-        size = i32(self.blocks * SCALE_TOKENS)
+        """A unit's sequence and head as one number, and its token in the sequence."""
+        unit, size = self._number(first), i32(self.blocks * SCALE_TOKENS)
         return arith.divui(unit, size), arith.remui(unit, size)
 
     def _unit(self, first: Any, heads: int) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -344,31 +345,46 @@ class BlockSteps(Steps):
 
         return cast(Operation, store)
 
+    def _swizzle(self, row: ir.Value) -> ir.Value:
+        """What the numbers of a row's words are turned by: other banks for the rows that a warp writes at once."""
+        return arith.muli(arith.shrui(row, i32(2)), i32(128 // self.shape.head_dim))
+
     def hold_values(self) -> Operation:
         """``(values, scale, tile, first unit) -> ()``: into shared memory, a row per channel.
 
-        Tokens come to the places that :func:`pallas_kernels.reference.transpose_values` gives them.
+        Tokens come to the places that :func:`pallas_kernels.reference.transpose_values` gives them. The lanes of a
+        token and of the next one exchange halves, so that each writes two tokens at once.
         """
-        half_rows = self.shape.head_dim // 2
+        d, lanes = self.shape.head_dim, self.shape.lanes
 
         @plgpu.inline_mgpu(
             arg_types=(self.layout, self.single_layout, plgpu.RefType(), self.scalar), return_type=()
         )  # fmt: skip
         def hold(_: Any, values: Any, scale: Any, tile: Any, first: Any) -> Any:
+            word = ir.IntegerType.get_signless(32)
             _rest, number = self._position(first)
             number = arith.andi(number, i32(SCALE_TOKENS - 1))
-            # Of a token 16 a + 8 h + 2 i + e the place is 16 a + 4 i + 2 h + e.
-            place = arith.andi(number, i32(~14 & 127))
+            second = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(number, i32(1)), i32(0))
+            low_half, high_half = self._rounded(hopper.unpack(values), hopper.unpack(scale)[0])
+            received = hopper.exchange(arith.select(second, low_half, high_half), lanes)
+            even = arith.select(second, received, low_half)
+            odd = arith.select(second, high_half, received)
+            # Of a token 16 a + 8 h + 2 i + e the place is 16 a + 4 i + 2 h + e; of the even one e is 0.
+            place = arith.andi(number, i32(SCALE_TOKENS - 16))
             place = arith.addi(place, arith.shli(arith.andi(arith.shrui(number, i32(1)), i32(3)), i32(2)))
             place = arith.addi(place, arith.shli(arith.andi(arith.shrui(number, i32(3)), i32(1)), i32(1)))
-            base = arith.addi(hopper.shared_address(tile), place)
-            for half, part in enumerate(self._rounded(hopper.unpack(values), hopper.unpack(scale)[0])):
-                for i in range(self.each):
-                    row = arith.addi(arith.muli(self._lane(), i32(self.each)), i32(half * half_rows + i))
-                    hopper.asm(
-                        "{ .reg .b16 l, h; mov.b32 {l, h}, $1; st.shared.b8 [$0], l; }", "r,r",
-                        [arith.addi(base, arith.muli(row, i32(VALUES_PITCH))), arith.shrui(part, i32(8 * i))], [],
-                    )  # fmt: skip
+            row = arith.muli(self._lane(), i32(EACH))
+            row = arith.addi(row, arith.muli(arith.andi(number, i32(1)), i32(d // 2)))
+            place = arith.xori(place, arith.shli(self._swizzle(row), i32(2)))
+            base = arith.addi(hopper.shared_address(tile), arith.addi(arith.muli(row, i32(SCALE_TOKENS)), place))
+            for i in range(0, EACH, 2):
+                selector = 0x5140 + 0x2222 * (i // 2)
+                pairs = hopper.pure_asm(f"prmt.b32 $0, $1, $2, {selector:#x};", "=r,r,r", [even, odd], word)
+                hopper.asm(
+                    "{ .reg .b16 l, h; mov.b32 {l, h}, $1; "
+                    f"st.shared.b16 [$0+{i * SCALE_TOKENS}], l; st.shared.b16 [$0+{(i + 1) * SCALE_TOKENS}], h; }}",
+                    "r,r", [base, pairs], [],
+                )  # fmt: skip
             return ()
 
         return cast(Operation, hold)
@@ -383,16 +399,17 @@ class BlockSteps(Steps):
             hopper.block_barrier()
             head, block = arith.divui(block.registers.item(), i32(self.blocks)), block.registers.item()
             number = arith.subi(block, arith.muli(head, i32(self.blocks)))
-            column = arith.addi(arith.muli(number, i32(SCALE_TOKENS)), arith.muli(self._lane(), i32(4)))
-            warp = arith.shrui(utils.thread_idx(), i32(5))
-            source = arith.addi(hopper.shared_address(tile), arith.muli(self._lane(), i32(4)))
-            source = arith.addi(source, arith.muli(warp, i32(VALUES_PITCH)))
-            for i in range(d // WARPS):
-                row = arith.addi(arith.addi(arith.muli(head, i32(d)), warp), i32(i * WARPS))
-                offset = i * WARPS * VALUES_PITCH
-                [four] = hopper.asm(f"ld.shared.b32 $0, [$1+{offset}];", "=r,r", [source], [word])
-                target = hopper.global_address(v8, 1, (row, self.blocks * SCALE_TOKENS), (column, 1))
-                hopper.asm("st.global.b32 [$0], $1;", "l,r", [target, four], [])
+            lane, warp = arith.andi(utils.thread_idx(), i32(31)), arith.shrui(utils.thread_idx(), i32(5))
+            column = arith.addi(arith.muli(number, i32(SCALE_TOKENS)), arith.muli(lane, i32(4)))
+            row_bytes = self.blocks * SCALE_TOKENS
+            first_row = arith.addi(arith.muli(head, i32(d)), warp)
+            target = hopper.global_address(v8, 1, (first_row, row_bytes), (column, 1))
+            source = arith.addi(hopper.shared_address(tile), arith.muli(warp, i32(SCALE_TOKENS)))
+            for i in range(d // WARPS):  # rows of the same swizzle, a warp each
+                place = arith.shli(arith.xori(lane, self._swizzle(i32(i * WARPS))), i32(2))
+                address = arith.addi(source, place)
+                [four] = hopper.asm(f"ld.shared.b32 $0, [$1+{i * WARPS * SCALE_TOKENS}];", "=r,r", [address], [word])
+                hopper.asm(f"st.global.b32 [$0+{i * WARPS * row_bytes}], $1;", "l,r", [target, four], [])
             return ()
 
         return cast(Operation, write)
@@ -403,24 +420,21 @@ def load_word(address: ir.Value) -> ir.Value:
     return hopper.asm("ld.global.nc.b32 $0, [$1];", "=r,l", [address], [ir.IntegerType.get_signless(32)])[0]
 
 
-def load_floats(address: ir.Value, count: int, size: int) -> list[ir.Value]:
-    """One or two neighbouring bf16 or float32."""
-    word, single = ir.IntegerType.get_signless(32), ir.F32Type.get()
-    if size == 4:
-        vector, listed = (".v2", "{$0, $1}") if count == 2 else ("", "$0")
-        ptx = f"ld.global.nc{vector}.b32 {listed}, [${count}];"
-        words = hopper.asm(ptx, ",".join(["=r"] * count + ["l"]), [address], [word] * count)
-        return [arith.bitcast(single, w) for w in words]
-    if count == 2:
-        return from_bf16x2(load_word(address))
-    [half] = hopper.asm("{ .reg .b16 h; ld.global.nc.b16 h, [$1]; cvt.u32.u16 $0, h; }", "=r,l", [address], [word])
-    return [arith.bitcast(single, arith.shli(half, i32(16)))]
+def load_floats(address: ir.Value, size: int) -> list[ir.Value]:
+    """Four neighbouring bf16 or float32, of that many bytes each."""
+    word, count = ir.IntegerType.get_signless(32), size  # words in all
+    listed = ", ".join(f"${i}" for i in range(count))
+    ptx = f"ld.global.nc.v{count}.b32 {{{listed}}}, [${count}];"
+    words = hopper.asm(ptx, ",".join(["=r"] * count + ["l"]), [address], [word] * count)
+    return to_floats(words, size)
 
 
-def store_bytes(address: ir.Value, word: ir.Value, count: int, flag: ir.Value) -> None:
-    """The lowest one or two bytes of a word, where the flag is not 0."""
+def store_global(
+    kind: str, constraint: str, address: ir.Value, value: ir.Value, flag: ir.Value, offset: int = 0
+) -> None:  # fmt: skip
+    """Writes a float32, a word, or its lower half behind an address, where the flag is not 0."""
+    source, split = ("l", ".reg .b16 l, h; mov.b32 {l, h}, $1; ") if kind == "b16" else ("$1", "")
     hopper.asm(
-        "{ .reg .pred p; .reg .b16 l, h; setp.ne.b32 p, $2, 0; mov.b32 {l, h}, $1; "
-        f"@p st.global.b{8 * count} [$0], l; }}",
-        "l,r,r", [address, word, flag], [],
+        f"{{ .reg .pred p; {split}setp.ne.b32 p, $2, 0; @p st.global.{kind} [$0+{offset}], {source}; }}",
+        f"l,{constraint},r", [address, value, flag], [],
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """What comes between the projections and attention, in one kernel of Pallas:Mosaic GPU.
 
 Queries are rotated, scaled, mixed and rounded to e4m3; keys the same, but to int4 and into the cache, and values into
-the cache, in place. A warp takes a head of a token. For a prompt's own attention keys and values are rounded to e4m3,
-too: a block takes 128 tokens of a head, which share a scale, and goes through them twice. XLA needs more than a dozen
-kernels for it.
+the cache, in place. Eight or 16 lanes take a head of a token. For a prompt's own attention keys and values are rounded
+to e4m3, too: a block takes 128 tokens of a head, which share a scale, and goes through them twice. XLA needs more than
+a dozen kernels for it.
 """
 
 import functools
@@ -15,12 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.append_steps import VALUES_PITCH, WARPS, AppendShape, BlockSteps, Steps
+from pallas_kernels.append_steps import WARPS, AppendShape, BlockSteps, Steps
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.reference import SCALE_TOKENS, Cache
 from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS
 
-QUERIES = 8  # heads of a token that each warp takes, one after another, where a prompt has enough of them
+QUERIES = 8  # units of queries that the same lanes take, one after another, where a prompt has enough of them
 
 
 def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> Operation:
@@ -30,10 +30,10 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
     """
     s, ops = shape, Steps(shape)
     m = s.batch * s.tokens
-    each = QUERIES if prompt and m * s.heads >= QUERIES * WARPS * STREAMING_MULTIPROCESSORS else 1
-    query_blocks = -(-m * s.heads // (WARPS * each))
+    each = QUERIES if prompt and m * s.heads >= QUERIES * s.units * STREAMING_MULTIPROCESSORS else 1
+    query_blocks = -(-m * s.heads // (s.units * each))
     tiles = BlockSteps(shape)
-    key_blocks = s.batch * s.kv_heads * tiles.blocks if prompt else -(-m * s.kv_heads // WARPS)
+    key_blocks = s.batch * s.kv_heads * tiles.blocks if prompt else -(-m * s.kv_heads // s.units)
 
     def body(
         q: Any, k: Any, v: Any, cos: Any, sin: Any, scale: Any, offset: Any, starts: Any,
@@ -60,7 +60,7 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
         @pl.when(query_block >= 0)
         def queries() -> None:
             def store(i: Any, _: None) -> None:
-                first = (query_block * each + i) * WARPS
+                first = (query_block * each + i) * s.units
                 values = rotated(q, ops, s.heads, "times", first)
                 ops.store_queries()(ops.mix()(values) if mixed else values, q8, q_scale, first)
 
@@ -77,24 +77,24 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
         def take(make: Any, codes: Any, code_scales: Any, scales: Any, store: Any, target: Any) -> None:
             """Appends what ``make`` makes of a block's units; of a prompt, also stores it over a common scale."""
             if not prompt:
-                append(make, ops, codes, code_scales, key_block * WARPS)
+                append(make, ops, codes, code_scales, key_block * s.units)
                 return
 
             def first(i: Any) -> Any:
-                return key_block * SCALE_TOKENS + i * WARPS
+                return key_block * SCALE_TOKENS + i * s.units
 
             def grow(i: Any, peak: Any) -> Any:
                 values = append(make, tiles, codes, code_scales, first(i))
                 return tiles.peak()(tiles.keep_real()(values, lengths, first(i)), peak)
 
             nothing = plgpu.layout_cast(jnp.zeros((hopper.WARPGROUP,), jnp.float32), tiles.single_layout)
-            peak = jax.lax.fori_loop(0, SCALE_TOKENS // WARPS, grow, nothing)
+            peak = jax.lax.fori_loop(0, SCALE_TOKENS // s.units, grow, nothing)
             shared = tiles.share_scale()(peak, scales, scratch, key_block)
 
             def again(i: Any, _: None) -> None:
                 store()(tiles.keep_real()(make(tiles, first(i)), lengths, first(i)), shared, target, first(i))
 
-            jax.lax.fori_loop(0, SCALE_TOKENS // WARPS, again, None)
+            jax.lax.fori_loop(0, SCALE_TOKENS // s.units, again, None)
 
         @pl.when(block < key_blocks)
         def keys() -> None:
@@ -114,7 +114,7 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
         results += [((s.batch, s.tokens, s.kv_heads, s.head_dim), e4m3), scales]
         results += [((s.batch, s.kv_heads, s.head_dim, padded), e4m3), scales]
         shared_memory = [
-            plgpu.SMEM((WARPS,), jnp.float32), plgpu.SMEM((s.head_dim * VALUES_PITCH // 4,), jnp.int32)
+            plgpu.SMEM((WARPS,), jnp.float32), plgpu.SMEM((s.head_dim * SCALE_TOKENS // 4,), jnp.int32)
         ]  # fmt: skip
     kernel = plgpu.kernel(
         body,

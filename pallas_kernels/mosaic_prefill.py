@@ -11,7 +11,7 @@ values lie in a matching order of keys (:func:`pallas_kernels.reference.transpos
 
 import dataclasses
 import functools
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +30,22 @@ from pallas_kernels.reference import (
     transpose_values,
     write_rows,
 )
+from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS
 
 WARPGROUPS = 2  # that compute; a third one copies
 TILE = WARPGROUPS * ROWS
 STAGES = 3
+
+
+class Tile(NamedTuple):
+    """Where a tile of rows lies, and how many blocks of keys it needs: scalars of the device."""
+
+    sequence: Any
+    head: Any
+    kv_head: Any
+    start: Any
+    first_row: Any
+    count: Any
 
 
 def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Operation:
@@ -41,108 +53,198 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
     ops = Steps(shape, softmax_scale)
     s = shape
     tiles = -(-s.tokens // TILE)
+    all_tiles = tiles * s.heads * s.batch
+    blocks = min(all_tiles, STREAMING_MULTIPROCESSORS)
     chunks = s.head_dim // 64  # of an output row, 128 bytes each
 
     def body(
         q8: Any, q_scale: Any, k8: Any, k_scale: Any, values: Any, v_scale: Any, lengths: Any, *refs: Any
     ) -> None:  # fmt: skip
-        *starts, y, k_smem, v_smem, y_smem, k_full, k_empty, v_full, v_empty = refs
+        *starts, y, q_smem, k_smem, v_smem, y_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = refs
         block, warpgroup = jax.lax.axis_index("block"), jax.lax.axis_index("warpgroup")
-        head, rest = jax.lax.rem(block, jnp.int32(s.heads)), jax.lax.div(block, jnp.int32(s.heads))
-        sequence, from_last = jax.lax.rem(rest, jnp.int32(s.batch)), jax.lax.div(rest, jnp.int32(s.batch))
-        # The longest tiles first, so that the last blocks to run are short.
-        first_row = (tiles - 1 - from_last) * TILE
-        kv_head = jax.lax.div(head, jnp.int32(s.heads // s.kv_heads))
-        start = starts[0][sequence] if starts else jnp.int32(0)
-        last_row = jnp.minimum(first_row + TILE, jnp.maximum(lengths[sequence], 1)) - 1
-        count = jax.lax.div(start + last_row, jnp.int32(s.keys)) + 1
+        rounds, rest = divmod(all_tiles, blocks)
+
+        def place_in(turn: Any) -> Any:
+            """Every other round goes backwards: who has a long tile of one has a short one of the next."""
+            return jnp.where(jax.lax.rem(turn, jnp.int32(2)) == 0, block, blocks - 1 - block)
+
+        mine = rounds + (place_in(jnp.int32(rounds)) < rest).astype(jnp.int32)
+
+        def tile_of(i: Any) -> Tile:
+            index = i * blocks + place_in(i)
+            head, others = jax.lax.rem(index, jnp.int32(s.heads)), jax.lax.div(index, jnp.int32(s.heads))
+            sequence, from_last = jax.lax.rem(others, jnp.int32(s.batch)), jax.lax.div(others, jnp.int32(s.batch))
+            # The longest tiles first, so that the last ones are short.
+            first_row = (tiles - 1 - from_last) * TILE
+            start = starts[0][sequence] if starts else jnp.int32(0)
+            last_row = jnp.minimum(first_row + TILE, jnp.maximum(lengths[sequence], 1)) - 1
+            count = jax.lax.div(start + last_row, jnp.int32(s.keys)) + 1
+            return Tile(sequence, head, jax.lax.div(head, jnp.int32(s.heads // s.kv_heads)), start, first_row, count)
+
+        def slot(number: Any) -> Any:
+            """Where a block of keys is, or one of values; all of a thread block's are counted."""
+            return jax.lax.rem(number, jnp.int32(stages))
 
         @pl.when(warpgroup == WARPGROUPS)
         def produce() -> None:
             plgpu.set_max_registers(24, action="decrease")
 
-            def copy(i: Any, source: Any, target: Any, full: Any, empty: Any) -> None:
-                slot = jax.lax.rem(i, jnp.int32(stages))
-
-                @pl.when(i >= stages)
+            def copy(number: Any, source: Any, target: Any, full: Any, empty: Any) -> None:
+                @pl.when(number >= stages)
                 def reuse() -> None:
-                    plgpu.barrier_wait(empty.at[slot])
+                    plgpu.barrier_wait(empty.at[slot(number)])
 
-                plgpu.copy_gmem_to_smem(source, target.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(source, target.at[slot(number)], full.at[slot(number)])
 
-            def copy_keys(i: Any) -> None:
-                at = pl.ds((count - 1 - i) * s.keys, s.keys)
-                copy(i, k8.at[sequence, at, kv_head], k_smem, k_full, k_empty)
+            def copy_keys(tile: Tile, j: Any, number: Any) -> None:
+                at = pl.ds((tile.count - 1 - j) * s.keys, s.keys)
+                copy(number, k8.at[tile.sequence, at, tile.kv_head], k_smem, k_full, k_empty)
 
-            def copy_both(i: Any, _: None) -> None:
-                @pl.when(i + 1 < count)
-                def next_keys() -> None:
-                    copy_keys(i + 1)
+            def begin_tile(i: Any, number: Any) -> None:
+                tile = tile_of(i)
 
-                at = pl.ds((count - 1 - i) * s.keys, s.keys)
-                copy(i, values.at[sequence, kv_head, :, at], v_smem, v_full, v_empty)
+                @pl.when(i > 0)
+                def reuse() -> None:
+                    plgpu.barrier_wait(q_empty)
 
-            copy_keys(jnp.int32(0))
-            jax.lax.fori_loop(0, count, copy_both, None)
+                rows = pl.ds(tile.first_row, TILE)
+                plgpu.copy_gmem_to_smem(q8.at[tile.sequence, rows, tile.head], q_smem, q_full)
+                copy_keys(tile, jnp.int32(0), number)
+
+            def copy_tile(i: Any, done: Any) -> Any:
+                tile = tile_of(i)
+
+                def copy_both(j: Any, _: None) -> None:
+                    number = done + j
+
+                    @pl.when(j + 1 < tile.count)
+                    def next_keys() -> None:
+                        copy_keys(tile, j + 1, number + 1)
+
+                    @pl.when((j + 1 == tile.count) & (i + 1 < mine))
+                    def next_tile() -> None:
+                        begin_tile(i + 1, number + 1)
+
+                    at = pl.ds((tile.count - 1 - j) * s.keys, s.keys)
+                    copy(number, values.at[tile.sequence, tile.kv_head, :, at], v_smem, v_full, v_empty)
+
+                jax.lax.fori_loop(0, tile.count, copy_both, None)
+                return done + tile.count
+
+            begin_tile(jnp.int32(0), jnp.int32(0))
+            jax.lax.fori_loop(0, mine, copy_tile, jnp.int32(0))
 
         @pl.when(warpgroup < WARPGROUPS)
         def compute() -> None:
             plgpu.set_max_registers(240, action="increase")
-            row = first_row + warpgroup * ROWS
-            queries, factors, limits = ops.load_queries()(q8, q_scale, lengths, sequence, head, row, start)
 
-            def zeros(name: str) -> Any:
-                return plgpu.layout_cast(jnp.zeros(ops.type[name].shape, jnp.float32), ops.layout[name])
+            def zeros(name: str, dtype: Any = jnp.float32) -> Any:
+                return plgpu.layout_cast(jnp.zeros(ops.type[name].shape, dtype), ops.layout[name])
 
-            def slot(i: Any) -> Any:
-                return jax.lax.rem(i, jnp.int32(stages))
+            def scales(tile: Tile, j: Any) -> Any:
+                block_of_keys = jnp.maximum(tile.count - 1 - j, 0)
+                return ops.load_scales()(k_scale, v_scale, tile.sequence, tile.kv_head, block_of_keys)
 
-            def scales(i: Any) -> Any:
-                return ops.load_scales()(k_scale, v_scale, sequence, kv_head, jnp.maximum(count - 1 - i, 0))
+            def begin(tile: Tile) -> Any:
+                row = tile.first_row + warpgroup * ROWS
+                queries = ops.load_queries()(q_smem.at[pl.ds(warpgroup * ROWS, ROWS)])
+                plgpu.barrier_arrive(q_empty)
+                rows = ops.load_rows()(q_scale, lengths, tile.sequence, tile.head, row, tile.start)
+                return queries, *rows, scales(tile, 0), scales(tile, 1)
 
-            plgpu.barrier_wait(k_full.at[0])
-            no_weights = plgpu.layout_cast(jnp.zeros(ops.type["weights"].shape, jnp.int32), ops.layout["weights"])
-            in_use, following = scales(0), scales(1)
-            scores = ops.score()(zeros("scores"), queries, k_smem.at[0])
-            scores = ops.wait("scores", 0)(scores, queries, no_weights)
-            plgpu.barrier_arrive(k_empty.at[0])
-            scores = ops.mask()(scores, limits, (count - 1) * s.keys)
-            rounded, maxima, sums, _ = ops.weigh()(
-                scores, factors, in_use, in_use, ops.start()(zeros("pair")), zeros("pair"), y_smem
-            )
-            weights = ops.round_weights()(rounded)
-
-            def step(i: Any, carry: Any, some_hidden: bool = False) -> Any:
-                scores, weights, output, maxima, sums, before, now = carry
-                plgpu.barrier_wait(k_full.at[slot(i)])
-                scores = ops.score()(scores, queries, k_smem.at[slot(i)])
-                plgpu.barrier_wait(v_full.at[slot(i - 1)])
-                output = ops.gather()(output, weights, v_smem.at[slot(i - 1)])
-                following = scales(i + 1)
-                scores = ops.wait("scores", 1)(scores, queries, weights)
-                plgpu.barrier_arrive(k_empty.at[slot(i)])
-                if some_hidden:
-                    scores = ops.mask()(scores, limits, (count - 1 - i) * s.keys)
-                scores, maxima, sums, shrink = ops.weigh()(scores, factors, before, now, maxima, sums, y_smem)
-                output = ops.wait("output", 0)(output, queries, weights)
-                plgpu.barrier_arrive(v_empty.at[slot(i - 1)])
-                return scores, ops.round_weights()(scores), ops.shrink()(output, shrink), maxima, sums, now, following
-
-            carry = (rounded, weights, zeros("output"), maxima, sums, in_use, following)
-            unmasked = jnp.int32(1)
-            if starts:  # a tile's rows end in two blocks of keys
-                unmasked = jnp.minimum(count, 2)
-                carry = jax.lax.fori_loop(1, unmasked, functools.partial(step, some_hidden=True), carry)
-            _, weights, output, _, sums, last_scales, _ = jax.lax.fori_loop(unmasked, count, step, carry)
-            plgpu.barrier_wait(v_full.at[slot(count - 1)])
-            output = ops.gather()(output, weights, v_smem.at[slot(count - 1)])
-            output = ops.wait("output", 0)(output, queries, weights)
-            ops.store()(output, sums, last_scales, y_smem.at[warpgroup])
-            plgpu.commit_smem()
-            for chunk in range(chunks):
-                plgpu.copy_smem_to_gmem(
-                    y_smem.at[warpgroup, chunk], y.at[sequence, pl.ds(row, ROWS), head, pl.ds(64 * chunk, 64)]
+            def weigh_first(tile: Tile, scores: Any, factors: Any, limits: Any, in_use: Any) -> Any:
+                """Of a tile's last keys, which its rows do not all see: ``(weights in float32, maxima, sums)``."""
+                scores = ops.mask()(scores, limits, (tile.count - 1) * s.keys)
+                scores, maxima, sums, _ = ops.weigh()(
+                    scores, factors, in_use, in_use, ops.start()(zeros("pair")), zeros("pair"), y_smem
                 )
+                return scores, maxima, sums
+
+            def attend(i: Any, carry: Any) -> Any:
+                """A tile, whose first scores have been weighed, and the first scores of the next one."""
+                tile, done, scores, weights, maxima, sums, queries, factors, limits, in_use, following = carry
+
+                def step(j: Any, carry: Any, some_hidden: bool = False) -> Any:
+                    scores, weights, output, maxima, sums, before, now = carry
+                    number = done + j
+                    plgpu.barrier_wait(k_full.at[slot(number)])
+                    ops.take_turn()(warpgroup)
+                    scores = ops.score()(scores, queries, k_smem.at[slot(number)])
+                    plgpu.barrier_wait(v_full.at[slot(number - 1)])
+                    output = ops.gather()(output, weights, v_smem.at[slot(number - 1)])
+                    ops.pass_turn()(warpgroup)
+                    following = scales(tile, j + 1)
+                    scores = ops.wait("scores", 1)(scores, queries, weights)
+                    plgpu.barrier_arrive(k_empty.at[slot(number)])
+                    if some_hidden:
+                        scores = ops.mask()(scores, limits, (tile.count - 1 - j) * s.keys)
+                    scores, maxima, sums, shrink = ops.weigh()(scores, factors, before, now, maxima, sums, y_smem)
+                    output = ops.wait("output", 0)(output, queries, weights)
+                    plgpu.barrier_arrive(v_empty.at[slot(number - 1)])
+                    output = ops.shrink()(output, shrink)
+                    return scores, ops.round_weights()(scores), output, maxima, sums, now, following
+
+                carry = (scores, weights, zeros("output"), maxima, sums, in_use, following)
+                unmasked = jnp.int32(1)
+                if starts:  # a tile's rows end in two blocks of keys
+                    unmasked = jnp.minimum(tile.count, 2)
+                    carry = jax.lax.fori_loop(1, unmasked, functools.partial(step, some_hidden=True), carry)
+                scores, weights, output, _, sums, last_scales, _ = jax.lax.fori_loop(unmasked, tile.count, step, carry)
+
+                # The next tile's first scores beside this one's last values. Behind the last tile they are of whatever
+                # is in shared memory, and nobody wants them.
+                done, more = done + tile.count, i + 1 < mine
+                following_tile = tile_of(jnp.minimum(i + 1, mine - 1))
+
+                @pl.when(more)
+                def arrived() -> None:
+                    plgpu.barrier_wait(q_full)
+                    plgpu.barrier_wait(k_full.at[slot(done)])
+
+                queries, factors, limits, in_use, following = begin(following_tile)
+                ops.take_turn()(warpgroup)
+                scores = ops.score()(scores, queries, k_smem.at[slot(done)])
+                plgpu.barrier_wait(v_full.at[slot(done - 1)])
+                output = ops.gather()(output, weights, v_smem.at[slot(done - 1)])
+                ops.pass_turn()(warpgroup)
+                scores = ops.wait("scores", 1)(scores, queries, weights)
+                plgpu.barrier_arrive(k_empty.at[slot(done)])
+                scores, maxima, next_sums = weigh_first(following_tile, scores, factors, limits, in_use)
+                output = ops.wait("output", 0)(output, queries, weights)
+                plgpu.barrier_arrive(v_empty.at[slot(done - 1)])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                ops.store()(output, sums, last_scales, y_smem.at[warpgroup])
+                plgpu.commit_smem()
+                rows = pl.ds(tile.first_row + warpgroup * ROWS, ROWS)
+                for chunk in range(chunks):
+                    plgpu.copy_smem_to_gmem(
+                        y_smem.at[warpgroup, chunk], y.at[tile.sequence, rows, tile.head, pl.ds(64 * chunk, 64)]
+                    )
+                weights = ops.round_weights()(scores)
+                state = (scores, weights, maxima, next_sums, queries, factors, limits, in_use, following)
+                return following_tile, done, *state
+
+            first_tile = tile_of(jnp.int32(0))
+            plgpu.barrier_wait(q_full)
+            queries, factors, limits, in_use, following = begin(first_tile)
+            plgpu.barrier_wait(k_full.at[0])
+            scores = ops.score()(zeros("scores"), queries, k_smem.at[0])
+            scores = ops.wait("scores", 0)(scores, queries, zeros("weights", jnp.int32))
+            plgpu.barrier_arrive(k_empty.at[0])
+            scores, maxima, sums = weigh_first(first_tile, scores, factors, limits, in_use)
+            weights = ops.round_weights()(scores)
+
+            @pl.when(warpgroup == 1)
+            def let_the_other_begin() -> None:
+                ops.pass_turn()(warpgroup)
+
+            state = (scores, weights, maxima, sums, queries, factors, limits, in_use, following)
+            jax.lax.fori_loop(0, mine, attend, (first_tile, jnp.int32(0), *state))
+
+            @pl.when(warpgroup == 0)
+            def take_the_last_turn() -> None:
+                ops.take_turn()(warpgroup)
+
             plgpu.wait_smem_to_gmem(0)
 
     copied, used = plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
@@ -150,15 +252,18 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
         body,
         out_type=jax.ShapeDtypeStruct((s.batch, s.tokens, s.heads, s.head_dim), jnp.bfloat16),
         scratch_types=[
+            plgpu.SMEM((TILE, s.head_dim), jnp.float8_e4m3fn, transforms=ops.key_swizzle),
             plgpu.SMEM((stages, s.keys, s.head_dim), jnp.float8_e4m3fn, transforms=ops.key_swizzle),
             plgpu.SMEM((stages, s.head_dim, s.keys), jnp.float8_e4m3fn, transforms=ops.value_swizzle),
             plgpu.SMEM((WARPGROUPS, chunks, ROWS, 64), jnp.bfloat16, transforms=ops.output_swizzle),
+            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=WARPGROUPS),
             copied,
             used,
             copied,
             used,
         ],
-        grid=(tiles * s.heads * s.batch,),
+        grid=(blocks,),
         grid_names=("block",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",

@@ -87,50 +87,66 @@ class Steps:
         lane, warp = arith.andi(thread, i32(31)), arith.shrui(thread, i32(5))
         return arith.addi(arith.muli(warp, i32(16)), arith.shrui(lane, i32(2))), arith.andi(lane, i32(3))
 
-    def load_queries(self) -> Operation:
-        """``(q8, q_scale, lengths, sequence, head, first row, start) -> (queries, factors, limits)``.
+    def load_rows(self) -> Operation:
+        """``(q_scale, lengths, sequence, head, first row, start) -> (factors, limits)``.
 
-        The register operand of the first product, what scores are multiplied by (for powers of two, and beside the
-        keys' scales), and the last key that each of a thread's rows sees. Rows behind the last token are zeros.
+        What scores are multiplied by (beside the keys' scales), and the last key that each of a thread's rows sees.
         """
         s = self.shape
 
         @plgpu.inline_mgpu(
-            arg_types=(*[plgpu.RefType()] * 3, *[self.scalar] * 4),
-            return_type=(self.type["queries"], self.type["factors"], self.type["limits"]),
+            arg_types=(*[plgpu.RefType()] * 2, *[self.scalar] * 4),
+            return_type=(self.type["factors"], self.type["limits"]),
         )
-        def load(_: Any, q8: Any, q_scale: Any, lengths: Any, *where: Any) -> Any:
+        def load(_: Any, q_scale: Any, lengths: Any, *where: Any) -> Any:
             word, single = ir.IntegerType.get_signless(32), ir.F32Type.get()
             sequence, head, first, start = (x.registers.item() for x in where)
-            row, t = self._row()
+            row, _t = self._row()
             row = arith.addi(first, row)
 
-            def read(address: ir.Value, exists: ir.Value, offset: int = 0) -> ir.Value:
+            def read(address: ir.Value, exists: ir.Value) -> ir.Value:
                 return hopper.asm(
-                    "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; "
-                    f"@p ld.global.nc.b32 $0, [$1+{offset}]; }}",
+                    "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.nc.b32 $0, [$1]; }",
                     "=&r,l,r", [address, exists], [word],
                 )[0]  # fmt: skip
 
-            always = i32(1)
             scale = f32(self.softmax_scale * LOG2_E)
             # An empty sequence sees its first key, for want of another one: what comes out must be finite.
-            length = arith.maxsi(read(hopper.global_address(lengths, 4, (sequence, 1)), always), i32(1))
-            halves: list[list[ir.Value]] = []
+            length = arith.maxsi(read(hopper.global_address(lengths, 4, (sequence, 1)), i32(1)), i32(1))
             factors, limits = [], []
             for half in range(2):
                 token = arith.addi(row, i32(8 * half))
                 exists = arith.extui(word, arith.cmpi(arith.CmpIPredicate.ult, token, i32(s.tokens)))
                 place = arith.addi(arith.muli(sequence, i32(s.tokens)), token)
                 place = arith.addi(arith.muli(place, i32(s.heads)), head)
-                address = hopper.global_address(q8, 1, (place, s.head_dim), (t, 4))
-                halves.append([read(address, exists, 16 * i) for i in range(s.head_dim // 16)])
-                q_factor = read(hopper.global_address(q_scale, 4, (place, 1)), exists)
-                factors.append(arith.mulf(arith.bitcast(single, q_factor), scale))
+                factor = read(hopper.global_address(q_scale, 4, (place, 1)), exists)
+                factors.append(arith.mulf(arith.bitcast(single, factor), scale))
                 limits.append(arith.addi(start, arith.minsi(token, arith.subi(length, i32(1)))))
-            # Four registers per 32 elements: rows r and r + 8 of the first 16, then of the others.
-            operand = [halves[half][i] for i in range(s.head_dim // 16) for half in range(2)]
-            return hopper.pack(operand), hopper.pack(factors), hopper.pack(limits)
+            return hopper.pack(factors), hopper.pack(limits)
+
+        return cast(Operation, load)
+
+    def load_queries(self) -> Operation:
+        """``tile [64, d] in shared memory -> queries``, the register operand of the first product."""
+        d = self.shape.head_dim
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(self.key_swizzle),), return_type=self.type["queries"])
+        def load(_: Any, tile: Any) -> Any:
+            thread = hopper.thread_in_warpgroup()
+            lane, warp = arith.andi(thread, i32(31)), arith.shrui(thread, i32(5))
+            # Lanes 0 to 7 and 8 to 15 give the addresses of rows 0 to 7 and 8 to 15 of 16 columns, the others those of
+            # the next 16.
+            row = arith.addi(arith.muli(warp, i32(16)), arith.andi(lane, i32(15)))
+            second = arith.shrui(lane, i32(4))
+            base = arith.addi(hopper.shared_address(tile), arith.muli(row, i32(d)))
+            # Where the swizzle puts a row's chunks of 16 bytes: it has a period of eight lines of 128 bytes.
+            turn = arith.andi(arith.shrui(arith.muli(row, i32(d)), i32(7)), i32(d // 16 - 1))
+            registers: list[ir.Value] = []
+            for step in range(d // 32):
+                chunk = arith.xori(arith.addi(second, i32(2 * step)), turn)
+                place = arith.addi(base, arith.muli(chunk, i32(16)))
+                registers += hopper.load_matrices(place, 4, transposed=False)
+            return hopper.pack(registers)
 
         return cast(Operation, load)
 
@@ -186,6 +202,24 @@ class Steps:
             return hopper.pack(hopper.wgmma_e4m3(hopper.unpack(output), operand, descriptor, i32(1)))
 
         return cast(Operation, issue)
+
+    def take_turn(self) -> Operation:
+        """``warpgroup -> ()``: waits until the other computing warpgroup has issued its products."""
+        return self._turn("sync", other=0)
+
+    def pass_turn(self) -> Operation:
+        """``warpgroup -> ()``: lets the other computing warpgroup issue its products."""
+        return self._turn("arrive", other=1)
+
+    def _turn(self, instruction: str, other: int) -> Operation:
+        @plgpu.inline_mgpu(arg_types=(self.scalar,), return_type=())
+        def meet(_: Any, warpgroup: Any) -> Any:
+            barrier = arith.xori(warpgroup.registers.item(), i32(other))
+            barrier = arith.addi(barrier, i32(hopper.FREE_BARRIER))
+            hopper.asm(f"bar.{instruction} $0, {2 * hopper.WARPGROUP};", "r", [barrier], [])
+            return ()
+
+        return cast(Operation, meet)
 
     def wait(self, name: str, in_flight: int) -> Operation:
         """``(registers, queries, weights) -> registers`` once at most ``in_flight`` products run.

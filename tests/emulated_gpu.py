@@ -185,12 +185,33 @@ class Warpgroup(Block):
         self.threads, self.index, self.warpgroup = 128, block.index, warpgroup
         self.shared, self.products, self.meetings = block.shared, [], meetings
 
-    def meet(self, barrier, threads):
+    def meet(self, barrier, threads, waits, failed):
         """A named barrier with other warpgroups."""
-        self.meetings.setdefault(barrier, threading.Barrier(threads // 128)).wait(timeout=60)
+        self.meetings.setdefault(barrier, Meeting(threads // 128)).meet(waits, failed)
 
     def touch(self, addresses, active, size, writing):
         pass
+
+
+class Meeting:
+    """A named barrier of warpgroups, of which some may only tell that they have come."""
+
+    def __init__(self, needed):
+        self.needed, self.count, self.phase = needed, 0, 0
+        self.changed = threading.Condition()
+
+    def meet(self, waits, failed):
+        with self.changed:
+            target = self.phase + 1
+            self.count += 1
+            if self.count == self.needed:
+                self.count, self.phase = 0, target
+                self.changed.notify_all()
+            for _ in range(600 * waits):
+                if self.phase >= target or failed:
+                    break
+                self.changed.wait(0.1)
+            assert self.phase >= target or not waits, "waited at a named barrier for nobody"
 
 
 class BarrierSpec:
@@ -205,6 +226,14 @@ class Barriers:
 
     def __init__(self, spec):
         self.barriers = [Barrier(spec.arrivals) for _ in range(spec.count)]
+
+    def wait(self, *arguments):
+        [barrier] = self.barriers
+        barrier.wait(*arguments)
+
+    def arrive(self, *arguments):
+        [barrier] = self.barriers
+        barrier.arrive(*arguments)
 
     @property
     def at(self):
@@ -427,7 +456,8 @@ class Machine:
                 data = np.stack(words, axis=1).view(np.uint8)
                 self.store(space, address(arguments[0]), active, data)
         elif kind[0] == "bar" and isinstance(self.block, Warpgroup):
-            self.block.meet(int(value(arguments[0])[0]), int(arguments[1]))
+            waits = kind[1] == "sync"
+            self.block.meet(int(value(arguments[0])[0]), int(arguments[1]), waits, self.failures)
         elif kind[0] == "bar" and len(arguments) == 2:
             team = value(arguments[0]).astype(np.int64)
             assert np.all(np.unique(team, return_counts=True)[1] == int(arguments[1])), "not as many threads"

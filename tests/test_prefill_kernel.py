@@ -84,6 +84,13 @@ def check(arguments, kernel, tolerance=TOLERANCE, worst_row=WORST_ROW):
     assert errors.max() < worst_row
 
 
+@pytest.fixture(params=[1, 3, 132])
+def multiprocessors(request, monkeypatch):
+    """Few of them have several tiles each, of which one begins while another ends."""
+    monkeypatch.setattr(mosaic_prefill, "STREAMING_MULTIPROCESSORS", request.param)
+
+
+@pytest.mark.usefixtures("multiprocessors")
 @pytest.mark.parametrize(
     ("batch", "tokens", "heads", "kv_heads", "head_dim", "lengths", "stages"),
     [
@@ -135,6 +142,7 @@ PREFIXED = [
 ]
 
 
+@pytest.mark.usefixtures("multiprocessors")
 @pytest.mark.parametrize("case", PREFIXED)
 def test_prefix_on_the_emulated_multiprocessor(case):
     with emulated(mosaic_prefill, prefill_steps):
