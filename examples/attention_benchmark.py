@@ -12,10 +12,14 @@ attention of the same roundings. Times are sums of the kernels' own times (CUPTI
 import argparse
 import functools
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+# Of what is timed XLA has nothing to tune, and tuning what is compared with takes long.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
 
 import jax
 import jax.numpy as jnp

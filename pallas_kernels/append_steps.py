@@ -172,27 +172,26 @@ class Steps:
 
         return cast(Operation, mix)
 
-    def _rounded(self, registers: Sequence[ir.Value], scale: ir.Value) -> list[ir.Value]:
-        """A lane's channels of the first and of the second half, over the scale, as words of four e4m3."""
+    def _rounded(self, registers: Sequence[ir.Value], factor: ir.Value) -> list[ir.Value]:
+        """A lane's channels of the first and of the second half, times the factor, as words of four e4m3."""
         word = ir.IntegerType.get_signless(32)
         convert = (
             "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; "
             "mov.b32 $0, {l, h}; }"
         )
-        quotients = hopper.divide_all(registers, scale)
+        scaled = [arith.mulf(r, factor) for r in registers]
         return [
-            hopper.pure_asm(convert, "=r,f,f,f,f", quotients[EACH * half : EACH * (half + 1)], word)
-            for half in range(2)
-        ]  # fmt: skip
+            hopper.pure_asm(convert, "=r,f,f,f,f", scaled[EACH * half : EACH * (half + 1)], word) for half in range(2)
+        ]
 
     def _store_row(
-        self, x8: Any, row: ir.Value, registers: Sequence[ir.Value], scale: ir.Value, exists: ir.Value
+        self, x8: Any, row: ir.Value, registers: Sequence[ir.Value], factor: ir.Value, exists: ir.Value
     ) -> None:  # fmt: skip
-        """Writes a unit's head to a row of ``head_dim`` e4m3."""
+        """Writes a unit's head, times the factor, to a row of ``head_dim`` e4m3."""
         d = self.shape.head_dim
         at = hopper.global_address(x8, 1, (row, d), (arith.muli(self._lane(), i32(EACH)), 1))
         flag = arith.extui(ir.IntegerType.get_signless(32), exists)
-        for half, part in enumerate(self._rounded(registers, scale)):
+        for half, part in enumerate(self._rounded(registers, factor)):
             store_global("b32", "r", at, part, flag, half * d // 2)
 
     def store_queries(self) -> Operation:
@@ -206,7 +205,7 @@ class Steps:
             registers = hopper.unpack(values)
             scale = e4m3_scale(self._across(largest_magnitude(registers)))
             row = arith.addi(arith.muli(token, i32(heads)), head)
-            self._store_row(q8, row, registers, scale, exists)
+            self._store_row(q8, row, registers, hopper.reciprocal(scale), exists)
             flag = arith.extui(word, arith.andi(self._is_first_lane(), exists))
             store_global("f32", "f", hopper.global_address(q_scale, 4, (row, 1)), scale, flag)
             return ()
@@ -233,8 +232,9 @@ class Steps:
             rounded = hopper.to_bf16x2(scale, f32(0))
             scale = arith.bitcast(single, arith.shli(rounded, i32(16)))
             nibbles = []
-            for quotient in hopper.divide_all(registers, scale):
-                code = hopper.pure_asm("cvt.rni.s32.f32 $0, $1;", "=r,f", [quotient], word)
+            factor = hopper.reciprocal(scale)
+            for register in registers:
+                code = hopper.pure_asm("cvt.rni.s32.f32 $0, $1;", "=r,f", [arith.mulf(register, factor)], word)
                 code = arith.minsi(arith.maxsi(code, i32(INT4_MIN)), i32(INT4_MAX))
                 nibbles.append(arith.andi(code, i32(0xF)))
             sequence, number = arith.divui(token, i32(s.tokens)), arith.remui(token, i32(s.tokens))
@@ -312,7 +312,7 @@ class BlockSteps(Steps):
         return cast(Operation, grow)
 
     def share_scale(self) -> Operation:
-        """``(peak, scales, scratch, block) -> scale``: the threads' common scale, written to its place, too."""
+        """``(peak, scales, scratch, block) -> factor``: one over the threads' common scale, which is written, too."""
 
         @plgpu.inline_mgpu(
             arg_types=(self.single_layout, plgpu.RefType(), plgpu.RefType(), self.scalar), return_type=self.single_type
@@ -326,21 +326,21 @@ class BlockSteps(Steps):
                 "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }", "l,f,r",
                 [hopper.global_address(scales, 4, (block.registers.item(), 1)), scale, arith.extui(word, first)], [],
             )  # fmt: skip
-            return hopper.pack([scale])
+            return hopper.pack([hopper.reciprocal(scale)])
 
         return cast(Operation, share)
 
     def store_keys(self) -> Operation:
-        """``(values, scale, k8, first unit) -> ()``."""
+        """``(values, factor, k8, first unit) -> ()``."""
         heads = self.shape.kv_heads
 
         @plgpu.inline_mgpu(
             arg_types=(self.layout, self.single_layout, plgpu.RefType(), self.scalar), return_type=()
         )  # fmt: skip
-        def store(_: Any, values: Any, scale: Any, k8: Any, first: Any) -> Any:
+        def store(_: Any, values: Any, factor: Any, k8: Any, first: Any) -> Any:
             token, head, exists = self._unit(first, heads)
             row = arith.addi(arith.muli(token, i32(heads)), head)
-            self._store_row(k8, row, hopper.unpack(values), hopper.unpack(scale)[0], exists)
+            self._store_row(k8, row, hopper.unpack(values), hopper.unpack(factor)[0], exists)
             return ()
 
         return cast(Operation, store)
@@ -350,7 +350,7 @@ class BlockSteps(Steps):
         return arith.muli(arith.shrui(row, i32(2)), i32(128 // self.shape.head_dim))
 
     def hold_values(self) -> Operation:
-        """``(values, scale, tile, first unit) -> ()``: into shared memory, a row per channel.
+        """``(values, factor, tile, first unit) -> ()``: into shared memory, a row per channel.
 
         Tokens come to the places that :func:`pallas_kernels.reference.transpose_values` gives them. The lanes of a
         token and of the next one exchange halves, so that each writes two tokens at once.
@@ -360,12 +360,12 @@ class BlockSteps(Steps):
         @plgpu.inline_mgpu(
             arg_types=(self.layout, self.single_layout, plgpu.RefType(), self.scalar), return_type=()
         )  # fmt: skip
-        def hold(_: Any, values: Any, scale: Any, tile: Any, first: Any) -> Any:
+        def hold(_: Any, values: Any, factor: Any, tile: Any, first: Any) -> Any:
             word = ir.IntegerType.get_signless(32)
             _rest, number = self._position(first)
             number = arith.andi(number, i32(SCALE_TOKENS - 1))
             second = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(number, i32(1)), i32(0))
-            low_half, high_half = self._rounded(hopper.unpack(values), hopper.unpack(scale)[0])
+            low_half, high_half = self._rounded(hopper.unpack(values), hopper.unpack(factor)[0])
             received = hopper.exchange(arith.select(second, low_half, high_half), lanes)
             even = arith.select(second, received, low_half)
             odd = arith.select(second, high_half, received)

@@ -286,6 +286,20 @@ def divide_all(values: Sequence[ir.Value], divisor: ir.Value) -> list[ir.Value]:
     return quotients
 
 
+def reciprocal(divisor: ir.Value) -> ir.Value:
+    """1 over a float32 of magnitude up to 2^126, correctly rounded but for rare last bits.
+
+    Of smaller ones than 2^-126 it is that of 2^-126, which is finite.
+    """
+    single = divisor.type
+    magnitude = maximum(pure_asm("abs.f32 $0, $1;", "=f,f", [divisor], single), f32(2.0**-126))
+    first = pure_asm("rcp.approx.ftz.f32 $0, $1;", "=f,f", [magnitude], single)
+    error = multiply_add(arith.subf(f32(0), magnitude), first, f32(1))
+    result = multiply_add(first, error, first)
+    negative = arith.cmpf(arith.CmpFPredicate.OGT, f32(0), divisor)
+    return arith.select(negative, arith.subf(f32(0), result), result)
+
+
 def multiply_add(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     """The product of a and b, plus c, rounded once."""
     return pure_asm("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], a.type)

@@ -7,6 +7,7 @@ a dozen kernels for it.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import jax
@@ -44,65 +45,83 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
         block = jax.lax.axis_index("block")
         key_block, query_block = jax.lax.rem(block, jnp.int32(key_blocks)), block - 2 * key_blocks
 
-        def rotated(x: Any, steps: Steps, heads: int, operation: Literal["times", "over"], first: Any) -> Any:
-            values = steps.rotate(heads)(steps.load(heads)(x, first), cos, sin, first)
+        def rotated(
+            values: Any, steps: Steps, heads: int, operation: Literal["times", "over"], first: Any
+        ) -> Any:  # fmt: skip
+            values = steps.rotate(heads)(values, cos, sin, first)
             return steps.combine(heads, operation)(values, scale, first) if scaled else values
 
-        def key(steps: Steps, first: Any) -> Any:
-            values = rotated(k, steps, s.kv_heads, "over", first)
+        def key(steps: Steps, values: Any, first: Any) -> Any:
+            values = rotated(values, steps, s.kv_heads, "over", first)
             if not mixed:
                 return values
             return steps.mix()(steps.combine(s.kv_heads, "minus")(values, offset, first))
 
-        def value(steps: Steps, first: Any) -> Any:
-            return steps.load(s.kv_heads)(v, first)
+        def value(_steps: Steps, values: Any, _first: Any) -> Any:
+            return values
+
+        def for_units(
+            count: int, first_of: Callable[[Any], Any], load: Callable[[Any], Any], do: Callable[..., Any], carry: Any
+        ) -> Any:
+            """``carry = do(values, first unit, carry)`` group by group; the next values are loaded meanwhile."""
+
+            def step(i: Any, state: Any) -> Any:
+                values, carry = state
+                following = load(first_of(jnp.minimum(i + 1, count - 1)))
+                return following, do(values, first_of(i), carry)
+
+            if count == 1:
+                return do(load(first_of(0)), first_of(0), carry)
+            return jax.lax.fori_loop(0, count, step, (load(first_of(0)), carry))[1]
 
         @pl.when(query_block >= 0)
         def queries() -> None:
-            def store(i: Any, _: None) -> None:
-                first = (query_block * each + i) * s.units
-                values = rotated(q, ops, s.heads, "times", first)
+            def store(values: Any, first: Any, _: None) -> None:
+                values = rotated(values, ops, s.heads, "times", first)
                 ops.store_queries()(ops.mix()(values) if mixed else values, q8, q_scale, first)
 
-            if each == 1:
-                store(0, None)
-            else:
-                jax.lax.fori_loop(0, each, store, None)
+            def first(i: Any) -> Any:
+                return (query_block * each + i) * s.units
 
-        def append(make: Any, steps: Steps, codes: Any, scales: Any, first: Any) -> Any:
-            values = make(steps, first)
-            steps.store_codes()(values, codes, scales, starts, lengths, first)
-            return values
+            for_units(each, first, lambda unit: ops.load(s.heads)(q, unit), store, None)
 
-        def take(make: Any, codes: Any, code_scales: Any, scales: Any, store: Any, target: Any) -> None:
+        def take(
+            x: Any, make: Any, codes: Any, code_scales: Any, scales: Any, store: Any, target: Any
+        ) -> None:  # fmt: skip
             """Appends what ``make`` makes of a block's units; of a prompt, also stores it over a common scale."""
+            steps = tiles if prompt else ops
+
+            def load(unit: Any) -> Any:
+                return steps.load(s.kv_heads)(x, unit)
+
+            def append(values: Any, first: Any, peak: Any) -> Any:
+                values = make(steps, values, first)
+                steps.store_codes()(values, codes, code_scales, starts, lengths, first)
+                return tiles.peak()(tiles.keep_real()(values, lengths, first), peak) if prompt else peak
+
             if not prompt:
-                append(make, ops, codes, code_scales, key_block * s.units)
+                for_units(1, lambda _: key_block * s.units, load, append, None)
                 return
 
             def first(i: Any) -> Any:
                 return key_block * SCALE_TOKENS + i * s.units
 
-            def grow(i: Any, peak: Any) -> Any:
-                values = append(make, tiles, codes, code_scales, first(i))
-                return tiles.peak()(tiles.keep_real()(values, lengths, first(i)), peak)
-
             nothing = plgpu.layout_cast(jnp.zeros((hopper.WARPGROUP,), jnp.float32), tiles.single_layout)
-            peak = jax.lax.fori_loop(0, SCALE_TOKENS // s.units, grow, nothing)
+            peak = for_units(SCALE_TOKENS // s.units, first, load, append, nothing)
             shared = tiles.share_scale()(peak, scales, scratch, key_block)
 
-            def again(i: Any, _: None) -> None:
-                store()(tiles.keep_real()(make(tiles, first(i)), lengths, first(i)), shared, target, first(i))
+            def again(values: Any, first: Any, _: None) -> None:
+                store()(tiles.keep_real()(make(tiles, values, first), lengths, first), shared, target, first)
 
-            jax.lax.fori_loop(0, SCALE_TOKENS // s.units, again, None)
+            for_units(SCALE_TOKENS // s.units, first, load, again, None)
 
         @pl.when(block < key_blocks)
         def keys() -> None:
-            take(key, k_codes, k_scales, k8_scale, tiles.store_keys, k8)
+            take(k, key, k_codes, k_scales, k8_scale, tiles.store_keys, k8)
 
         @pl.when((block >= key_blocks) & (query_block < 0))
         def values() -> None:
-            take(value, v_codes, v_scales, v8_scale, tiles.hold_values, tile)
+            take(v, value, v_codes, v_scales, v8_scale, tiles.hold_values, tile)
             if prompt:
                 tiles.write_values()(tile, v8, key_block)
 
