@@ -59,12 +59,17 @@ LARGEST_BF16_CACHE = 24 << 30
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def inputs(heads: Heads, batch: int, tokens: int) -> tuple[jax.Array, ...]:
-    """Queries, keys and values ``[b, t, heads, d]`` in bf16; two channels of a key are large, and one is far from 0."""
-    a, b, c = jax.random.split(jax.random.key(tokens), 3)
+    """Queries, keys and values ``[b, t, heads, d]`` in bf16.
+
+    Two channels of a key are large and one is far from 0; channels of values have means, so that sums over many do not
+    vanish.
+    """
+    a, b, c, e = jax.random.split(jax.random.key(tokens), 4)
     shape = (batch, tokens, heads.kv, heads.size)
     keys = jax.random.normal(b, shape).at[..., 3].mul(8).at[..., 17].mul(4).at[..., 40].add(6)
     queries = jax.random.normal(a, (batch, tokens, heads.query, heads.size))
-    return queries.astype(BF16), keys.astype(BF16), jax.random.normal(c, shape).astype(BF16)
+    values = jax.random.normal(c, shape) + jax.random.normal(e, (heads.kv, heads.size)) / 2
+    return queries.astype(BF16), keys.astype(BF16), values.astype(BF16)
 
 
 @jax.jit
