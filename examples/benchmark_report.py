@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pages import fill
+from pages import fill, pyplot, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -29,10 +29,6 @@ def speed(times: dict[str, float | None]) -> str:
 
 def shown(value: float | None, digits: int = 2) -> str:
     return "out of memory" if value is None else f"{value:.{digits}f}"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
 
 
 def feed_forward_table(results: dict[str, Any]) -> str:
@@ -165,14 +161,6 @@ def readme_table(results: dict[str, Any]) -> str:
         for c in results["decode"]
     ]
     return table([f"{results['sizes']} on one {results['device']}", "time", "speed to bf16"], rows)
-
-
-def pyplot() -> Any:
-    import matplotlib as mpl  # the tables need no plot
-    import matplotlib.pyplot as plt
-
-    mpl.rcParams["svg.hashsalt"] = "fireq-jax"  # the same numbers give the same file
-    return plt
 
 
 def draw_plot(results: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from pallas_kernels import hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.packing import INT4_MAX, INT4_MIN
-from pallas_kernels.reference import SCALE_TOKENS
+from pallas_kernels.reference import MANTISSA, SCALE_TOKENS
 from pallas_kernels.row_steps import across_block, balanced, e4m3_scale, largest_magnitude, to_floats
 
 WARPS = 4  # of a block
@@ -321,6 +321,10 @@ class BlockSteps(Steps):
             word = ir.IntegerType.get_signless(32)
             [mine] = hopper.unpack(peak)
             scale = e4m3_scale(across_block(mine, scratch, WARPS, hopper.maximum_or_nan))
+            # Up to a power of two; a NaN stays one.
+            above = arith.addi(arith.bitcast(word, scale), i32(MANTISSA))
+            above = arith.bitcast(ir.F32Type.get(), arith.andi(above, i32(~MANTISSA)))
+            scale = arith.select(arith.cmpf(arith.CmpFPredicate.OEQ, scale, scale), above, scale)
             first = arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), i32(0))
             hopper.asm(
                 "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }", "l,f,r",

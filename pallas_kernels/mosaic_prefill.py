@@ -35,6 +35,9 @@ from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS
 WARPGROUPS = 2  # that compute; a third one copies
 TILE = WARPGROUPS * ROWS
 STAGES = 3
+# Blocks of keys whose outputs the tensor core adds up: it cuts off what is below 2^-13 of the sum so far, always
+# towards zero. Their sums are added in float32, in shared memory.
+HELD_BLOCKS = 8
 
 
 class Tile(NamedTuple):
@@ -60,7 +63,7 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
     def body(
         q8: Any, q_scale: Any, k8: Any, k_scale: Any, values: Any, v_scale: Any, lengths: Any, *refs: Any
     ) -> None:  # fmt: skip
-        *starts, y, q_smem, k_smem, v_smem, y_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = refs
+        *starts, y, q_smem, k_smem, v_smem, y_smem, held_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = refs
         block, warpgroup = jax.lax.axis_index("block"), jax.lax.axis_index("warpgroup")
         rounds, rest = divmod(all_tiles, blocks)
 
@@ -155,7 +158,7 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
             def weigh_first(tile: Tile, scores: Any, factors: Any, limits: Any, in_use: Any) -> Any:
                 """Of a tile's last keys, which its rows do not all see: ``(weights in float32, maxima, sums)``."""
                 scores = ops.mask()(scores, limits, (tile.count - 1) * s.keys)
-                scores, maxima, sums, _ = ops.weigh()(
+                scores, maxima, sums, *_ = ops.weigh()(
                     scores, factors, in_use, in_use, ops.start()(zeros("pair")), zeros("pair"), y_smem
                 )
                 return scores, maxima, sums
@@ -165,31 +168,53 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
                 tile, done, scores, weights, maxima, sums, queries, factors, limits, in_use, following = carry
 
                 def step(j: Any, carry: Any, some_hidden: bool = False) -> Any:
-                    scores, weights, output, maxima, sums, before, now = carry
+                    scores, weights, output, maxima, sums, before, now, since = carry
                     number = done + j
                     plgpu.barrier_wait(k_full.at[slot(number)])
-                    ops.take_turn()(warpgroup)
                     scores = ops.score()(scores, queries, k_smem.at[slot(number)])
                     plgpu.barrier_wait(v_full.at[slot(number - 1)])
                     output = ops.gather()(output, weights, v_smem.at[slot(number - 1)])
-                    ops.pass_turn()(warpgroup)
                     following = scales(tile, j + 1)
                     scores = ops.wait("scores", 1)(scores, queries, weights)
                     plgpu.barrier_arrive(k_empty.at[slot(number)])
                     if some_hidden:
                         scores = ops.mask()(scores, limits, (tile.count - 1 - j) * s.keys)
-                    scores, maxima, sums, shrink = ops.weigh()(scores, factors, before, now, maxima, sums, y_smem)
+                    scores, maxima, sums, shrink, flag = ops.weigh()(scores, factors, before, now, maxima, sums, y_smem)
                     output = ops.wait("output", 0)(output, queries, weights)
                     plgpu.barrier_arrive(v_empty.at[slot(number - 1)])
-                    output = ops.shrink()(output, shrink)
-                    return scores, ops.round_weights()(scores), output, maxima, sums, now, following
+                    rounded = ops.round_weights()(scores)
+                    output, since = ops.shrink()(output, shrink, flag), ops.grow()(since, shrink)
+                    return scores, rounded, output, maxima, sums, now, following, since
 
-                carry = (scores, weights, zeros("output"), maxima, sums, in_use, following)
+                ones = plgpu.layout_cast(jnp.ones(ops.type["pair"].shape, jnp.float32), ops.layout["pair"])
+                held = held_smem.at[warpgroup]
+                carry = (scores, weights, zeros("output"), maxima, sums, in_use, following, ones)
                 unmasked = jnp.int32(1)
                 if starts:  # a tile's rows end in two blocks of keys
                     unmasked = jnp.minimum(tile.count, 2)
                     carry = jax.lax.fori_loop(1, unmasked, functools.partial(step, some_hidden=True), carry)
-                scores, weights, output, _, sums, last_scales, _ = jax.lax.fori_loop(unmasked, tile.count, step, carry)
+                held_times = jax.lax.div(jnp.maximum(tile.count - unmasked - 1, 0), jnp.int32(HELD_BLOCKS))
+
+                def add_held(_: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+                    output, since = carry
+                    return ops.add_held()(output, since, held), since
+
+                def some_blocks(part: Any, carry: Any) -> Any:
+                    begin = unmasked + part * HELD_BLOCKS
+                    end = jnp.minimum(begin + HELD_BLOCKS, tile.count)
+                    carry = jax.lax.fori_loop(begin, end, step, carry)
+
+                    def hold(_: Any, carry: Any) -> Any:
+                        *state, since = carry
+                        output, _ = jax.lax.fori_loop(0, jnp.minimum(part, 1), add_held, (state[2], since))
+                        ops.hold()(output, held)
+                        state[2] = zeros("output")
+                        return *state, ones
+
+                    return jax.lax.fori_loop(0, (part < held_times).astype(jnp.int32), hold, carry)
+
+                carry = jax.lax.fori_loop(0, held_times + 1, some_blocks, carry)
+                scores, weights, output, _, sums, last_scales, _, since = carry
 
                 # The next tile's first scores beside this one's last values. Behind the last tile they are of whatever
                 # is in shared memory, and nobody wants them.
@@ -202,16 +227,15 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
                     plgpu.barrier_wait(k_full.at[slot(done)])
 
                 queries, factors, limits, in_use, following = begin(following_tile)
-                ops.take_turn()(warpgroup)
                 scores = ops.score()(scores, queries, k_smem.at[slot(done)])
                 plgpu.barrier_wait(v_full.at[slot(done - 1)])
                 output = ops.gather()(output, weights, v_smem.at[slot(done - 1)])
-                ops.pass_turn()(warpgroup)
                 scores = ops.wait("scores", 1)(scores, queries, weights)
                 plgpu.barrier_arrive(k_empty.at[slot(done)])
                 scores, maxima, next_sums = weigh_first(following_tile, scores, factors, limits, in_use)
                 output = ops.wait("output", 0)(output, queries, weights)
                 plgpu.barrier_arrive(v_empty.at[slot(done - 1)])
+                output, _ = jax.lax.fori_loop(0, jnp.minimum(held_times, 1), add_held, (output, since))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 ops.store()(output, sums, last_scales, y_smem.at[warpgroup])
                 plgpu.commit_smem()
@@ -233,18 +257,8 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
             plgpu.barrier_arrive(k_empty.at[0])
             scores, maxima, sums = weigh_first(first_tile, scores, factors, limits, in_use)
             weights = ops.round_weights()(scores)
-
-            @pl.when(warpgroup == 1)
-            def let_the_other_begin() -> None:
-                ops.pass_turn()(warpgroup)
-
             state = (scores, weights, maxima, sums, queries, factors, limits, in_use, following)
             jax.lax.fori_loop(0, mine, attend, (first_tile, jnp.int32(0), *state))
-
-            @pl.when(warpgroup == 0)
-            def take_the_last_turn() -> None:
-                ops.take_turn()(warpgroup)
-
             plgpu.wait_smem_to_gmem(0)
 
     copied, used = plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
@@ -256,6 +270,7 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
             plgpu.SMEM((stages, s.keys, s.head_dim), jnp.float8_e4m3fn, transforms=ops.key_swizzle),
             plgpu.SMEM((stages, s.head_dim, s.keys), jnp.float8_e4m3fn, transforms=ops.value_swizzle),
             plgpu.SMEM((WARPGROUPS, chunks, ROWS, 64), jnp.bfloat16, transforms=ops.output_swizzle),
+            plgpu.SMEM((WARPGROUPS, s.head_dim * ROWS), jnp.float32),
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
             copied,

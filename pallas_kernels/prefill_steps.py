@@ -21,6 +21,8 @@ WEIGHT_EXPONENT = 8.0
 # A hidden key's score, and what a row's maximum begins with: so far apart that no hidden key of a row that has not seen
 # any other weighs anything, and finite, so that differences are no NaN.
 MASKED, LOWEST = -3e38, -1e25
+# A maximum may lag behind by as much, of powers of two: 2^(8 + 0.8) is not more than the largest e4m3.
+SLACK = 0.8
 SMALLEST_FACTOR = 1e-12  # under which scores are alike anyway, and MASKED would not stay below LOWEST
 
 
@@ -74,6 +76,7 @@ class Steps:
             "weights": (n // 8, jnp.int32),
             "output": (d // 2, jnp.float32),
             "pair": (2, jnp.float32),
+            "flag": (1, jnp.int32),
         }
         self.layout = {name: hopper.container_layout(count) for name, (count, _) in containers.items()}
         self.type = {name: hopper.container_type(count, dtype) for name, (count, dtype) in containers.items()}
@@ -203,24 +206,6 @@ class Steps:
 
         return cast(Operation, issue)
 
-    def take_turn(self) -> Operation:
-        """``warpgroup -> ()``: waits until the other computing warpgroup has issued its products."""
-        return self._turn("sync", other=0)
-
-    def pass_turn(self) -> Operation:
-        """``warpgroup -> ()``: lets the other computing warpgroup issue its products."""
-        return self._turn("arrive", other=1)
-
-    def _turn(self, instruction: str, other: int) -> Operation:
-        @plgpu.inline_mgpu(arg_types=(self.scalar,), return_type=())
-        def meet(_: Any, warpgroup: Any) -> Any:
-            barrier = arith.xori(warpgroup.registers.item(), i32(other))
-            barrier = arith.addi(barrier, i32(hopper.FREE_BARRIER))
-            hopper.asm(f"bar.{instruction} $0, {2 * hopper.WARPGROUP};", "r", [barrier], [])
-            return ()
-
-        return cast(Operation, meet)
-
     def wait(self, name: str, in_flight: int) -> Operation:
         """``(registers, queries, weights) -> registers`` once at most ``in_flight`` products run.
 
@@ -255,11 +240,12 @@ class Steps:
         return cast(Operation, hide)
 
     def weigh(self) -> Operation:
-        """``(scores, factors, scales before, scales, maxima, sums, scratch) -> (weights, maxima, sums, shrink)``.
+        """``(scores, factors, scales before, scales, maxima, sums, scratch) -> (weights, maxima, sums, shrink, flag)``.
 
         The weights are float32. Scales are those of the keys and values of the block before and of this one. ``shrink``
-        brings the output so far to the new maxima and to this block's scale of values. ``scratch`` is any shared
-        memory; it stays as it is.
+        brings the output so far to the new maxima and to this block's scale of values; it is 1 in all of a warp's rows
+        where ``flag`` is 0. A row's maximum is that of its scores up to ``SLACK``: it follows only a score further
+        above. ``scratch`` is any shared memory; it stays as it is.
         """
 
         @plgpu.inline_mgpu(
@@ -269,7 +255,7 @@ class Steps:
                 *[self.layout["pair"]] * 4,
                 plgpu.RefType(self.output_swizzle),
             ),
-            return_type=(self.type["scores"], self.type["pair"], self.type["pair"], self.type["pair"]),
+            return_type=(self.type["scores"], *[self.type["pair"]] * 3, self.type["flag"]),
         )
         def weigh(
             _: Any, scores: Any, factors: Any, before: Any, now: Any, maxima: Any, sums: Any, scratch: Any
@@ -281,20 +267,24 @@ class Steps:
                 factors = [hopper.maximum(factor, f32(SMALLEST_FACTOR)) for factor in factors]
             maxima, sums = hopper.unpack(maxima), hopper.unpack(sums)
             [change_of_unit] = hopper.divide_all([value_before], value_scale)
-            weights, largest, totals, shrink = list(registers), [], [], []
-            for half in range(2):
-                mine = [i for i in range(len(registers)) if i % 4 // 2 == half]
+            rows = [[i for i in range(len(registers)) if i % 4 // 2 == half] for half in range(2)]
+            here = []
+            for mine, factor in zip(rows, factors, strict=True):
                 # Three short chains rather than a long one.
                 chains = [registers[i] for i in mine[:3]]
                 for j, i in enumerate(mine[3:]):
                     chains[j % 3] = hopper.maximum(chains[j % 3], registers[i])
-                here = hopper.maximum(hopper.maximum(chains[0], chains[1]), chains[2])
-                here = arith.mulf(hopper.across_lanes(here, hopper.maximum, 4), factors[half])
-                peak = hopper.maximum(maxima[half], here)
-                largest.append(peak)
+                largest = hopper.maximum(hopper.maximum(chains[0], chains[1]), chains[2])
+                here.append(arith.mulf(hopper.across_lanes(largest, hopper.maximum, 4), factor))
+            peaks = []
+            for peak, largest in zip(maxima, here, strict=True):
+                above = arith.cmpf(arith.CmpFPredicate.OGT, largest, arith.addf(peak, f32(SLACK)))
+                peaks.append(arith.select(above, largest, peak))
+            weights, totals, shrink = list(registers), [], []
+            for half, mine in enumerate(rows):
                 # 2^(score · factor - peak + 8)
-                offset = arith.subf(f32(WEIGHT_EXPONENT), peak)
-                change = hopper.exp2(arith.subf(maxima[half], peak))
+                offset = arith.subf(f32(WEIGHT_EXPONENT), peaks[half])
+                change = hopper.exp2(arith.subf(maxima[half], peaks[half]))
                 shrink.append(arith.mulf(change, change_of_unit))
                 parts = [f32(0)] * 3
                 for j, i in enumerate(mine):
@@ -308,7 +298,12 @@ class Steps:
                     "{ .reg .pred p; setp.gt.f32 p, $1, 0f7F000000; @p st.shared.f32 [$0], $1; }", "r,f",
                     [hopper.shared_address(scratch), total], [],
                 )  # fmt: skip
-            return hopper.pack(weights), hopper.pack(largest), hopper.pack(totals), hopper.pack(shrink)
+            flag = hopper.asm(
+                "{ .reg .pred p, q; setp.neu.f32 p, $1, 0f3F800000; setp.neu.f32 q, $2, 0f3F800000; or.pred p, p, q; "
+                "vote.sync.any.pred q, p, 0xffffffff; selp.b32 $0, 1, 0, q; }", "=r,f,f",
+                shrink, [ir.IntegerType.get_signless(32)],
+            )  # fmt: skip
+            return tuple(map(hopper.pack, (weights, peaks, totals, shrink, flag)))
 
         return cast(Operation, weigh)
 
@@ -337,14 +332,69 @@ class Steps:
         return cast(Operation, convert)
 
     def shrink(self) -> Operation:
-        """``(output, shrink) -> output``: a thread's rows, each multiplied by its factor."""
+        """``(output, shrink, flag) -> output``: a thread's rows, each times its factor, unless the flag is 0."""
 
-        @plgpu.inline_mgpu(arg_types=(self.layout["output"], self.layout["pair"]), return_type=self.type["output"])
-        def scale(_: Any, output: Any, factors: Any) -> Any:
-            factors = hopper.unpack(factors)
-            return hopper.pack([arith.mulf(r, factors[i % 4 // 2]) for i, r in enumerate(hopper.unpack(output))])
+        @plgpu.inline_mgpu(
+            arg_types=(self.layout["output"], self.layout["pair"], self.layout["flag"]),
+            return_type=self.type["output"],
+        )
+        def scale(_: Any, output: Any, factors: Any, flag: Any) -> Any:
+            registers, n = hopper.unpack(output), self.shape.head_dim // 2
+            lines = ["{ .reg .pred p;", f"setp.ne.b32 p, ${2 * n + 2}, 0;", "@!p bra skip;"]
+            lines += [f"@p mul.f32 ${i}, ${i}, ${2 * n + i % 4 // 2};" for i in range(n)]
+            lines += ["skip: }"]
+            constraints = ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f", "f", "r"])
+            operands = [*registers, *hopper.unpack(factors), *hopper.unpack(flag)]
+            return hopper.pack(hopper.asm("\n".join(lines), constraints, operands, [ir.F32Type.get()] * n))
 
         return cast(Operation, scale)
+
+    def hold(self) -> Operation:
+        """``(output, held) -> ()``: each thread's registers to its place in shared memory."""
+
+        @plgpu.inline_mgpu(arg_types=(self.layout["output"], plgpu.RefType()), return_type=())
+        def hold(_: Any, output: Any, held: Any) -> Any:
+            registers = hopper.unpack(output)
+            for i, place in self._held(held):
+                hopper.asm(
+                    f"st.shared.v4.f32 [$0+{place[1]}], {{$1, $2, $3, $4}};", "r,f,f,f,f",
+                    [place[0], *registers[i : i + 4]], [],
+                )  # fmt: skip
+            return ()
+
+        return cast(Operation, hold)
+
+    def add_held(self) -> Operation:
+        """``(output, factors, held) -> output``: plus what is held, each row times its factor."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(self.layout["output"], self.layout["pair"], plgpu.RefType()), return_type=self.type["output"]
+        )
+        def add(_: Any, output: Any, factors: Any, held: Any) -> Any:
+            registers, factors = hopper.unpack(output), hopper.unpack(factors)
+            for i, place in self._held(held):
+                for j, word in enumerate(hopper.load_shared_x4(*place)):
+                    before = arith.bitcast(ir.F32Type.get(), word)
+                    registers[i + j] = hopper.multiply_add(before, factors[(i + j) % 4 // 2], registers[i + j])
+            return hopper.pack(registers)
+
+        return cast(Operation, add)
+
+    def _held(self, held: Any) -> list[tuple[int, tuple[ir.Value, int]]]:
+        """The first of each four registers, and where they are held: an address and an offset."""
+        base = hopper.shared_address(held)
+        base = arith.addi(base, arith.muli(hopper.thread_in_warpgroup(), i32(16)))
+        return [(i, (base, 4 * i * hopper.WARPGROUP)) for i in range(0, self.shape.head_dim // 2, 4)]
+
+    def grow(self) -> Operation:
+        """``(factors, shrink) -> factors``: their products."""
+
+        @plgpu.inline_mgpu(arg_types=(self.layout["pair"], self.layout["pair"]), return_type=self.type["pair"])
+        def multiply(_: Any, factors: Any, shrink: Any) -> Any:
+            pairs = zip(hopper.unpack(factors), hopper.unpack(shrink), strict=True)
+            return hopper.pack([arith.mulf(a, b) for a, b in pairs])
+
+        return cast(Operation, multiply)
 
     def store(self) -> Operation:
         """``(output, sums, scales, tile in shared memory) -> ()``: times the values' scale, by the sums, in bf16.

@@ -23,6 +23,7 @@ PROBABILITY_SCALE = 256.0
 Cache = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 # Tokens of a prompt whose e4m3 keys, or values, of a head share a scale: a block of the prefill kernel.
 SCALE_TOKENS = 128
+MANTISSA = 2**23 - 1  # the bits of a float32's mantissa
 # Rows of scores are independent, so long prompts are attended in blocks of this many queries: the score matrix
 # stays small and every number stays the same.
 QUERY_BLOCK = 512
@@ -344,7 +345,10 @@ def rotate_and_append(
 
 
 def quantize_blocks(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """:func:`quantize_fp8` of a prompt's keys or values: a scale per head and block of ``SCALE_TOKENS`` tokens.
+    """A prompt's keys or values in e4m3, with a scale per head and block of ``SCALE_TOKENS`` tokens.
+
+    Scales are those of :func:`quantize_fp8`, rounded up to powers of two: e4m3 keeps its relative precision, and blocks
+    whose largest values are alike share a unit, so that sums over them need not be converted.
 
     Args:
       x: ``[b, t, kv, d]`` float.
@@ -354,8 +358,12 @@ def quantize_blocks(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     b, t, kv, d = x.shape
     blocks = jnp.pad(x, ((0, 0), (0, -t % SCALE_TOKENS), (0, 0), (0, 0))).reshape(b, -1, SCALE_TOKENS, kv, d)
-    rounded, scale = quantize_fp8(blocks, axis=(2, 4))
-    return rounded.reshape(b, -1, kv, d)[:, :t], scale.swapaxes(1, 2)
+    blocks = blocks.astype(jnp.float32)
+    scale = _absmax_scale(jnp.max(jnp.abs(blocks), axis=(2, 4), keepdims=True), E4M3_MAX)
+    bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
+    above = jax.lax.bitcast_convert_type((bits + MANTISSA) & ~MANTISSA, jnp.float32)
+    scale = jnp.where(jnp.isnan(scale), scale, above)
+    return round_to_e4m3(blocks / scale).reshape(b, -1, kv, d)[:, :t], scale[:, :, 0, :, 0].swapaxes(1, 2)
 
 
 def expand_blocks(scale: jax.Array, t: int) -> jax.Array:

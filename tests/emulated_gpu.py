@@ -185,33 +185,12 @@ class Warpgroup(Block):
         self.threads, self.index, self.warpgroup = 128, block.index, warpgroup
         self.shared, self.products, self.meetings = block.shared, [], meetings
 
-    def meet(self, barrier, threads, waits, failed):
+    def meet(self, barrier, threads):
         """A named barrier with other warpgroups."""
-        self.meetings.setdefault(barrier, Meeting(threads // 128)).meet(waits, failed)
+        self.meetings.setdefault(barrier, threading.Barrier(threads // 128)).wait(timeout=60)
 
     def touch(self, addresses, active, size, writing):
         pass
-
-
-class Meeting:
-    """A named barrier of warpgroups, of which some may only tell that they have come."""
-
-    def __init__(self, needed):
-        self.needed, self.count, self.phase = needed, 0, 0
-        self.changed = threading.Condition()
-
-    def meet(self, waits, failed):
-        with self.changed:
-            target = self.phase + 1
-            self.count += 1
-            if self.count == self.needed:
-                self.count, self.phase = 0, target
-                self.changed.notify_all()
-            for _ in range(600 * waits):
-                if self.phase >= target or failed:
-                    break
-                self.changed.wait(0.1)
-            assert self.phase >= target or not waits, "waited at a named barrier for nobody"
 
 
 class BarrierSpec:
@@ -383,9 +362,12 @@ class Machine:
 
     # Inline PTX
 
-    def run(self, ptx, operands, results):
+    def run(self, ptx, constraints, operands, results):
         """Executes a snippet; ``$0`` and so on are results, then operands. Returns the results' values."""
         names = {f"${i}": None for i in range(len(results))}
+        for constraint, operand in zip(constraints.split(",")[len(results) :], operands, strict=False):
+            if constraint.isdigit():  # a result begins as this operand
+                names[f"${constraint}"] = operand.values
         names |= {f"${len(results) + i}": operand.values for i, operand in enumerate(operands)}
         body = ptx.strip()
         if body.startswith("{") and body.endswith("}") and ";" in body:
@@ -395,7 +377,9 @@ class Machine:
             if not line or line.startswith(".reg"):
                 continue
             active = np.ones(self.block.threads, bool)
-            line = re.sub(r"^\w+:\s*", "", line)  # a label, of a loop that waits
+            line = re.sub(r"^\w+:\s*", "", line)  # a label
+            if not line:
+                continue
             if line.startswith("@"):
                 predicate, line = line[1:].split(None, 1)
                 active = ~names[predicate[1:]] if predicate[0] == "!" else names[predicate]
@@ -426,7 +410,8 @@ class Machine:
         def assign(name, new):
             old = names.get(name)
             if old is not None and not active.all():
-                new = np.where(active, new.view(U32) if new.dtype.itemsize == 4 else new, old.view(new.dtype))
+                kind = U32 if new.dtype.itemsize == 4 else new.dtype
+                new = np.where(active, new.view(kind), old.view(kind))
             names[name] = new
 
         kind = opcode.split(".")
@@ -434,8 +419,15 @@ class Machine:
             pass  # warps run in step
         elif kind[0] == "mbarrier" or opcode.startswith("cp.async.bulk"):
             self.asynchronous(kind, arguments, names, active, value, address)
-        elif kind[0] == "bra":
-            assert not active.any(), "a wait for what nobody announced"
+        elif kind[0] == "bra":  # what is left out has the predicate, too, so that it can be gone through
+            assert arguments[0] == "skip" or not active.any(), "a wait for what nobody announced"
+        elif kind[0] == "vote":
+            warps = names[arguments[1]].reshape(-1, 32)
+            names[arguments[0]] = np.repeat(warps.any(1), 32)
+        elif opcode == "or.pred":
+            names[arguments[0]] = names[arguments[1]] | names[arguments[2]]
+        elif kind[0] == "selp":
+            assign(arguments[0], np.where(names[arguments[3]], value(arguments[1]), value(arguments[2])))
         elif kind[0] in ("ld", "st"):
             space = kind[1].partition("::")[0]
             count = next((int(k[1:]) for k in kind if k in ("v2", "v4")), 1)
@@ -456,8 +448,7 @@ class Machine:
                 data = np.stack(words, axis=1).view(np.uint8)
                 self.store(space, address(arguments[0]), active, data)
         elif kind[0] == "bar" and isinstance(self.block, Warpgroup):
-            waits = kind[1] == "sync"
-            self.block.meet(int(value(arguments[0])[0]), int(arguments[1]), waits, self.failures)
+            self.block.meet(int(value(arguments[0])[0]), int(arguments[1]))
         elif kind[0] == "bar" and len(arguments) == 2:
             team = value(arguments[0]).astype(np.int64)
             assert np.all(np.unique(team, return_counts=True)[1] == int(arguments[1])), "not as many threads"
@@ -466,6 +457,8 @@ class Machine:
             self.block.barrier()
         elif opcode == "setp.ne.and.b32":
             names[arguments[0]] = (value(arguments[1]) != value(arguments[2])) & names[arguments[3]]
+        elif opcode == "setp.neu.f32":
+            names[arguments[0]] = value(arguments[1], F32) != value(arguments[2], F32)
         elif opcode == "setp.gt.f32":
             names[arguments[0]] = value(arguments[1], F32) > value(arguments[2], F32)
         elif kind[0] == "setp":
@@ -655,7 +648,7 @@ def emulated(*modules):
     llvm = SimpleNamespace(ptrtoint=lambda kind, ref: Register(machine.full(ref.address, kind)))
 
     def asm(ptx, constraints, operands, results):
-        return [Register(values) for values in machine.run(ptx, operands, results)]
+        return [Register(values) for values in machine.run(ptx, constraints, operands, results)]
 
     def pure_asm(ptx, constraints, operands, result):
         return asm(ptx, constraints, operands, [result])[0]
