@@ -23,20 +23,19 @@ from pallas_kernels.matmul_steps import Operation
 
 
 def make_kernel(shape: DecodeShape, softmax_scale: float) -> Operation:
-    """``(q8, q_scale, k codes, k scales, v codes, v scales, positions, ends [b]) -> partial results``."""
+    """``(q8, q_scale, k codes, k scales, v codes, v scales, positions) -> partial results``."""
     ops = Steps(shape, softmax_scale)
     pairs = shape.batch * shape.kv_heads
     stride = WARPS * TILE
 
     def body(
-        q8: Any, q_scale: Any, k: Any, k_scales: Any, v: Any, v_scales: Any, positions: Any, ends: Any, partial: Any,
-        shared: Any,
+        q8: Any, q_scale: Any, k: Any, k_scales: Any, v: Any, v_scales: Any, positions: Any, partial: Any, shared: Any
     ) -> None:  # fmt: skip
         block = jax.lax.axis_index("block")
         split, pair = jax.lax.rem(block, jnp.int32(shape.splits)), jax.lax.div(block, jnp.int32(shape.splits))
         sequence = jax.lax.div(pair, jnp.int32(shape.kv_heads))
         kv_head = jax.lax.rem(pair, jnp.int32(shape.kv_heads))
-        end = ends[sequence]
+        end = functools.reduce(jnp.maximum, (positions[sequence, i] for i in range(shape.tokens))) + 1
         # Splits take equal numbers of whole rounds of the sequence as long as it is now.
         rounds = jax.lax.div(end + stride - 1, jnp.int32(stride))
         each = jax.lax.div(rounds + shape.splits - 1, jnp.int32(shape.splits))
@@ -136,6 +135,5 @@ def decode_attention(
     splits = choose_splits(b, kv, slots) if splits is None else splits
     shape = DecodeShape(b, t, h, kv, d, slots, splits)
     kernel = make_kernel(shape, softmax_scale)
-    ends = jnp.max(query_positions, axis=1) + 1
-    partial = kernel(q8, q_scale, k_codes, k_scales, v_codes, v_scales, query_positions, ends)
+    partial = kernel(q8, q_scale, k_codes, k_scales, v_codes, v_scales, query_positions)
     return make_combine(shape, out_dtype)(partial)
