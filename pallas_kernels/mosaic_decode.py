@@ -41,7 +41,6 @@ def make_kernel(shape: DecodeShape, softmax_scale: float) -> Operation:
         each = jax.lax.div(rounds + shape.splits - 1, jnp.int32(shape.splits))
         first = split * each
         mine = jnp.maximum(jnp.minimum(each, rounds - first), 0)
-        queries, factors, limits = ops.load_queries()(q8, q_scale, positions, sequence, kv_head)
 
         def fetch(i: Any) -> Any:
             """The tile of round i, or zeros behind the last one."""
@@ -53,10 +52,12 @@ def make_kernel(shape: DecodeShape, softmax_scale: float) -> Operation:
             following = fetch(i + 1)
             return ops.attend()(state, tile, queries, factors, limits, (first + i) * stride), following
 
+        tile = fetch(jnp.int32(0))  # before the queries, whose conversion waits for them
+        queries, factors, limits = ops.load_queries()(q8, q_scale, positions, sequence, kv_head)
         count = 4 + 4 * (shape.head_dim // 8)
         state = plgpu.layout_cast(jnp.zeros((hopper.WARPGROUP * count,), jnp.float32), ops.layout["state"])
         state = ops.start("state", 2)(state)
-        state, _ = jax.lax.fori_loop(0, mine, step, (state, fetch(jnp.int32(0))))
+        state, _ = jax.lax.fori_loop(0, mine, step, (state, tile))
         ops.merge()(state, shared, partial, block)
 
     kernel = plgpu.kernel(
