@@ -9,9 +9,7 @@ magnitude. Decoding: a token per sequence over the int4 cache, beside cuDNN over
 attention of the same roundings. Times are sums of the kernels' own times (CUPTI).
 """
 
-import argparse
 import functools
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +21,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune
 
 import jax
 import jax.numpy as jnp
-from gpu_times import Candidate, copies, description, kernel_times
+from gpu_times import Candidate, copies, kernel_times, record
 
 # The only way to cuDNN's fp8 attention; jax.nn.dot_product_attention does not offer it.
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
@@ -170,17 +168,14 @@ def prompt_case(heads: Heads, batch: int, tokens: int) -> dict[str, Any]:
         calls["cudnn fp8"] = lambda _: attend8(*rounded, factors)
     except (RuntimeError, ValueError) as error:
         refused = str(error).splitlines()[0]
-    cache, starts, angles = (
-        empty_cache(heads, batch, tokens),
-        jnp.zeros(batch, jnp.int32),
-        rotations(batch, tokens, heads.size),
-    )
+    starts, angles = jnp.zeros(batch, jnp.int32), rotations(batch, tokens, heads.size)
     # The cache is donated, as it is in the model; the kernel then writes it in place.
     rounding = jax.jit(pk.rotate_and_round, donate_argnums=5)
-    holder = [cache]
+    cache = empty_cache(heads, batch, tokens)
 
     def before(_: int) -> Any:
-        prompt, holder[0] = rounding(q, k, v, *angles, holder[0], starts, lengths)
+        nonlocal cache
+        prompt, cache = rounding(q, k, v, *angles, cache, starts, lengths)
         return prompt
 
     calls["rotate and round"] = before
@@ -241,24 +236,7 @@ def measure(seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--commit", required=True, help="to record")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after this time")
-    args = parser.parse_args()
-    results: dict[str, Any] = {
-        "command": "python examples/attention_benchmark.py",
-        "commit": args.commit,
-        **description(),
-        "prompts": [],
-        "decoding": [],
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    staged = args.out.with_suffix(".partial")
-    for part, row in measure(args.seconds):  # a run that is cut off leaves what it has
-        results[part].append(row)
-        staged.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        staged.rename(args.out)
+    record(__file__, __doc__, RESULTS, {"prompts": [], "decoding": []}, measure)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Times of kernels on a GPU, of JAX and torch alike, and the memory's bandwidth."""
 
+import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +11,8 @@ import torch
 
 # The one way to time kernels of both frameworks alike; jax.experimental.mosaic.gpu.profiler uses it for JAX functions.
 from jax._src.lib import mosaic_gpu as mosaic_gpu_library
+
+from convert.folder import write_json
 
 L2_BYTES = 50 << 20
 ROUNDS, ITERATIONS = 2, 8
@@ -60,10 +64,27 @@ def copy_bandwidth() -> float:
     return 2 * 4 * 2**28 / kernel_times({"copy": lambda _: torch.neg(source, out=target)})["copy"] * 1e6
 
 
-def description() -> dict[str, Any]:
-    """Device and versions, to record."""
-    return {
+def record(
+    script: str, doc: str, target: Path, about: dict[str, Any],
+    measure: Callable[[float], Iterator[tuple[str, dict[str, Any]]]],
+) -> None:  # fmt: skip
+    """The command line of a benchmark: writes what ``measure`` yields, a row and the name of its list, as it comes.
+
+    ``measure`` gets the seconds behind which it is to begin nothing more; a run that is cut off leaves what it has.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=target)
+    parser.add_argument("--commit", required=True, help="to record")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing more after this time")
+    args = parser.parse_args()
+    results: dict[str, Any] = {
+        "command": f"python examples/{Path(script).name}",
+        "commit": args.commit,
+        **about,
         "device": torch.cuda.get_device_name(),
         "versions": {"jax": jax.__version__, "torch": torch.__version__, "cuda": torch.version.cuda},
         "copy_bytes_per_second": copy_bandwidth(),
     }
+    for part, row in measure(args.seconds):
+        results[part].append(row)
+        write_json(args.out, results)

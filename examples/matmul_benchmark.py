@@ -7,9 +7,7 @@ Every shape is checked against the float32 product first. Times are the sums of 
 median over rounds in which the candidates take turns; weights are rotated past the L2 cache.
 """
 
-import argparse
 import functools
-import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
-from gpu_times import Candidate, copies, description, kernel_times
+from gpu_times import Candidate, copies, kernel_times, record
 
 from pallas_kernels import int4_fp8_matmul_tiled, pack_int4, to_tiles, unpack_int4
 from pallas_kernels.tiling import choose_streaming, choose_tiling
@@ -95,7 +93,7 @@ def torch_candidates(m: int, weights: list[Any], weights8: list[Any]) -> dict[st
     return result
 
 
-def measure(seconds: float) -> Iterator[dict[str, Any]]:
+def measure(seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
     began = time.perf_counter()
     cases = [(n, k, m) for n, k in SHAPES for m in TOKENS]
     with ThreadPoolExecutor(16) as pool:
@@ -124,34 +122,20 @@ def measure(seconds: float) -> Iterator[dict[str, Any]]:
 
             times = kernel_times({"int4": ours, **torch_candidates(m, *others)})
             print(n, k, m, f"error {found:.2e}", {name: round(us, 1) for name, us in times.items()}, flush=True)
-            yield {
-                "n": n, "k": k, "m": m, "error": found, "weight_bytes": bytes_read, "microseconds": times,
-                "cut": chosen(m, n, k),
-            }  # fmt: skip
+            yield (
+                "rows",
+                {
+                    "n": n, "k": k, "m": m, "error": found, "weight_bytes": bytes_read, "microseconds": times,
+                    "cut": chosen(m, n, k),
+                },
+            )  # fmt: skip
         del others
         torch.cuda.empty_cache()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--commit", required=True, help="to record")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no weight shape after this time")
-    args = parser.parse_args()
-    results: dict[str, Any] = {
-        "command": "python examples/matmul_benchmark.py",
-        "commit": args.commit,
-        "group_size": GROUP_SIZE,
-        "scales": jnp.dtype(SCALE_TYPE).name,
-        **description(),
-        "rows": [],
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    staged = args.out.with_suffix(".partial")
-    for row in measure(args.seconds):  # a run that is cut off leaves what it has
-        results["rows"].append(row)
-        staged.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        staged.rename(args.out)
+    about = {"group_size": GROUP_SIZE, "scales": jnp.dtype(SCALE_TYPE).name, "rows": []}
+    record(__file__, __doc__, RESULTS, about, measure)
 
 
 if __name__ == "__main__":

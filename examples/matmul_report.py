@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pages import fill, pyplot
+from pages import fill, pyplot, table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "matmul.json"
@@ -17,7 +17,7 @@ PLOT = ROOT / "docs" / "matmul.svg"
 PEAK_TFLOPS = 1979
 
 
-def line(row: dict[str, Any]) -> str:
+def cells(row: dict[str, Any]) -> list[str]:
     times = dict(row["microseconds"])
     ours, bf16 = times.pop("int4"), times.pop("bf16")
     fast = [us for name, us in times.items() if name.endswith("fast")]
@@ -28,18 +28,10 @@ def line(row: dict[str, Any]) -> str:
     def ratio(others: list[float]) -> str:
         return f"{min(others) / ours:.2f}x" if others else "-"
 
-    cells = [
-        f"{row['n']}x{row['k']}", row["m"], f"{ours:.1f}", f"{rate:.0f}", f"{bandwidth:.2f}", f"{bf16 / ours:.2f}x",
-        ratio(precise), ratio(fast), f"{row['error']:.1e}",
+    return [
+        f"{row['n']}x{row['k']}", str(row["m"]), f"{ours:.1f}", f"{rate:.0f}", f"{bandwidth:.2f}",
+        f"{bf16 / ours:.2f}x", ratio(precise), ratio(fast), f"{row['error']:.1e}",
     ]  # fmt: skip
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def table(results: dict[str, Any]) -> str:
-    header = (
-        "| n x k | tokens | us | TFLOP/s | weights TB/s | speed to bf16 | to fp8 | to fp8, fast accumulation | error |"
-    )
-    return "\n".join([header, "|" + "---|" * 9, *map(line, results["rows"])])
 
 
 def draw(results: dict[str, Any]) -> None:
@@ -76,11 +68,14 @@ def draw(results: dict[str, Any]) -> None:
 
 def main() -> None:
     results = json.loads(RESULTS.read_text("utf-8"))
+    header = ["n x k", "tokens", "us", "TFLOP/s", "weights TB/s", "speed to bf16", "to fp8"]
+    header += ["to fp8, fast accumulation", "error"]
     note = f" {results['note']}" if "note" in results else ""
     text = (
         f"{results['device']}, JAX {results['versions']['jax']}, torch {results['versions']['torch']}, commit "
         f'{results["commit"]}: `{results["command"]}`.{note} "fp8" is the faster of cuBLASLt\'s per-tensor and per-row '
-        f"products. The error is the relative Frobenius norm to the float32 product.\n\n{table(results)}\n\n"
+        f"products. The error is the relative Frobenius norm to the float32 product.\n\n"
+        f"{table(header, list(map(cells, results['rows'])))}\n\n"
         "![TFLOP/s over tokens](matmul.svg)"
     )
     fill(PAGE, "matmul", text)

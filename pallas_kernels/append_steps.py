@@ -174,15 +174,8 @@ class Steps:
 
     def _rounded(self, registers: Sequence[ir.Value], factor: ir.Value) -> list[ir.Value]:
         """A lane's channels of the first and of the second half, times the factor, as words of four e4m3."""
-        word = ir.IntegerType.get_signless(32)
-        convert = (
-            "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; "
-            "mov.b32 $0, {l, h}; }"
-        )
         scaled = [arith.mulf(r, factor) for r in registers]
-        return [
-            hopper.pure_asm(convert, "=r,f,f,f,f", scaled[EACH * half : EACH * (half + 1)], word) for half in range(2)
-        ]
+        return [hopper.to_e4m3x4(scaled[EACH * half : EACH * (half + 1)]) for half in range(2)]
 
     def _store_row(
         self, x8: Any, row: ir.Value, registers: Sequence[ir.Value], factor: ir.Value, exists: ir.Value

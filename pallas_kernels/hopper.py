@@ -228,6 +228,15 @@ def to_bf16x2(low: ir.Value, high: ir.Value) -> ir.Value:
     return pure_asm("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], word)
 
 
+def to_e4m3x4(four: Sequence[ir.Value]) -> ir.Value:
+    """Rounds four float32 to a register of e4m3, the first in the lowest byte."""
+    ptx = (
+        "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; "
+        "mov.b32 $0, {l, h}; }"
+    )
+    return pure_asm(ptx, "=r,f,f,f,f", four, ir.IntegerType.get_signless(32))
+
+
 def shuffle(register: ir.Value, lane: ir.Value) -> ir.Value:
     """The float32 that another lane of the warp holds."""
     return asm("shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "=f,f,r", [register, lane], [register.type])[0]
@@ -274,16 +283,21 @@ def divide_all(values: Sequence[ir.Value], divisor: ir.Value) -> list[ir.Value]:
     small = arith.cmpf(arith.CmpFPredicate.OGT, f32(2.0**-32), magnitude)
     enlarge = arith.select(small, f32(2.0**100), f32(1))
     divisor = arith.mulf(divisor, enlarge)
-    negative = arith.subf(f32(0), divisor)
-    reciprocal = pure_asm("rcp.approx.ftz.f32 $0, $1;", "=f,f", [divisor], single)
-    error = multiply_add(negative, reciprocal, f32(1))
-    reciprocal = multiply_add(reciprocal, error, reciprocal)
+    negative, inverse = _refined_reciprocal(divisor)
     quotients = []
     for value in values:
         value = arith.mulf(value, enlarge)
-        first = arith.mulf(value, reciprocal)
-        quotients.append(multiply_add(multiply_add(negative, first, value), reciprocal, first))
+        first = arith.mulf(value, inverse)
+        quotients.append(multiply_add(multiply_add(negative, first, value), inverse, first))
     return quotients
+
+
+def _refined_reciprocal(divisor: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Minus the divisor, and its reciprocal up to the last bit, by a step of Newton's from the hardware's."""
+    negative = arith.subf(f32(0), divisor)
+    first = pure_asm("rcp.approx.ftz.f32 $0, $1;", "=f,f", [divisor], divisor.type)
+    error = multiply_add(negative, first, f32(1))
+    return negative, multiply_add(first, error, first)
 
 
 def reciprocal(divisor: ir.Value) -> ir.Value:
@@ -293,9 +307,7 @@ def reciprocal(divisor: ir.Value) -> ir.Value:
     """
     single = divisor.type
     magnitude = maximum(pure_asm("abs.f32 $0, $1;", "=f,f", [divisor], single), f32(2.0**-126))
-    first = pure_asm("rcp.approx.ftz.f32 $0, $1;", "=f,f", [magnitude], single)
-    error = multiply_add(arith.subf(f32(0), magnitude), first, f32(1))
-    result = multiply_add(first, error, first)
+    _, result = _refined_reciprocal(magnitude)
     negative = arith.cmpf(arith.CmpFPredicate.OGT, f32(0), divisor)
     return arith.select(negative, arith.subf(f32(0), result), result)
 

@@ -100,7 +100,8 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
                 return tiles.peak()(tiles.keep_real()(values, lengths, first), peak) if prompt else peak
 
             if not prompt:
-                for_units(1, lambda _: key_block * s.units, load, append, None)
+                unit = key_block * s.units
+                append(load(unit), unit, None)
                 return
 
             def first(i: Any) -> Any:

@@ -155,6 +155,12 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
                 rows = ops.load_rows()(q_scale, lengths, tile.sequence, tile.head, row, tile.start)
                 return queries, *rows, scales(tile, 0), scales(tile, 1)
 
+            def issue(scores: Any, output: Any, queries: Any, weights: Any, number: Any) -> tuple[Any, Any]:
+                """The products with a block of keys that is there, and with the values of the block before."""
+                scores = ops.score()(scores, queries, k_smem.at[slot(number)])
+                plgpu.barrier_wait(v_full.at[slot(number - 1)])
+                return scores, ops.gather()(output, weights, v_smem.at[slot(number - 1)])
+
             def weigh_first(tile: Tile, scores: Any, factors: Any, limits: Any, in_use: Any) -> Any:
                 """Of a tile's last keys, which its rows do not all see: ``(weights in float32, maxima, sums)``."""
                 scores = ops.mask()(scores, limits, (tile.count - 1) * s.keys)
@@ -171,9 +177,7 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
                     scores, weights, output, maxima, sums, before, now, since = carry
                     number = done + j
                     plgpu.barrier_wait(k_full.at[slot(number)])
-                    scores = ops.score()(scores, queries, k_smem.at[slot(number)])
-                    plgpu.barrier_wait(v_full.at[slot(number - 1)])
-                    output = ops.gather()(output, weights, v_smem.at[slot(number - 1)])
+                    scores, output = issue(scores, output, queries, weights, number)
                     following = scales(tile, j + 1)
                     scores = ops.wait("scores", 1)(scores, queries, weights)
                     plgpu.barrier_arrive(k_empty.at[slot(number)])
@@ -195,9 +199,11 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
                     carry = jax.lax.fori_loop(1, unmasked, functools.partial(step, some_hidden=True), carry)
                 held_times = jax.lax.div(jnp.maximum(tile.count - unmasked - 1, 0), jnp.int32(HELD_BLOCKS))
 
-                def add_held(_: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-                    output, since = carry
-                    return ops.add_held()(output, since, held), since
+                def with_held(output: Any, since: Any, times: Any) -> Any:
+                    """Plus what is held, if something was held a number of times."""
+                    return jax.lax.fori_loop(
+                        0, jnp.minimum(times, 1), lambda _, output: ops.add_held()(output, since, held), output
+                    )
 
                 def some_blocks(part: Any, carry: Any) -> Any:
                     begin = unmasked + part * HELD_BLOCKS
@@ -206,8 +212,7 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
 
                     def hold(_: Any, carry: Any) -> Any:
                         *state, since = carry
-                        output, _ = jax.lax.fori_loop(0, jnp.minimum(part, 1), add_held, (state[2], since))
-                        ops.hold()(output, held)
+                        ops.hold()(with_held(state[2], since, part), held)
                         state[2] = zeros("output")
                         return *state, ones
 
@@ -227,15 +232,13 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
                     plgpu.barrier_wait(k_full.at[slot(done)])
 
                 queries, factors, limits, in_use, following = begin(following_tile)
-                scores = ops.score()(scores, queries, k_smem.at[slot(done)])
-                plgpu.barrier_wait(v_full.at[slot(done - 1)])
-                output = ops.gather()(output, weights, v_smem.at[slot(done - 1)])
+                scores, output = issue(scores, output, queries, weights, done)
                 scores = ops.wait("scores", 1)(scores, queries, weights)
                 plgpu.barrier_arrive(k_empty.at[slot(done)])
                 scores, maxima, next_sums = weigh_first(following_tile, scores, factors, limits, in_use)
                 output = ops.wait("output", 0)(output, queries, weights)
                 plgpu.barrier_arrive(v_empty.at[slot(done - 1)])
-                output, _ = jax.lax.fori_loop(0, jnp.minimum(held_times, 1), add_held, (output, since))
+                output = with_held(output, since, held_times)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 ops.store()(output, sums, last_scales, y_smem.at[warpgroup])
                 plgpu.commit_smem()

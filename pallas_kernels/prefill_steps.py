@@ -90,6 +90,16 @@ class Steps:
         lane, warp = arith.andi(thread, i32(31)), arith.shrui(thread, i32(5))
         return arith.addi(arith.muli(warp, i32(16)), arith.shrui(lane, i32(2))), arith.andi(lane, i32(3))
 
+    def _matrix_row(self) -> tuple[ir.Value, ir.Value]:
+        """The row whose address a lane gives for four matrices of 8 rows by 16 bytes, and its chunk of 16 bytes.
+
+        Lanes 0 to 7 and 8 to 15 of a warp have rows 0 to 7 and 8 to 15 of its 16, the others those of the next chunk.
+        """
+        thread = hopper.thread_in_warpgroup()
+        lane, warp = arith.andi(thread, i32(31)), arith.shrui(thread, i32(5))
+        row = arith.addi(arith.muli(warp, i32(16)), arith.andi(lane, i32(15)))
+        return row, arith.shrui(lane, i32(4))
+
     def load_rows(self) -> Operation:
         """``(q_scale, lengths, sequence, head, first row, start) -> (factors, limits)``.
 
@@ -135,12 +145,7 @@ class Steps:
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(self.key_swizzle),), return_type=self.type["queries"])
         def load(_: Any, tile: Any) -> Any:
-            thread = hopper.thread_in_warpgroup()
-            lane, warp = arith.andi(thread, i32(31)), arith.shrui(thread, i32(5))
-            # Lanes 0 to 7 and 8 to 15 give the addresses of rows 0 to 7 and 8 to 15 of 16 columns, the others those of
-            # the next 16.
-            row = arith.addi(arith.muli(warp, i32(16)), arith.andi(lane, i32(15)))
-            second = arith.shrui(lane, i32(4))
+            row, second = self._matrix_row()
             base = arith.addi(hopper.shared_address(tile), arith.muli(row, i32(d)))
             # Where the swizzle puts a row's chunks of 16 bytes: it has a period of eight lines of 128 bytes.
             turn = arith.andi(arith.shrui(arith.muli(row, i32(d)), i32(7)), i32(d // 16 - 1))
@@ -316,17 +321,12 @@ class Steps:
 
         @plgpu.inline_mgpu(arg_types=(self.layout["scores"],), return_type=self.type["weights"])
         def convert(_: Any, weights: Any) -> Any:
-            word = ir.IntegerType.get_signless(32)
             registers = hopper.unpack(weights)
             packed = []
             for block in range(0, len(registers), 8):  # 16 columns
                 for half in range(2):
                     four = [registers[block + 4 * j + 2 * half + e] for j in range(2) for e in range(2)]
-                    ptx = (
-                        "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; "
-                        "cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; mov.b32 $0, {l, h}; }"
-                    )
-                    packed.append(hopper.pure_asm(ptx, "=r,f,f,f,f", four, word))
+                    packed.append(hopper.to_e4m3x4(four))
             return hopper.pack(packed)
 
         return cast(Operation, convert)
@@ -417,12 +417,7 @@ class Steps:
                 factors.append(hopper.divide(scale, hopper.across_lanes(total, arith.addf, 4)))
             registers = [arith.mulf(r, factors[i % 4 // 2]) for i, r in enumerate(hopper.unpack(output))]
             words = [hopper.to_bf16x2(registers[i], registers[i + 1]) for i in range(0, len(registers), 2)]
-            thread = hopper.thread_in_warpgroup()
-            lane, warp = arith.andi(thread, i32(31)), arith.shrui(thread, i32(5))
-            # Lanes 0 to 7 and 8 to 15 give the addresses of rows 0 to 7 and 8 to 15 of one column block of eight, the
-            # other lanes those of the next one.
-            row = arith.addi(arith.muli(warp, i32(16)), arith.andi(lane, i32(15)))
-            second = arith.shrui(lane, i32(4))
+            row, second = self._matrix_row()
             base = arith.addi(hopper.shared_address(tile), arith.muli(row, i32(128)))
             for block in range(0, s.head_dim // 8, 2):
                 chunk = arith.xori(arith.addi(second, i32(block % 8)), arith.andi(row, i32(7)))

@@ -135,16 +135,9 @@ def gated(gates: Sequence[ir.Value], ups: Sequence[ir.Value]) -> list[ir.Value]:
 
 def rounded_to_e4m3(registers: Sequence[ir.Value], scratch: Any, warps: int) -> tuple[list[ir.Value], ir.Value]:
     """Words of four e4m3 and their scale, for a row that a block's threads hold."""
-    word = ir.IntegerType.get_signless(32)
     scale = e4m3_scale(across_block(largest_magnitude(registers), scratch, warps, hopper.maximum_or_nan))
-    convert = (
-        "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; "
-        "mov.b32 $0, {l, h}; }"
-    )
     quotients = hopper.divide_all(registers, scale)
-    packed = [
-        hopper.pure_asm(convert, "=r,f,f,f,f", quotients[i : i + 4], word) for i in range(0, len(quotients), 4)
-    ]  # fmt: skip
+    packed = [hopper.to_e4m3x4(quotients[i : i + 4]) for i in range(0, len(quotients), 4)]
     return packed, scale
 
 
