@@ -326,7 +326,8 @@ def branch(
     condition: ir.Value, then: Callable[[], Sequence[ir.Value]], otherwise: Sequence[ir.Value]
 ) -> list[ir.Value]:
     """``then()`` where the condition holds, or ``otherwise``; the same for all of a warp if ``then`` exchanges data."""
-    chosen = scf.IfOp(condition, [value.type for value in otherwise], has_else=True)
+    # The dialect's own class, whose arguments are not those of the generated one that type checkers find.
+    chosen = cast(Any, scf).IfOp(condition, [value.type for value in otherwise], has_else=True)
     for block, values in ((chosen.then_block, then), (chosen.else_block, lambda: otherwise)):
         with ir.InsertionPoint(block):
             scf.yield_(list(values()))
