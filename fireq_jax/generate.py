@@ -14,6 +14,7 @@ from fireq_jax.kv_cache import KVCache
 from fireq_jax.llama import Llama
 from fireq_jax.quantize import cache_kind
 from fireq_jax.sampling import Sampling, sample
+from pallas_kernels.tiling import DECODE_SLOTS
 
 Prompts = Sequence[Sequence[int]] | Sequence[int] | np.ndarray | jax.Array
 GREEDY = Sampling()
@@ -74,7 +75,7 @@ def generate(
       key: PRNG key; required unless sampling is greedy.
       prompt_lengths: ``[batch]`` int, real tokens per row of an array of prompts; None if there is no padding.
       eos_token_ids: tokens that end a sequence; None takes the config's, ``()`` never stops.
-      cache_capacity: cache slots per sequence, one more if that is odd; None takes what prompts and new tokens need.
+      cache_capacity: cache slots per sequence, rounded up to a multiple of 8; None takes what prompts and new tokens need.
 
     Returns:
       A :class:`Generation`.
@@ -160,8 +161,9 @@ def _prepare(
         raise ValueError(
             f"the longest prompt has {longest} tokens, {max_new_tokens=} more make {needed}: beyond {cache_capacity=}"
         )
-    if cache_capacity % 2 and cache_capacity < config.max_positions:
-        cache_capacity += 1  # the Hopper kernel takes slots in pairs
+    rounded = -(-cache_capacity // DECODE_SLOTS) * DECODE_SLOTS
+    if rounded <= config.max_positions:  # the Hopper kernel takes no other numbers of slots
+        cache_capacity = rounded
     eos = tuple(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
     return _Run(tokens, lengths, key, eos, cache_capacity)
 

@@ -1,7 +1,9 @@
 """The register-level steps of decode attention, which :mod:`pallas_kernels.mosaic_decode` puts in order."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax.numpy as jnp
@@ -13,14 +15,31 @@ from jaxlib.mlir.dialects import arith
 from pallas_kernels import hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
-from pallas_kernels.tiling import DECODE_ROWS, STREAMING_MULTIPROCESSORS
+from pallas_kernels.tiling import DECODE_SLOTS, STREAMING_MULTIPROCESSORS
 
-ROWS = DECODE_ROWS  # of a tensor core's tile
-WARPS = 4
+ROWS = 8  # query rows that a tensor core's product takes together
 TILE = 32  # slots that a warp takes at a time
 AT_ONCE = 16  # splits whose results are on their way together
 LOG2_E = math.log2(math.e)
-MASKED = -1e30  # finite, so that differences of two of them are no NaN
+# A hidden slot's score, and what a row's maximum begins with: so far apart that no hidden slot weighs anything, and
+# finite, so that differences are no NaN.
+MASKED, LOWEST = -3e38, -1e25
+CODE_UNIT = 2.0**-24  # what a code of 1 is worth when its bits are those of a subnormal float16
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How the cache of a sequence and kv head is cut into pieces.
+
+    Attributes:
+      splits: blocks that share its slots.
+      warps: of a block, 4 or 8.
+      depth: tiles of each warp that are on their way or at work.
+    """
+
+    splits: int
+    warps: int = 4
+    depth: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +52,8 @@ class DecodeShape:
       heads: query heads.
       kv_heads: key/value heads.
       head_dim: 64 or 128.
-      slots: of the cache, an even number.
-      splits: blocks that share a sequence's slots.
+      slots: of the cache, a multiple of 8.
+      cut: how they are cut into pieces.
     """
 
     batch: int
@@ -43,7 +62,7 @@ class DecodeShape:
     kv_heads: int
     head_dim: int
     slots: int
-    splits: int
+    cut: Cut
 
     @property
     def group(self) -> int:
@@ -55,11 +74,31 @@ class DecodeShape:
         """Query rows of a kv head."""
         return self.tokens * self.group
 
+    @property
+    def row_blocks(self) -> int:
+        """Products that take the rows, 1 or 2."""
+        return -(-self.rows // ROWS)
 
-def choose_splits(batch: int, kv_heads: int, slots: int) -> int:
-    """As many as run at once, two blocks per multiprocessor, each with two tiles per warp at least."""
+    @property
+    def pitch(self) -> int:
+        """Of results that are to be merged: outputs that were not divided, a row's maximum and its sum, and a gap."""
+        return self.head_dim + 4
+
+    @property
+    def tile_bytes(self) -> int:
+        """Codes of a tile's keys, of its values, and their scales."""
+        return TILE * (self.head_dim + 4)
+
+    @property
+    def shared_words(self) -> int:
+        """Of tiles, and later of the warps' results in their place."""
+        return self.cut.warps * max(self.cut.depth * self.tile_bytes // 4, self.row_blocks * ROWS * self.pitch)
+
+
+def choose_cut(batch: int, kv_heads: int, slots: int) -> Cut:
+    """As many splits as run at once, two blocks per multiprocessor, each with two tiles per warp at least."""
     wanted = 2 * STREAMING_MULTIPROCESSORS // (batch * kv_heads)
-    return max(1, min(wanted, slots // (2 * WARPS * TILE)))
+    return Cut(max(1, min(wanted, slots // (2 * 4 * TILE))))
 
 
 def _int(bits: int) -> Any:
@@ -78,17 +117,15 @@ def _lop(ptx_table: int, *operands: ir.Value) -> ir.Value:
 
 
 def codes_to_halves(word: ir.Value) -> list[ir.Value]:
-    """8 two's complement codes as four float16 pairs: elements (0, 4), (1, 5), (2, 6), (3, 7)."""
+    """8 two's complement codes as four float16 pairs: elements (0, 4), (1, 5), (2, 6), (3, 7).
+
+    They are the codes plus 8, times ``CODE_UNIT`` in the first and third pair and times ``16 CODE_UNIT`` in the others.
+    """
     pairs = []
     for shift in (0, 8):
         source = arith.shrui(word, i32(shift)) if shift else word
-        # (x & mask) ^ bits: 1024 + (code + 8) in the low four bits, 1024 + 16 (code + 8) in the next four.
-        low = _lop(0x6A, source, i32(0x000F000F), i32(0x64086408))
-        high = _lop(0x6A, source, i32(0x00F000F0), i32(0x64806480))
-        pairs.append(hopper.pure_asm("add.rn.f16x2 $0, $1, $2;", "=r,r,r", [low, i32(0xE408E408)], word.type))
-        # (1024 + 16 u) / 16 - 72 = u - 8
-        scaled = "fma.rn.f16x2 $0, $1, $2, $3;"
-        pairs.append(hopper.pure_asm(scaled, "=r,r,r,r", [high, i32(0x2C002C00), i32(0xD480D480)], word.type))
+        for mask, sign in ((0x000F000F, 0x00080008), (0x00F000F0, 0x00800080)):
+            pairs.append(_lop(0x6A, source, i32(mask), i32(sign)))  # (x & mask) ^ sign
     return pairs
 
 
@@ -104,7 +141,7 @@ def codes_to_bf16(pair: ir.Value) -> list[ir.Value]:
     return pairs
 
 
-def multiply_add(sums: list[ir.Value], a: list[ir.Value], b: list[ir.Value], kind: str) -> list[ir.Value]:
+def multiply_add(sums: Sequence[ir.Value], a: Sequence[ir.Value], b: Sequence[ir.Value], kind: str) -> list[ir.Value]:
     """m16n8k16 of "f16" or "bf16" operands."""
     return hopper.asm(
         f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
@@ -127,285 +164,401 @@ def _load(words: int, address: ir.Value, condition: ir.Value, offset: int = 0) -
     )  # fmt: skip
 
 
+def _load_shared(words: int, address: ir.Value, offset: int) -> list[ir.Value]:
+    """1, 2 or 4 words of shared memory."""
+    out = ", ".join(f"${i}" for i in range(words))
+    vector, listed = (f".v{words}", f"{{{out}}}") if words > 1 else ("", out)
+    ptx = f"ld.shared{vector}.b32 {listed}, [${words}+{offset}];"
+    return hopper.asm(ptx, ",".join(["=r"] * words + ["r"]), [address], [_int(32)] * words)
+
+
 class Steps:
-    """The register-level steps for one shape."""
+    """The register-level steps for one shape.
+
+    A lane is number 4 g + t of its warp. It holds scores and weights of slots g, 8 + g, 16 + g and 24 + g of a tile for
+    the query rows 2 t and 2 t + 1 of each eight, and their outputs for a part of the head that depends on g.
+    """
 
     def __init__(self, shape: DecodeShape, softmax_scale: float) -> None:
         self.shape = shape
         self.softmax_scale = softmax_scale
         self.words = shape.head_dim // 32  # of a key row that a lane loads
         self.k_steps = shape.head_dim // 16
+        self.outputs = shape.head_dim // 4  # of eight query rows, that a lane holds
+        self.slots = hopper.WarpSlots(shape.cut.warps, shape.cut.depth, shape.tile_bytes)
         self.scalar = plgpu.Layout.WG_SPLAT(())
+        n = shape.row_blocks
         containers = {
-            "queries": (4 * self.k_steps, jnp.int32),
-            "factors": (2, jnp.float32),
-            "limits": (2, jnp.int32),
+            "queries": (2 * self.k_steps * n, jnp.int32),
+            "factors": (2 * n, jnp.float32),
+            "starts": (2 * n, jnp.float32),
+            "limits": (2 * n, jnp.int32),
             # 4 x keys of 8 slots, 8 x value words of a slot (half as long), scales of keys and of values
             "tile": (4 * self.words + 8 * self.words // 2 + 8, jnp.int32),
             "row": (3, jnp.float32),
-            # maximum and sum of two rows, then outputs
-            "state": (4 + 4 * (shape.head_dim // 8), jnp.float32),
+            # of eight rows: maxima and sums of two, then outputs
+            "state": ((4 + self.outputs) * n, jnp.float32),
         }
         self.layout = {name: hopper.container_layout(count) for name, (count, _) in containers.items()}
         self.type = {name: hopper.container_type(count, dtype) for name, (count, dtype) in containers.items()}
 
-    def _row(self, g: ir.Value, half: int) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """The token and the head in its group of query row g + 8 half, and whether there is such a row."""
-        row = arith.addi(g, i32(8 * half))
+    def _place(self, row: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """The token and the head in its group of a query row, of the first one if there is no such row; and whether."""
         exists = arith.cmpi(arith.CmpIPredicate.ult, row, i32(self.shape.rows))
+        row = arith.select(exists, row, i32(0))
         return arith.divui(row, i32(self.shape.group)), arith.remui(row, i32(self.shape.group)), exists
 
     def load_queries(self) -> Operation:
-        """``(q8, q_scale, positions, sequence, kv head) -> (queries, factors, limits)``.
+        """``(q8, q_scale, positions, sequence, kv head) -> (queries, factors, starts, limits)``.
 
-        The first operand of every step along the head, what a row's scores are multiplied by (for powers of two), and
-        how many slots it sees.
+        The second operand of every step along the head; and per row what scores are multiplied by (for powers of two),
+        what they begin with (codes are multiplied as if they were larger by 8), and how many slots it sees.
         """
         s = self.shape
 
         @plgpu.inline_mgpu(
             arg_types=(plgpu.RefType(), plgpu.RefType(), plgpu.RefType(), self.scalar, self.scalar),
-            return_type=(self.type["queries"], self.type["factors"], self.type["limits"]),
+            return_type=tuple(self.type[name] for name in ("queries", "factors", "starts", "limits")),
         )
         def load(_: Any, q8: Any, q_scale: Any, positions: Any, sequence: Any, kv_head: Any) -> Any:
             word = _int(32)
             g, t, _warp = _lane_parts()
             sequence, kv_head = sequence.registers.item(), kv_head.registers.item()
-            first_head = arith.muli(kv_head, i32(s.group))
-            halves: list[list[ir.Value]] = []
-            factors, limits = [], []
-            for half in range(2):
-                token, member, exists = self._row(g, half)
-                token = arith.select(exists, token, i32(0))
-                head = arith.addi(first_head, arith.select(exists, member, i32(0)))
-                row = arith.addi(arith.muli(arith.addi(arith.muli(sequence, i32(s.tokens)), token), i32(s.heads)), head)
+            first_token, first_head = arith.muli(sequence, i32(s.tokens)), arith.muli(kv_head, i32(s.group))
+            queries, factors, starts, limits = [], [], [], []
+            for block in range(s.row_blocks):
+                token, member, exists = self._place(arith.addi(g, i32(ROWS * block)))
+                head = arith.addi(first_head, member)
+                row = arith.addi(arith.muli(arith.addi(first_token, token), i32(s.heads)), head)
                 address = hopper.global_address(q8, 1, (row, s.head_dim), (t, s.head_dim // 4))
-                registers = []
+                start = [f32(0)] * 4
                 for w in range(self.words):
                     low, high = _load(2, address, exists, 8 * w)
+                    pairs = []
                     for i in range(4):  # elements i and i + 4 of eight, as the codes of keys come
                         pair = hopper.pure_asm(f"prmt.b32 $0, $1, $2, {i | (4 + i) << 4};", "=r,r,r", [low, high], word)
                         convert = "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.rn.f16x2.e4m3x2 $0, l; }"
-                        registers.append(hopper.pure_asm(convert, "=r,r", [pair], word))
-                halves.append(registers)
-                [scale] = _load(1, hopper.global_address(q_scale, 4, (row, 1)), exists)
-                scale = arith.bitcast(ir.F32Type.get(), scale)
-                factors.append(arith.mulf(scale, f32(self.softmax_scale * LOG2_E)))
-                at = arith.addi(arith.muli(sequence, i32(s.tokens)), token)
-                [position] = _load(1, hopper.global_address(positions, 4, (at, 1)), exists)
-                limits.append(arith.select(exists, arith.addi(position, i32(1)), i32(0)))
-            # Step j takes pairs 2 j and 2 j + 1: a0, a1 are rows g and g + 8 of the first, a2, a3 of the second.
-            operand = [
-                halves[half][2 * j + second] for j in range(self.k_steps) for second in range(2) for half in range(2)
-            ]
-            return hopper.pack(operand), hopper.pack(factors), hopper.pack(limits)
+                        pair = hopper.pure_asm(convert, "=r,r", [pair], word)
+                        if i % 2:  # whose codes come times 16
+                            sixteenth = "fma.rn.f16x2 $0, $1, $2, $3;"
+                            operands = [pair, i32(0x2C002C00), i32(0)]
+                            pair = hopper.pure_asm(sixteenth, "=r,r,r,r", operands, word)
+                        pairs.append(pair)
+                    for e in range(2):
+                        eight = [i32(0x80088008)] * 2 + [i32(0x80808080)] * 2  # minus
+                        start = multiply_add(start, eight, pairs[2 * e : 2 * e + 2], "f16")
+                    queries += pairs
+                starts += start[:2]
+                for column in range(2):
+                    row = arith.addi(arith.muli(t, i32(2)), i32(ROWS * block + column))
+                    token, member, exists = self._place(row)
+                    token = arith.addi(first_token, token)
+                    head = arith.addi(first_head, member)
+                    [scale] = _load(1, hopper.global_address(q_scale, 4, (token, s.heads), (head, 1)), exists)
+                    scale = arith.bitcast(ir.F32Type.get(), scale)
+                    factors.append(arith.mulf(scale, f32(self.softmax_scale * LOG2_E / CODE_UNIT)))
+                    [position] = _load(1, hopper.global_address(positions, 4, (token, 1)), exists)
+                    limits.append(arith.select(exists, arith.addi(position, i32(1)), i32(0)))
+            return tuple(map(hopper.pack, (queries, factors, starts, limits)))
 
         return cast(Operation, load)
 
-    def fetch(self) -> Operation:
-        """``(k codes, k scales, v codes, v scales, sequence, kv head, first slot, end) -> tile``: starts to read it."""
+    def open_slots(self) -> Operation:
+        """``(arrivals) -> ()``: makes the barriers of each warp's slots."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=())
+        def make(_: Any, arrivals: Any) -> Any:
+            self.slots.open(arrivals)
+            return ()
+
+        return cast(Operation, make)
+
+    def request(self) -> Operation:
+        """``(slots, arrivals, k, k scales, v, v scales, sequence, kv head, slot, first, end) -> ()``.
+
+        Has each warp's tile of cache slots from ``first`` on copied, up to ``end``, rounded up to a multiple of 8.
+        """
         s = self.shape
 
-        @plgpu.inline_mgpu(
-            arg_types=(*[plgpu.RefType()] * 4, *[self.scalar] * 4),
-            return_type=self.type["tile"],
-        )
-        def load(_: Any, k: Any, k_scales: Any, v: Any, v_scales: Any, *where: Any) -> Any:
-            sequence, kv_head, first, end = (x.registers.item() for x in where)
-            g, t, warp = _lane_parts()
-            first = arith.addi(first, arith.muli(warp, i32(TILE)))
+        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 6, *[self.scalar] * 5), return_type=())
+        def copy(_: Any, slots: Any, arrivals: Any, k: Any, k_scales: Any, v: Any, v_scales: Any, *where: Any) -> Any:
+            sequence, kv_head, slot, first, end = (x.registers.item() for x in where)
+            first = arith.addi(first, arith.muli(arith.shrui(utils.thread_idx(), i32(5)), i32(TILE)))
+            rows = arith.minsi(arith.maxsi(arith.subi(end, first), i32(0)), i32(TILE))
+            rows = arith.andi(arith.addi(rows, i32(DECODE_SLOTS - 1)), i32(-DECODE_SLOTS))
+            wanted = arith.extui(_int(32), arith.cmpi(arith.CmpIPredicate.ne, rows, i32(0)))
             pair = arith.addi(arith.muli(sequence, i32(s.kv_heads)), kv_head)
-            row_bytes = s.head_dim // 2
+            parts, at = [], 0
+            for array, row_bytes in ((k, s.head_dim // 2), (v, s.head_dim // 2), (k_scales, 2), (v_scales, 2)):
+                source = hopper.global_address(array, 1, (pair, s.slots * row_bytes), (first, row_bytes))
+                parts.append((source, at, arith.muli(rows, i32(row_bytes))))
+                at += TILE * row_bytes
+            self.slots.request(self.slots.place(slots, slot), self.slots.barrier(arrivals, slot), parts, wanted)
+            return ()
 
-            def exists(slot: ir.Value) -> ir.Value:
-                return arith.cmpi(arith.CmpIPredicate.slt, slot, end)
+        return cast(Operation, copy)
 
+    def take(self) -> Operation:
+        """``(slots, arrivals, slot, parity) -> tile``: waits for a warp's tile and reads it into registers."""
+        row_bytes = self.shape.head_dim // 2
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(), plgpu.RefType(), self.scalar, self.scalar), return_type=self.type["tile"]
+        )
+        def read(_: Any, slots: Any, arrivals: Any, slot: Any, parity: Any) -> Any:
+            g, t, _warp = _lane_parts()
+            slot = slot.registers.item()
+            hopper.wait_for_phase(self.slots.barrier(arrivals, slot), parity.registers.item())
+            place = self.slots.place(slots, slot)
             keys, values, scales = [], [], []
+            mine = arith.addi(arith.muli(g, i32(row_bytes)), arith.muli(t, i32(row_bytes // 4)))
+            address = arith.addi(place, mine)
             for block in range(4):
-                slot = arith.addi(arith.addi(first, i32(8 * block)), g)
-                address = hopper.global_address(
-                    k, 1, (pair, s.slots * row_bytes), (slot, row_bytes), (t, row_bytes // 4)
-                )
-                keys += _load(self.words, address, exists(slot))
-            for step in range(2):
-                for offset in (0, 1, 8, 9):
-                    slot = arith.addi(arith.addi(first, i32(16 * step + offset)), arith.muli(t, i32(2)))
-                    address = hopper.global_address(
-                        v, 1, (pair, s.slots * row_bytes), (slot, row_bytes), (g, row_bytes // 8)
-                    )
-                    values += _load(self.words // 2, address, exists(slot))
-            for array in (k_scales, v_scales):
-                for block in range(4):  # two neighbouring slots in one word
-                    slot = arith.addi(arith.addi(first, i32(8 * block)), arith.muli(t, i32(2)))
-                    scales += _load(1, hopper.global_address(array, 2, (pair, s.slots), (slot, 1)), exists(slot))
+                keys += _load_shared(self.words, address, 8 * block * row_bytes)
+            # Of two neighbouring slots odd lanes take the second one first: fewer lanes meet in a bank.
+            odd = arith.andi(t, i32(1))
+            mine = arith.addi(arith.muli(t, i32(2 * row_bytes)), arith.muli(g, i32(row_bytes // 8)))
+            address = arith.addi(arith.addi(place, i32(TILE * row_bytes)), mine)
+            nearer = arith.addi(address, arith.muli(odd, i32(row_bytes)))
+            other = arith.addi(address, arith.muli(arith.xori(odd, i32(1)), i32(row_bytes)))
+            for offset in (0, 8, 16, 24):
+                for first in (nearer, other):
+                    values += _load_shared(self.words // 2, first, offset * row_bytes)
+            address = arith.addi(place, arith.muli(g, i32(2)))
+            for array in range(2):
+                for block in range(4):
+                    offset = 2 * TILE * (row_bytes + array) + 16 * block
+                    scales += hopper.asm(f"ld.shared.u16 $0, [$1+{offset}];", "=r,r", [address], [_int(32)])
             return hopper.pack([*keys, *values, *scales])
 
-        return cast(Operation, load)
+        return cast(Operation, read)
 
-    def start(self, kind: str, maxima: int) -> Operation:
+    def start(self, kind: str) -> Operation:
         """``zeros -> state`` of that kind of rows that have seen nothing; maxima come first."""
+        at = {"row": [0], "state": [i for n in range(self.shape.row_blocks) for i in self._maxima_at(n)]}[kind]
 
         @plgpu.inline_mgpu(arg_types=(self.layout[kind],), return_type=self.type[kind])
         def begin(_: Any, zeros: Any) -> Any:
-            return hopper.pack([f32(MASKED)] * maxima + hopper.unpack(zeros)[maxima:])
+            return hopper.pack([f32(LOWEST) if i in at else zero for i, zero in enumerate(hopper.unpack(zeros))])
 
         return cast(Operation, begin)
 
+    def _maxima_at(self, block: int) -> tuple[int, int]:
+        """Where a state has the maxima of a lane's rows of the block."""
+        return (4 + self.outputs) * block, (4 + self.outputs) * block + 1
+
     def attend(self) -> Operation:
-        """``(state, tile, queries, factors, limits, first slot) -> state``: a warp's 32 slots."""
+        """``(state, tile, queries, factors, starts, limits, first slot, end) -> state``: a warp's 32 slots.
+
+        What the tile holds of slots from ``end`` on may be anything.
+        """
 
         @plgpu.inline_mgpu(
             arg_types=(
                 self.layout["state"], self.layout["tile"], self.layout["queries"], self.layout["factors"],
-                self.layout["limits"], self.scalar,
+                self.layout["starts"], self.layout["limits"], self.scalar, self.scalar,
             ),
             return_type=self.type["state"],
         )  # fmt: skip
-        def add(_: Any, state: Any, tile: Any, queries: Any, factors: Any, limits: Any, first: Any) -> Any:
-            _, t, warp = _lane_parts()
+        def add(_: Any, state: Any, tile: Any, *others: Any) -> Any:
+            *of_rows, first, end = others
+            queries, factors, starts, limits = map(hopper.unpack, of_rows)
+            g, _t, warp = _lane_parts()
             first = arith.addi(first.registers.item(), arith.muli(warp, i32(TILE)))
             registers, tile = hopper.unpack(state), hopper.unpack(tile)
-            maxima, sums, outputs = registers[:2], registers[2:4], registers[4:]
-            queries, factors, limits = map(hopper.unpack, (queries, factors, limits))
             keys, rest = tile[: 4 * self.words], tile[4 * self.words :]
             values, scales = rest[: 4 * self.words], rest[4 * self.words :]
-
-            def two(word: ir.Value) -> list[ir.Value]:
-                single = ir.F32Type.get()
-                halves = (arith.shli(word, i32(16)), arith.andi(word, i32(0xFFFF0000)))
-                return [arith.bitcast(single, half) for half in halves]
-
-            scores = []
-            for block in range(4):
-                part = [f32(0)] * 4
-                for w in range(self.words):
-                    pairs = codes_to_halves(keys[self.words * block + w])
-                    for e in range(2):
-                        operand = queries[4 * (2 * w + e) : 4 * (2 * w + e) + 4]
-                        part = multiply_add(part, operand, pairs[2 * e : 2 * e + 2], "f16")
-                k_scale = two(scales[block])
-                for i in range(4):
-                    half, slot = i // 2, arith.addi(first, i32(8 * block + i % 2))
-                    slot = arith.addi(slot, arith.muli(t, i32(2)))
-                    seen = arith.cmpi(arith.CmpIPredicate.slt, slot, limits[half])
-                    score = arith.mulf(part[i], arith.mulf(k_scale[i % 2], factors[half]))
-                    scores.append(arith.select(seen, score, f32(MASKED)))
-            new_maxima, weights = [], [f32(0)] * 16
+            scales = [arith.bitcast(ir.F32Type.get(), arith.shli(scale, i32(16))) for scale in scales]
+            slots = [arith.addi(first, arith.addi(g, i32(8 * block))) for block in range(4)]
+            v_scales = [
+                arith.select(arith.cmpi(arith.CmpIPredicate.slt, slot, end.registers.item()), scale, f32(0))
+                for slot, scale in zip(slots, scales[4:], strict=True)
+            ]
+            all_scores = self._scores(keys, queries, starts)
+            weights, shrinks = [], []
+            size = 4 + self.outputs
+            for n, scores in enumerate(all_scores):
+                state_of_rows = registers[size * n : size * (n + 1)]
+                of_block: list[ir.Value] = [f32(0)] * 8
+                for column in range(2):
+                    row, (largest, total) = 2 * n + column, state_of_rows[column:4:2]
+                    before = largest
+                    mine = []
+                    for block in range(4):
+                        score = scores[2 * block + column]
+                        score = arith.mulf(score, arith.mulf(scales[block], factors[row]))
+                        seen = arith.cmpi(arith.CmpIPredicate.slt, slots[block], limits[row])
+                        mine.append(arith.select(seen, score, f32(MASKED)))
+                        largest = hopper.maximum(largest, mine[-1])
+                    largest = hopper.across_lanes(largest, hopper.maximum, lanes=8, apart=4)
+                    shrink = hopper.exp2(arith.subf(before, largest))
+                    total = arith.mulf(total, shrink)
+                    for block, score in enumerate(mine):
+                        weight = hopper.exp2(arith.subf(score, largest))
+                        total = arith.addf(total, weight)
+                        of_block[2 * block + column] = arith.mulf(weight, v_scales[block])
+                    registers[size * n + column], registers[size * n + 2 + column] = largest, total
+                    shrinks.append(shrink)
+                # From lanes that each have two rows of a slot to lanes that each have two slots of a row.
+                pairs = (hopper.to_bf16x2(*of_block[2 * block : 2 * block + 2]) for block in range(4))
+                weights.append([hopper.transpose_matrix(pair) for pair in pairs])
+            for n in range(self.shape.row_blocks):
+                for i in range(self.outputs):
+                    at = size * n + 4 + i
+                    registers[at] = arith.mulf(registers[at], shrinks[2 * n + i % 2])
             for half in range(2):
-                mine = [4 * block + 2 * half + i for block in range(4) for i in range(2)]
-                largest = maxima[half]
-                for i in mine:
-                    largest = hopper.maximum(largest, scores[i])
-                largest = hopper.across_lanes(largest, hopper.maximum, 4)
-                new_maxima.append(largest)
-                total = f32(0)
-                for i in mine:
-                    # Rows that see nothing yet have the masked value as their maximum.
-                    masked = arith.cmpf(arith.CmpFPredicate.OLE, scores[i], f32(MASKED / 2))
-                    weight = arith.select(masked, f32(0), hopper.exp2(arith.subf(scores[i], largest)))
-                    total = arith.addf(total, weight)
-                    weights[i] = weight
-                shrink = hopper.exp2(arith.subf(maxima[half], largest))
-                sums[half] = arith.addf(arith.mulf(sums[half], shrink), total)
-                for i in range(0, len(outputs), 4):
-                    for j in (2 * half, 2 * half + 1):
-                        outputs[i + j] = arith.mulf(outputs[i + j], shrink)
-            for step in range(2):
-                operand = []
-                for block in (2 * step, 2 * step + 1):
-                    v_scale = two(scales[4 + block])
-                    for half in range(2):
-                        low, high = (arith.mulf(weights[4 * block + 2 * half + i], v_scale[i]) for i in range(2))
-                        operand.append(hopper.to_bf16x2(low, high))
-                per_slot = self.words // 2
-                for w in range(per_slot):
-                    slots = [values[(4 * step + i) * per_slot + w] for i in range(4)]
-                    for upper, selector in enumerate((0x5410, 0x7632)):  # lower and upper four codes of eight
-                        b = [
-                            codes_to_bf16(
-                                hopper.pure_asm(
-                                    f"prmt.b32 $0, $1, $2, {selector};", "=r,r,r", slots[i : i + 2], slots[0].type
-                                )
-                            )
-                            for i in (0, 2)
-                        ]
-                        for i in range(4):
-                            at = 4 * (8 * w + 4 * upper + i)
-                            outputs[at : at + 4] = multiply_add(
-                                outputs[at : at + 4], operand, [b[0][i], b[1][i]], "bf16"
-                            )
-            return hopper.pack([*new_maxima, *sums, *outputs])
+                for i, operand in enumerate(self._value_operands(values, half)):
+                    for n, of_rows in enumerate(weights):
+                        at = size * n + 4 + 4 * i
+                        registers[at : at + 4] = multiply_add(
+                            registers[at : at + 4], operand, of_rows[2 * half : 2 * half + 2], "bf16"
+                        )
+            return hopper.pack(registers)
 
         return cast(Operation, add)
 
-    def merge(self) -> Operation:
-        """``(state, shared, partial, block of results) -> ()``: the four warps' results as one, to memory.
+    def _scores(
+        self, keys: Sequence[ir.Value], queries: Sequence[ir.Value], starts: Sequence[ir.Value]
+    ) -> list[list[ir.Value]]:
+        """Per eight query rows the products of a lane's four slots with its two rows, slot by slot."""
+        scores = [[*starts[2 * n : 2 * n + 2]] * 4 for n in range(self.shape.row_blocks)]
+        for half in range(2):
+            for w in range(self.words):
+                low, high = (codes_to_halves(keys[self.words * (2 * half + i) + w]) for i in range(2))
+                for e in range(2):
+                    operand = [low[2 * e], high[2 * e], low[2 * e + 1], high[2 * e + 1]]
+                    for n, sums in enumerate(scores):
+                        at = 2 * (self.k_steps * n + 2 * w + e)
+                        sums[4 * half : 4 * half + 4] = multiply_add(
+                            sums[4 * half : 4 * half + 4], operand, queries[at : at + 2], "f16"
+                        )
+        return scores
 
-        ``partial`` is float32 ``[blocks, 16, head_dim + 2]``: outputs that were not divided, then maximum and sum.
+    def _value_operands(self, values: Sequence[ir.Value], half: int) -> list[list[ir.Value]]:
+        """The first operands, 16 elements of the head each, of 16 slots' values.
+
+        Rows g and g + 8 of operand i are the elements 2 i and 2 i + 1 of those that lane g stands for.
         """
-        d = self.shape.head_dim
-        pitch = d + 2
+        odd = arith.andi(utils.thread_idx(), i32(1))
+        operands = []
+        per_slot = self.words // 2
+        for w in range(per_slot):
+            slots = [values[(4 * half + i) * per_slot + w] for i in range(4)]
+            # Lower and upper four codes of eight; even lanes have the slots in order, odd ones the other way round.
+            for in_order, swapped in ((0x5410, 0x1054), (0x7632, 0x3276)):
+                selector = arith.addi(i32(in_order), arith.muli(odd, i32(swapped - in_order)))
+                pairs = [
+                    codes_to_bf16(
+                        hopper.pure_asm(
+                            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [*slots[i : i + 2], selector], slots[0].type
+                        )
+                    )
+                    for i in (0, 2)
+                ]
+                operands += [[*pairs[0][i : i + 2], *pairs[1][i : i + 2]] for i in (0, 2)]
+        return operands
+
+    def merge(self, out_dtype: Any) -> Operation:
+        """``(state, shared, results, block, sequence, kv head) -> ()``: the warps' results as one, to memory.
+
+        Results are those of the splits, float32 ``[blocks, rows, pitch]``, or ``y`` if there is but one split.
+        """
+        s = self.shape
+        d, pitch = s.head_dim, s.pitch
 
         @plgpu.inline_mgpu(
-            arg_types=(self.layout["state"], plgpu.RefType(), plgpu.RefType(), self.scalar), return_type=()
+            arg_types=(self.layout["state"], plgpu.RefType(), plgpu.RefType(), *[self.scalar] * 3), return_type=()
         )
-        def write(_: Any, state: Any, shared: Any, partial: Any, block: Any) -> Any:
-            single = ir.F32Type.get()
+        def write(_: Any, state: Any, shared: Any, results: Any, *where: Any) -> Any:
+            block, sequence, kv_head = (x.registers.item() for x in where)
             g, t, warp = _lane_parts()
             registers = hopper.unpack(state)
-            maxima, sums, outputs = registers[:2], registers[2:4], registers[4:]
             base = hopper.shared_address(shared)
-            per_lane = d // 8  # elements of the head that a group of lanes stands for
-            for half in range(2):
-                row = arith.addi(g, i32(8 * half))
-                row = arith.muli(arith.addi(arith.muli(warp, i32(ROWS)), row), i32(4 * pitch))
-                row = arith.addi(base, row)
-                total = hopper.across_lanes(sums[half], arith.addf, 4)
-                for j in range(d // 8):
-                    for e in range(2):
-                        element = arith.addi(arith.muli(t, i32(2 * per_lane)), i32(e * per_lane + j))
-                        at = arith.addi(row, arith.muli(element, i32(4)))
-                        hopper.asm("st.shared.f32 [$0], $1;", "r,f", [at, outputs[4 * j + 2 * half + e]], [])
-                hopper.asm(f"st.shared.f32 [$0+{4 * d}], $1;", "r,f", [row, maxima[half]], [])
-                hopper.asm(f"st.shared.f32 [$0+{4 * d + 4}], $1;", "r,f", [row, total], [])
+            hopper.block_barrier()  # all warps have read their last tiles, where results go
+            size = 4 + self.outputs
+            for n in range(s.row_blocks):
+                for column in range(2):
+                    largest, total = registers[size * n + column : size * n + 4 : 2]
+                    total = hopper.across_lanes(total, arith.addf, lanes=8, apart=4)
+                    row = arith.addi(arith.muli(t, i32(2)), i32(ROWS * n + column))
+                    row = arith.addi(arith.muli(warp, i32(s.row_blocks * ROWS)), row)
+                    place = arith.addi(base, arith.muli(row, i32(4 * pitch)))
+                    hopper.asm(f"st.shared.v2.f32 [$0+{4 * d}], {{$1, $2}};", "r,f,f", [place, largest, total], [])
+                    # A lane's outputs are neighbours in the head.
+                    place = arith.addi(place, arith.muli(g, i32(4 * (d // 8))))
+                    mine = [registers[size * n + 4 + i] for i in range(column, self.outputs, 2)]
+                    for i in range(0, len(mine), 4):
+                        hopper.asm(
+                            f"st.shared.v4.f32 [$0+{4 * i}], {{$1, $2, $3, $4}};",
+                            "r,f,f,f,f",
+                            [place, *mine[i : i + 4]],
+                            [],
+                        )
             hopper.block_barrier()
             thread = utils.thread_idx()
             # Thread i takes element i of every row it reaches.
-            rows_at_once = max(1, 128 // d)
-            element = arith.andi(thread, i32(d - 1))
-            first_row = arith.divui(thread, i32(d)) if rows_at_once > 1 else i32(0)
+            rows_at_once = 32 * s.cut.warps // d
+            element, first_row = arith.andi(thread, i32(d - 1)), arith.divui(thread, i32(d))
 
             def read(address: ir.Value, offset: int) -> ir.Value:
-                return hopper.asm(f"ld.shared.f32 $0, [$1+{offset}];", "=f,r", [address], [single])[0]
+                return hopper.asm(f"ld.shared.f32 $0, [$1+{offset}];", "=f,r", [address], [ir.F32Type.get()])[0]
 
-            for i in range(0, ROWS, rows_at_once):
-                if i >= self.shape.rows:
-                    break
+            for i in range(0, s.rows, rows_at_once):
                 row = arith.addi(first_row, i32(i))
                 at = arith.addi(base, arith.muli(row, i32(4 * pitch)))
-                step = 4 * pitch * ROWS
-                peaks = [read(at, w * step + 4 * d) for w in range(WARPS)]
-                largest = peaks[0]
-                for peak in peaks[1:]:
-                    largest = hopper.maximum(largest, peak)
+                step = 4 * pitch * s.row_blocks * ROWS
+                peaks = [read(at, w * step + 4 * d) for w in range(s.cut.warps)]
+                largest = functools.reduce(hopper.maximum, peaks)
                 mine = arith.addi(at, arith.muli(element, i32(4)))
                 out, total = f32(0), f32(0)
-                for w in range(WARPS):
+                for w in range(s.cut.warps):
                     weight = hopper.exp2(arith.subf(peaks[w], largest))
                     out = arith.addf(out, arith.mulf(read(mine, w * step), weight))
                     total = arith.addf(total, arith.mulf(read(at, w * step + 4 * d + 4), weight))
-                target = hopper.global_address(partial, 4, (block.registers.item(), ROWS * pitch), (row, pitch))
-                place = arith.addi(target, arith.extui(_int(64), arith.muli(element, i32(4))))
-                hopper.asm("st.global.f32 [$0], $1;", "l,f", [place, out], [])
-                leads = arith.extui(_int(32), arith.cmpi(arith.CmpIPredicate.eq, element, i32(0)))
-                hopper.asm(
-                    "{ .reg .pred p; setp.ne.b32 p, $3, 0; "
-                    f"@p st.global.f32 [$0+{4 * d}], $1; @p st.global.f32 [$0+{4 * d + 4}], $2; }}",
-                    "l,f,f,r", [target, largest, total, leads], [],
-                )  # fmt: skip
+                exists = arith.cmpi(arith.CmpIPredicate.ult, row, i32(s.rows))
+                if s.cut.splits == 1:
+                    self._store_result(results, out_dtype, sequence, kv_head, row, element, out, total, exists)
+                else:
+                    target = hopper.global_address(results, 4, (block, s.rows * pitch), (row, pitch))
+                    self._store_part(target, element, out, largest, total, exists)
             return ()
 
         return cast(Operation, write)
+
+    def _store_part(
+        self, target: ir.Value, element: ir.Value, out: ir.Value, largest: ir.Value, total: ir.Value, exists: ir.Value
+    ) -> None:
+        """A split's result of a row, whose first thread brings its maximum and sum, too."""
+        place = arith.addi(target, arith.extui(_int(64), arith.muli(element, i32(4))))
+        store = "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }"
+        hopper.asm(store, "l,f,r", [place, out, arith.extui(_int(32), exists)], [])
+        leads = arith.andi(exists, arith.cmpi(arith.CmpIPredicate.eq, element, i32(0)))
+        behind = 4 * self.shape.head_dim
+        hopper.asm(
+            f"{{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.v2.f32 [$0+{behind}], {{$1, $2}}; }}",
+            "l,f,f,r", [target, largest, total, arith.extui(_int(32), leads)], [],
+        )  # fmt: skip
+
+    def _store_result(
+        self, y: Any, out_dtype: Any, sequence: ir.Value, kv_head: ir.Value, row: ir.Value, element: ir.Value,
+        out: ir.Value, total: ir.Value, exists: ir.Value,
+    ) -> None:  # fmt: skip
+        """An element of a query row of ``[b, t, h, d]``, divided by the row's sum."""
+        s = self.shape
+        size = jnp.dtype(out_dtype).itemsize
+        token, member = arith.divui(row, i32(s.group)), arith.remui(row, i32(s.group))
+        place = hopper.global_address(
+            y, size, (sequence, s.tokens * s.heads * s.head_dim), (token, s.heads * s.head_dim),
+            (kv_head, s.group * s.head_dim), (member, s.head_dim), (element, 1),
+        )  # fmt: skip
+        store = {
+            4: "@p st.global.f32 [$0], q;",
+            2: "cvt.rn.bf16.f32 b, q; @p st.global.b16 [$0], b;",
+        }[size]
+        hopper.asm(
+            "{ .reg .pred p; .reg .b16 b; .reg .f32 q; setp.ne.b32 p, $3, 0; div.rn.f32 q, $1, $2; " + store + " }",
+            "l,f,f,r", [place, out, total, arith.extui(_int(32), exists)], [],
+        )  # fmt: skip
 
     def collect(self) -> Operation:
         """``(state, partial, row of results, first split) -> state``: takes ``AT_ONCE`` splits' results of a row.
@@ -414,7 +567,6 @@ class Steps:
         sequences and kv heads.
         """
         s = self.shape
-        pitch = s.head_dim + 2
 
         @plgpu.inline_mgpu(
             arg_types=(self.layout["row"], plgpu.RefType(), self.scalar, self.scalar), return_type=self.type["row"]
@@ -427,9 +579,9 @@ class Steps:
             parts = []
             for i in range(AT_ONCE):
                 split = arith.addi(first.registers.item(), i32(i))
-                exists = arith.cmpi(arith.CmpIPredicate.slt, split, i32(s.splits))
-                block = arith.addi(arith.muli(pair, i32(s.splits)), split)
-                address = hopper.global_address(partial, 4, (block, ROWS * pitch), (row, pitch))
+                exists = arith.cmpi(arith.CmpIPredicate.slt, split, i32(s.cut.splits))
+                block = arith.addi(arith.muli(pair, i32(s.cut.splits)), split)
+                address = hopper.global_address(partial, 4, (block, s.rows * s.pitch), (row, s.pitch))
                 mine = arith.addi(address, arith.extui(_int(64), arith.muli(element, i32(4))))
                 words = [_load(1, mine, exists), *(_load(1, address, exists, 4 * (s.head_dim + j)) for j in (0, 1))]
                 value, peak, weight = (arith.bitcast(single, word) for [word] in words)
@@ -450,7 +602,6 @@ class Steps:
     def finish_row(self, out_dtype: Any) -> Operation:
         """``(state, y, row of results) -> ()``: divides by the sum and writes a row of ``[b, t, h, d]``."""
         s = self.shape
-        size = jnp.dtype(out_dtype).itemsize
 
         @plgpu.inline_mgpu(arg_types=(self.layout["row"], plgpu.RefType(), self.scalar), return_type=())
         def write(_: Any, state: Any, y: Any, row: Any) -> Any:
@@ -458,20 +609,8 @@ class Steps:
             row, element = row.registers.item(), utils.thread_idx()
             pair, row = arith.divui(row, i32(s.rows)), arith.remui(row, i32(s.rows))
             sequence, kv_head = arith.divui(pair, i32(s.kv_heads)), arith.remui(pair, i32(s.kv_heads))
-            token, member = arith.divui(row, i32(s.group)), arith.remui(row, i32(s.group))
-            place = hopper.global_address(
-                y, size, (sequence, s.tokens * s.heads * s.head_dim), (token, s.heads * s.head_dim),
-                (kv_head, s.group * s.head_dim), (member, s.head_dim), (element, 1),
-            )  # fmt: skip
-            exists = arith.extui(_int(32), arith.cmpi(arith.CmpIPredicate.ult, element, i32(s.head_dim)))
-            store = {
-                4: "@p st.global.f32 [$0], q;",
-                2: "cvt.rn.bf16.f32 b, q; @p st.global.b16 [$0], b;",
-            }[size]
-            hopper.asm(
-                "{ .reg .pred p; .reg .b16 b; .reg .f32 q; setp.ne.b32 p, $3, 0; div.rn.f32 q, $1, $2; " + store + " }",
-                "l,f,f,r", [place, out, total, exists], [],
-            )  # fmt: skip
+            exists = arith.cmpi(arith.CmpIPredicate.ult, element, i32(s.head_dim))
+            self._store_result(y, out_dtype, sequence, kv_head, row, element, out, total, exists)
             return ()
 
         return cast(Operation, write)

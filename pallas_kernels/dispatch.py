@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels import reference, weight_layout
 from pallas_kernels.reference import Cache, Numerics
 from pallas_kernels.sources import Rounded, Source, Ungated, Unnormed
-from pallas_kernels.tiling import DECODE_ROWS, MAX_ROW, MAX_TOKEN, choose_streaming, rounds_its_input
+from pallas_kernels.tiling import DECODE_ROWS, DECODE_SLOTS, MAX_ROW, MAX_TOKEN, choose_streaming, rounds_its_input
 
 
 # Mosaic takes a second to import, which only who runs a kernel should pay.
@@ -679,8 +679,8 @@ def _decode_refusals(queries: tuple[int, ...], codes: tuple[int, ...], out_dtype
         reason = f"{head_dim=} is not 64 or 128"
     elif tokens * heads // kv_heads > DECODE_ROWS:
         reason = f"{tokens} tokens of {heads // kv_heads} heads are more than {DECODE_ROWS} rows"
-    elif slots % 2:
-        reason = f"{slots} slots are no even number"
+    elif slots % DECODE_SLOTS:
+        reason = f"{slots} slots are no multiple of {DECODE_SLOTS}"
     elif jnp.dtype(out_dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
         reason = f"out_dtype={jnp.dtype(out_dtype).name} is not bfloat16 or float32"
     return _named({"mosaic_gpu": reason})

@@ -20,9 +20,6 @@ THREADS = 32 * WARPS
 # What a code of 1 is worth when its bits are put into the upper byte of a float16.
 HALF_CODE_UNIT = 2.0**-16
 
-# The L2 cache's policy for what is read once; this encoding is what createpolicy gives for a fraction of 1.
-EVICT_FIRST = 0x12F0000000000000
-
 
 class Steps:
     """The register-level steps for one shape; all take references or containers, and scalars as int32.
@@ -41,6 +38,7 @@ class Steps:
         self.blocks_of_tokens = -(-m // 8)  # as the tensor core takes them
         self.tiles = -(-k // TILE_K)
         self.share_bytes = share_bytes(group_size, scale_dtype)
+        self.slots = hopper.WarpSlots(WARPS, cut.slots, self.share_bytes)
         self.team, self.teams = cut.team, WARPS // cut.team
         self.units = sum(self.sizes) // UNIT
         self.blocks = min(STREAMING_MULTIPROCESSORS, self.units)
@@ -60,30 +58,14 @@ class Steps:
         self.type = {name: hopper.container_type(count, dtype) for name, (count, dtype) in containers.items()}
 
     def open_slots(self) -> Operation:
-        """``(arrivals) -> ()``: makes the barriers of each warp's slots. Only the warp itself ever uses them."""
+        """``(arrivals) -> ()``: makes the barriers of each warp's slots."""
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=())
         def make(_: Any, arrivals: Any) -> Any:
-            thread = utils.thread_idx()
-            leads = lane_leads(thread)
-            for slot in range(self.cut.slots):
-                hopper.asm(
-                    "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p mbarrier.init.shared.b64 [$0], 1; }",
-                    "r,r", [self._arrival(arrivals, thread, i32(slot)), leads], [],
-                )  # fmt: skip
-            hopper.asm("fence.mbarrier_init.release.cluster;", "", [], [])
-            hopper.asm("fence.proxy.async.shared::cta;", "", [], [])
+            self.slots.open(arrivals)
             return ()
 
         return cast(Operation, make)
-
-    def _arrival(self, arrivals: Any, thread: ir.Value, slot: ir.Value) -> ir.Value:
-        index = arith.addi(arith.muli(slot, i32(WARPS)), arith.shrui(thread, i32(5)))
-        return arith.addi(hopper.shared_address(arrivals), arith.muli(index, i32(8)))
-
-    def _place(self, slots: Any, thread: ir.Value, slot: ir.Value) -> ir.Value:
-        index = arith.addi(arith.muli(slot, i32(WARPS)), arith.shrui(thread, i32(5)))
-        return arith.addi(hopper.shared_address(slots), arith.muli(index, i32(self.share_bytes)))
 
     def _in_team(self, thread: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The team of a thread, and its warp's number there."""
@@ -133,18 +115,9 @@ class Steps:
             index = arith.addi(arith.muli(index, i32(SHARES)), arith.andi(within, i32(SHARES - 1)))
             offset = arith.muli(arith.extui(i64, index), hopper.constant(self.share_bytes, bits=64))
             source = arith.addi(self._start(unit, tiles), offset)
-            # All lanes have read what the slot held before the copy may overwrite it.
-            hopper.asm(
-                "{ .reg .pred p, q; setp.ne.b32 p, $4, 0; setp.ne.and.b32 q, $3, 0, p; bar.warp.sync 0xffffffff; "
-                "@p mbarrier.arrive.expect_tx.shared.b64 _, [$1], $5; "
-                "@q cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-                f"[$0], [$2], {self.share_bytes}, [$1], $6; }}",
-                "r,r,l,r,r,r,l",
-                [
-                    self._place(slots, thread, slot), self._arrival(arrivals, thread, slot), source, exists,
-                    lane_leads(thread), arith.muli(exists, i32(self.share_bytes)),
-                    hopper.constant(EVICT_FIRST, bits=64),
-                ], [],
+            self.slots.request(
+                self.slots.place(slots, slot), self.slots.barrier(arrivals, slot),
+                [(source, 0, i32(self.share_bytes))], exists,
             )  # fmt: skip
             return ()
 
@@ -166,8 +139,8 @@ class Steps:
             lane, (_, warp) = arith.andi(thread, i32(31)), self._in_team(thread)
             tile = arith.addi(first.registers.item(), warp)
             exists = arith.cmpi(arith.CmpIPredicate.slt, tile, i32(self.tiles))
-            hopper.wait_for_phase(self._arrival(arrivals, thread, slot), parity.registers.item())
-            place = self._place(slots, thread, slot)
+            hopper.wait_for_phase(self.slots.barrier(arrivals, slot), parity.registers.item())
+            place = self.slots.place(slots, slot)
             address = arith.addi(place, arith.muli(lane, i32(16)))
             codes = hopper.load_shared_x4(address) + hopper.load_shared_x4(address, 512)
             size = jnp.dtype(self.scale_dtype).itemsize
@@ -428,12 +401,6 @@ class Steps:
             return ()
 
         return cast(Operation, write)
-
-
-def lane_leads(thread: ir.Value) -> ir.Value:
-    """1 in the first lane of each warp, else 0."""
-    first = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(thread, i32(31)), i32(0))
-    return arith.extui(ir.IntegerType.get_signless(32), first)
 
 
 def in_operand_order(word: ir.Value) -> ir.Value:

@@ -17,6 +17,7 @@ MAX_TOKEN = 16384  # inputs of a token that the matvec kernel rounds itself: 32 
 SUMS_PITCH = 20
 MAX_ROW = 32768  # elements of a row that a block of the row kernels holds in registers
 DECODE_ROWS = 16  # query rows per kv head that the decode kernel takes at most
+DECODE_SLOTS = 8  # of which a cache must have a multiple: copies of 16-bit scales start and end there
 
 
 @dataclasses.dataclass(frozen=True)

@@ -496,8 +496,8 @@ class Machine:
             assign(arguments[0], table[int(arguments[4], 0)])
         elif kind[0] == "prmt":
             source = np.stack([value(arguments[1]), value(arguments[2])], axis=1).view(np.uint8)
-            selector = int(arguments[3], 0)
-            picked = [source[:, selector >> 4 * i & 7] for i in range(4)]
+            selector, thread = value(arguments[3]), np.arange(self.block.threads)
+            picked = [source[thread, selector >> U32(4 * i) & U32(7)] for i in range(4)]
             assign(arguments[0], np.stack(picked, axis=1).copy().view(U32)[:, 0])
         elif opcode == "shf.r.wrap.b32":
             low, high, shift = value(arguments[1]), value(arguments[2]), int(arguments[3])
@@ -532,6 +532,9 @@ class Machine:
         elif kind[0] == "ex2":
             with np.errstate(under="ignore", over="ignore"):
                 assign(arguments[0], np.exp2(value(arguments[1], F32)))
+        elif kind[0] == "movmatrix":
+            halves = value(arguments[1]).view(B16).reshape(-1, 8, 8)  # warps, rows, columns
+            assign(arguments[0], halves.swapaxes(1, 2).reshape(-1).view(U32))
         elif kind[0] == "shfl":
             lanes = np.arange(self.block.threads)
             lanes = lanes ^ int(arguments[2]) if kind[2] == "bfly" else lanes // 32 * 32 + value(arguments[2]) % 32
@@ -564,8 +567,9 @@ class Machine:
                 done[thread] = arrival.phase & 1 != parity
             names[arguments[0]] = done
         else:
-            size = int(arguments[2])
+            sizes = value(arguments[2])
             for thread in threads:
+                size = int(sizes[thread])
                 target, source = int(address(arguments[0])[thread]), int(address(arguments[1])[thread])
                 assert target % 16 == source % 16 == size % 16 == 0, "a misaligned copy"
                 memory, at = self.arrays[(source >> 40) - 1], source & ((1 << 40) - 1)

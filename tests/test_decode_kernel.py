@@ -10,6 +10,7 @@ from test_matmul_kernel import frobenius, on_hopper
 
 import pallas_kernels as pk
 from pallas_kernels import mosaic_decode
+from pallas_kernels.decode_steps import Cut
 
 
 def inputs(batch, tokens, heads, kv_heads, head_dim, slots, seed=0):
@@ -30,7 +31,7 @@ def inputs(batch, tokens, heads, kv_heads, head_dim, slots, seed=0):
     [
         ((1, 1, 4, 2, 96, 64), "head_dim=96 is not 64 or 128"),
         ((1, 5, 8, 2, 64, 64), "5 tokens of 4 heads are more than 16 rows"),
-        ((1, 1, 4, 2, 64, 63), "63 slots are no even number"),
+        ((1, 1, 4, 2, 64, 60), "60 slots are no multiple of 8"),
     ],
 )
 def test_named_kernel_is_refused_where_it_cannot_run(sizes, message):
@@ -46,11 +47,11 @@ def test_named_kernel_is_refused_where_it_cannot_run(sizes, message):
 SIZES = [
     (1, 1, 32, 8, 128, 4096),
     (16, 1, 32, 8, 128, 1024),
-    (3, 1, 9, 3, 64, 514),
+    (3, 1, 9, 3, 64, 520),
     (2, 4, 32, 8, 128, 2048),
-    (64, 1, 28, 4, 128, 130),
+    (64, 1, 28, 4, 128, 136),
     (1, 1, 32, 32, 128, 16384),
-    (5, 1, 8, 8, 64, 2),
+    (5, 1, 8, 8, 64, 8),
 ]
 
 
@@ -69,12 +70,12 @@ def test_lowers_for_cuda_without_a_gpu(sizes):
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize("splits", [None, 1, 5])
+@pytest.mark.parametrize("cut", [None, Cut(1, 8), Cut(5), Cut(3, 8, 3)], ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_kernel_against_the_reference(sizes, splits):
+def test_kernel_against_the_reference(sizes, cut):
     arguments, scale = inputs(*sizes), sizes[4] ** -0.5
     kernel = jax.jit(
-        functools.partial(mosaic_decode.decode_attention, softmax_scale=scale, out_dtype=jnp.float32, splits=splits)
+        functools.partial(mosaic_decode.decode_attention, softmax_scale=scale, out_dtype=jnp.float32, cut=cut)
     )
     results = [kernel(*arguments) for _ in range(10)]
     expected = pk.decode_attention(*arguments, softmax_scale=scale, out_dtype=jnp.float32, implementation="reference")

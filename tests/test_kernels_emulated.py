@@ -17,6 +17,7 @@ from test_matmul_kernel import (
 
 import pallas_kernels as pk
 from pallas_kernels import decode_steps, matmul_steps, matvec_steps, mosaic_decode, mosaic_matmul, mosaic_matvec
+from pallas_kernels.decode_steps import Cut
 from pallas_kernels.tiling import Streaming, Tiling
 
 
@@ -155,18 +156,18 @@ def test_residual(m, n, k, how, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "heads", "kv_heads", "head_dim", "slots", "positions", "splits"),
+    ("tokens", "heads", "kv_heads", "head_dim", "slots", "positions", "cut"),
     [
-        (1, 2, 2, 64, 64, [0, 63, 31], 1),
-        (1, 9, 3, 64, 200, [199, 128], 1),  # a query group of three, slots that are no multiple of a tile
-        (1, 8, 1, 128, 320, [300], 3),  # splits of which one has less to do
-        (1, 4, 1, 128, 512, [5], 4),  # and of which three have nothing
-        (1, 2, 1, 64, 2304, [2300], 18),  # more splits than are merged at once
-        (2, 16, 2, 128, 160, [[150, 151]], 2),  # two tokens: sixteen rows
+        (1, 2, 2, 64, 64, [0, 63, 31], Cut(1)),
+        (1, 9, 3, 64, 200, [199, 128], Cut(1, 8, 3)),  # a query group of three, slots that are no multiple of a tile
+        (1, 8, 1, 128, 320, [300], Cut(3, depth=4)),  # splits of which one has less to do
+        (1, 4, 1, 128, 512, [5], Cut(4)),  # and of which three have nothing
+        (1, 2, 1, 64, 2304, [2300], Cut(18)),  # more splits than are merged at once
+        (2, 16, 2, 128, 160, [[150, 151]], Cut(2, 8)),  # two tokens: sixteen rows
         (3, 4, 4, 64, 256, [[0, 1, 2], [253, 254, 255]], None),
     ],
 )
-def test_decode_attention(tokens, heads, kv_heads, head_dim, slots, positions, splits):
+def test_decode_attention(tokens, heads, kv_heads, head_dim, slots, positions, cut):
     positions = jnp.asarray(positions, jnp.int32).reshape(-1, tokens)
     batch, rng = len(positions), np.random.default_rng(slots)
     q8, q_scale = pk.quantize_fp8(jnp.asarray(rng.normal(size=(batch, tokens, heads, head_dim)) * 3, jnp.float32))
@@ -175,12 +176,14 @@ def test_decode_attention(tokens, heads, kv_heads, head_dim, slots, positions, s
         codes, scales = pk.quantize_kv(
             jnp.asarray(rng.normal(size=(batch, kv_heads, slots, head_dim)) * spread, jnp.float32)
         )
-        # What stands behind the last token was never written, or by a longer sequence before.
         cache += [codes, scales]
     arguments = (q8, q_scale, *cache, positions)
+    # What stands behind the last token was never written, or by a longer sequence before.
+    behind = jnp.arange(slots) > positions.max(1)[:, None, None]
+    unwritten = [jnp.where(behind, jnp.nan, part) if part.ndim == 3 else part for part in cache]
     with emulated(mosaic_decode, decode_steps, matmul_steps):
         actual = mosaic_decode.decode_attention(
-            *arguments, softmax_scale=head_dim**-0.5, out_dtype=jnp.float32, splits=splits
+            q8, q_scale, *unwritten, positions, softmax_scale=head_dim**-0.5, out_dtype=jnp.float32, cut=cut
         )
     expected = pk.decode_attention(
         *arguments, softmax_scale=head_dim**-0.5, out_dtype=jnp.float32, implementation="reference"
