@@ -75,7 +75,8 @@ def generate(
       key: PRNG key; required unless sampling is greedy.
       prompt_lengths: ``[batch]`` int, real tokens per row of an array of prompts; None if there is no padding.
       eos_token_ids: tokens that end a sequence; None takes the config's, ``()`` never stops.
-      cache_capacity: cache slots per sequence, rounded up to a multiple of 8; None takes what prompts and new tokens need.
+      cache_capacity: cache slots per sequence, rounded up to a multiple of 8; None takes what prompts and new tokens
+        need.
 
     Returns:
       A :class:`Generation`.

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, scf
+from jaxlib.mlir.dialects import arith, llvm
 
 WARPGROUP = 128
 FREE_BARRIER = 8  # the first of the block's 16 barriers that the compiler leaves alone: it has one per warpgroup
@@ -403,18 +403,6 @@ def multiply_add(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
 def exp2(value: ir.Value) -> ir.Value:
     """Two to the power of a float32."""
     return pure_asm("ex2.approx.ftz.f32 $0, $1;", "=f,f", [value], value.type)
-
-
-def branch(
-    condition: ir.Value, then: Callable[[], Sequence[ir.Value]], otherwise: Sequence[ir.Value]
-) -> list[ir.Value]:
-    """``then()`` where the condition holds, or ``otherwise``; the same for all of a warp if ``then`` exchanges data."""
-    # The dialect's own class, whose arguments are not those of the generated one that type checkers find.
-    chosen = cast(Any, scf).IfOp(condition, [value.type for value in otherwise], has_else=True)
-    for block, values in ((chosen.then_block, then), (chosen.else_block, lambda: otherwise)):
-        with ir.InsertionPoint(block):
-            scf.yield_(list(values()))
-    return list(chosen.results)
 
 
 def in_block(address: ir.Value, block: int) -> ir.Value:

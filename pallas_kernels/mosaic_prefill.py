@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.matmul_steps import Operation
-from pallas_kernels.prefill_steps import ROWS, SUM_COLUMNS, PrefillShape, Steps
+from pallas_kernels.prefill_steps import ROWS, PrefillShape, Steps
 from pallas_kernels.reference import (
     Cache,
     dequantize_int4,
@@ -63,8 +63,7 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
     def body(
         q8: Any, q_scale: Any, k8: Any, k_scale: Any, values: Any, v_scale: Any, lengths: Any, *refs: Any
     ) -> None:  # fmt: skip
-        *starts, y, q_smem, k_smem, v_smem, y_smem, held_smem, sink = refs[:-6]
-        q_full, q_empty, k_full, k_empty, v_full, v_empty = refs[-6:]
+        *starts, y, q_smem, k_smem, v_smem, y_smem, held_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty = refs
         block, warpgroup = jax.lax.axis_index("block"), jax.lax.axis_index("warpgroup")
         rounds, rest = divmod(all_tiles, blocks)
 
@@ -98,11 +97,11 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
                 def reuse() -> None:
                     plgpu.barrier_wait(empty.at[slot(number)])
 
-                plgpu.copy_gmem_to_smem(source, target, full.at[slot(number)])
+                plgpu.copy_gmem_to_smem(source, target.at[slot(number)], full.at[slot(number)])
 
             def copy_keys(tile: Tile, j: Any, number: Any) -> None:
                 at = pl.ds((tile.count - 1 - j) * s.keys, s.keys)
-                copy(number, k8.at[tile.sequence, at, tile.kv_head], k_smem.at[slot(number)], k_full, k_empty)
+                copy(number, k8.at[tile.sequence, at, tile.kv_head], k_smem, k_full, k_empty)
 
             def begin_tile(i: Any, number: Any) -> None:
                 tile = tile_of(i)
@@ -130,8 +129,7 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
                         begin_tile(i + 1, number + 1)
 
                     at = pl.ds((tile.count - 1 - j) * s.keys, s.keys)
-                    target = v_smem.at[slot(number), pl.ds(0, s.head_dim)]  # ones stay behind them
-                    copy(number, values.at[tile.sequence, tile.kv_head, :, at], target, v_full, v_empty)
+                    copy(number, values.at[tile.sequence, tile.kv_head, :, at], v_smem, v_full, v_empty)
 
                 jax.lax.fori_loop(0, tile.count, copy_both, None)
                 return done + tile.count
@@ -164,13 +162,16 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
                 return scores, ops.gather()(output, weights, v_smem.at[slot(number - 1)])
 
             def weigh_first(tile: Tile, scores: Any, factors: Any, limits: Any, in_use: Any) -> Any:
-                """Of a tile's last keys, which its rows do not all see: ``(weights, maxima)``."""
+                """Of a tile's last keys, which its rows do not all see: ``(weights in float32, maxima, sums)``."""
                 scores = ops.mask()(scores, limits, (tile.count - 1) * s.keys)
-                return ops.weigh_anew()(scores, factors, in_use, sink)
+                scores, maxima, sums, *_ = ops.weigh()(
+                    scores, factors, in_use, in_use, ops.start()(zeros("pair")), zeros("pair"), y_smem
+                )
+                return scores, maxima, sums
 
             def attend(i: Any, carry: Any) -> Any:
                 """A tile, whose first scores have been weighed, and the first scores of the next one."""
-                tile, done, scores, weights, maxima, queries, factors, limits, in_use, following = carry
+                tile, done, scores, weights, maxima, sums, queries, factors, limits, in_use, following = carry
 
                 def step(j: Any, carry: Any, some_hidden: bool = False) -> Any:
                     scores, weights, output, maxima, sums, before, now, since = carry
@@ -182,16 +183,16 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
                     plgpu.barrier_arrive(k_empty.at[slot(number)])
                     if some_hidden:
                         scores = ops.mask()(scores, limits, (tile.count - 1 - j) * s.keys)
-                    next_weights, flag = ops.weigh()(scores, factors, now, maxima, sink)
+                    scores, maxima, sums, shrink, flag = ops.weigh()(scores, factors, before, now, maxima, sums, y_smem)
                     output = ops.wait("output", 0)(output, queries, weights)
                     plgpu.barrier_arrive(v_empty.at[slot(number - 1)])
-                    next_weights, maxima, change = ops.correct()(scores, factors, now, maxima, next_weights, flag)
-                    output, sums, since = ops.rescale()(output, sums, since, before, now, change, flag)
-                    return scores, ops.as_operand()(next_weights), output, maxima, sums, now, following, since
+                    rounded = ops.round_weights()(scores)
+                    output, since = ops.shrink()(output, shrink, flag), ops.grow()(since, shrink)
+                    return scores, rounded, output, maxima, sums, now, following, since
 
                 ones = plgpu.layout_cast(jnp.ones(ops.type["pair"].shape, jnp.float32), ops.layout["pair"])
                 held = held_smem.at[warpgroup]
-                carry = (scores, weights, zeros("output"), maxima, zeros("pair"), in_use, following, ones)
+                carry = (scores, weights, zeros("output"), maxima, sums, in_use, following, ones)
                 unmasked = jnp.int32(1)
                 if starts:  # a tile's rows end in two blocks of keys
                     unmasked = jnp.minimum(tile.count, 2)
@@ -210,10 +211,10 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
                     carry = jax.lax.fori_loop(begin, end, step, carry)
 
                     def hold(_: Any, carry: Any) -> Any:
-                        scores, weights, output, maxima, sums, before, now, since = carry
-                        ops.hold()(with_held(output, since, part), held)
-                        sums = ops.add_sums()(sums, output)
-                        return scores, weights, zeros("output"), maxima, sums, before, now, ones
+                        *state, since = carry
+                        ops.hold()(with_held(state[2], since, part), held)
+                        state[2] = zeros("output")
+                        return *state, ones
 
                     return jax.lax.fori_loop(0, (part < held_times).astype(jnp.int32), hold, carry)
 
@@ -234,10 +235,9 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
                 scores, output = issue(scores, output, queries, weights, done)
                 scores = ops.wait("scores", 1)(scores, queries, weights)
                 plgpu.barrier_arrive(k_empty.at[slot(done)])
-                next_weights, maxima = weigh_first(following_tile, scores, factors, limits, in_use)
+                scores, maxima, next_sums = weigh_first(following_tile, scores, factors, limits, in_use)
                 output = ops.wait("output", 0)(output, queries, weights)
                 plgpu.barrier_arrive(v_empty.at[slot(done - 1)])
-                sums = ops.add_sums()(sums, output)
                 output = with_held(output, since, held_times)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 ops.store()(output, sums, last_scales, y_smem.at[warpgroup])
@@ -247,13 +247,10 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
                     plgpu.copy_smem_to_gmem(
                         y_smem.at[warpgroup, chunk], y.at[tile.sequence, rows, tile.head, pl.ds(64 * chunk, 64)]
                     )
-                weights = ops.as_operand()(next_weights)
-                state = (scores, weights, maxima, queries, factors, limits, in_use, following)
+                weights = ops.round_weights()(scores)
+                state = (scores, weights, maxima, next_sums, queries, factors, limits, in_use, following)
                 return following_tile, done, *state
 
-            for i in range(stages):  # by both warpgroups, alike
-                ops.fill_with_ones()(v_smem.at[i, pl.ds(s.head_dim, SUM_COLUMNS)])
-            plgpu.commit_smem()
             first_tile = tile_of(jnp.int32(0))
             plgpu.barrier_wait(q_full)
             queries, factors, limits, in_use, following = begin(first_tile)
@@ -261,8 +258,9 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
             scores = ops.score()(zeros("scores"), queries, k_smem.at[0])
             scores = ops.wait("scores", 0)(scores, queries, zeros("weights", jnp.int32))
             plgpu.barrier_arrive(k_empty.at[0])
-            weights, maxima = weigh_first(first_tile, scores, factors, limits, in_use)
-            state = (scores, ops.as_operand()(weights), maxima, queries, factors, limits, in_use, following)
+            scores, maxima, sums = weigh_first(first_tile, scores, factors, limits, in_use)
+            weights = ops.round_weights()(scores)
+            state = (scores, weights, maxima, sums, queries, factors, limits, in_use, following)
             jax.lax.fori_loop(0, mine, attend, (first_tile, jnp.int32(0), *state))
             plgpu.wait_smem_to_gmem(0)
 
@@ -273,10 +271,9 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
         scratch_types=[
             plgpu.SMEM((TILE, s.head_dim), jnp.float8_e4m3fn, transforms=ops.key_swizzle),
             plgpu.SMEM((stages, s.keys, s.head_dim), jnp.float8_e4m3fn, transforms=ops.key_swizzle),
-            plgpu.SMEM((stages, s.head_dim + SUM_COLUMNS, s.keys), jnp.float8_e4m3fn, transforms=ops.value_swizzle),
+            plgpu.SMEM((stages, s.head_dim, s.keys), jnp.float8_e4m3fn, transforms=ops.value_swizzle),
             plgpu.SMEM((WARPGROUPS, chunks, ROWS, 64), jnp.bfloat16, transforms=ops.output_swizzle),
             plgpu.SMEM((WARPGROUPS, s.head_dim * ROWS), jnp.float32),
-            plgpu.SMEM((1,), jnp.int32),
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
             copied,

@@ -1,9 +1,7 @@
 """The register-level steps of prefill attention, which :mod:`pallas_kernels.mosaic_prefill` puts in order."""
 
 import dataclasses
-import functools
 import math
-from collections.abc import Sequence
 from typing import Any, cast
 
 import jax.numpy as jnp
@@ -18,15 +16,13 @@ from pallas_kernels.reference import SCALE_TOKENS
 
 ROWS = 64  # query rows of a warpgroup
 LOG2_E = math.log2(math.e)
-# exp(score - max) is multiplied by 2 to this power before it is rounded to e4m3.
-WEIGHT_EXPONENT = 7.0
+# exp(score - max) is multiplied by 256 before it is rounded to e4m3, which the sum of the weights is as well.
+WEIGHT_EXPONENT = 8.0
 # A hidden key's score, and what a row's maximum begins with: so far apart that no hidden key of a row that has not seen
 # any other weighs anything, and finite, so that differences are no NaN.
 MASKED, LOWEST = -3e38, -1e25
-# A maximum may lag behind by as much, of powers of two: 2^8.75 is still rounded to something below the largest e4m3.
-SLACK = 8.75 - WEIGHT_EXPONENT
-# Of ones, beside the values: the tensor core sums the weights, too, as they are when rounded.
-SUM_COLUMNS = 8
+# A maximum may lag behind by as much, of powers of two: 2^(8 + 0.8) is not more than the largest e4m3.
+SLACK = 0.8
 SMALLEST_FACTOR = 1e-12  # under which scores are alike anyway, and MASKED would not stay below LOWEST
 
 
@@ -78,7 +74,7 @@ class Steps:
             "limits": (2, jnp.int32),
             "scores": (n // 2, jnp.float32),
             "weights": (n // 8, jnp.int32),
-            "output": ((d + SUM_COLUMNS) // 2, jnp.float32),
+            "output": (d // 2, jnp.float32),
             "pair": (2, jnp.float32),
             "flag": (1, jnp.int32),
         }
@@ -248,179 +244,113 @@ class Steps:
 
         return cast(Operation, hide)
 
-    def weigh_anew(self) -> Operation:
-        """``(scores, factors, scales, sink) -> (weights, maxima)`` of a row's first block of keys."""
-
-        @plgpu.inline_mgpu(
-            arg_types=(self.layout["scores"], self.layout["factors"], self.layout["pair"], plgpu.RefType()),
-            return_type=(self.type["weights"], self.type["pair"]),
-        )
-        def weigh(_: Any, scores: Any, factors: Any, scales: Any, sink: Any) -> Any:
-            registers = hopper.unpack(scores)
-            factors = self._in_scores(factors, scales)
-            maxima = self._maxima(registers, factors, [f32(LOWEST)] * 2)
-            words = self._weights(registers, factors, maxima)
-            self._any_of(words, sink)
-            return hopper.pack(words), hopper.pack(maxima)
-
-        return cast(Operation, weigh)
-
     def weigh(self) -> Operation:
-        """``(scores, factors, scales, maxima, sink) -> (weights, flag)``, by the maxima of the blocks before.
+        """``(scores, factors, scales before, scales, maxima, sums, scratch) -> (weights, maxima, sums, shrink, flag)``.
 
-        That takes no look at this block's scores first. The flag is 0 in a warp none of whose weights is too large for
-        e4m3; those of another one are to be corrected. ``sink`` is a word of shared memory.
+        The weights are float32. Scales are those of the keys and values of the block before and of this one. ``shrink``
+        brings the output so far to the new maxima and to this block's scale of values; it is 1 in all of a warp's rows
+        where ``flag`` is 0. A row's maximum is that of its scores up to ``SLACK``: it follows only a score further
+        above. ``scratch`` is any shared memory; it stays as it is.
         """
 
         @plgpu.inline_mgpu(
             arg_types=(
-                self.layout["scores"], self.layout["factors"], *[self.layout["pair"]] * 2, plgpu.RefType(),
+                self.layout["scores"],
+                self.layout["factors"],
+                *[self.layout["pair"]] * 4,
+                plgpu.RefType(self.output_swizzle),
             ),
-            return_type=(self.type["weights"], self.type["flag"]),
-        )  # fmt: skip
-        def weigh(_: Any, scores: Any, factors: Any, scales: Any, maxima: Any, sink: Any) -> Any:
-            factors, maxima = self._in_scores(factors, scales), hopper.unpack(maxima)
-            words = self._weights(hopper.unpack(scores), factors, maxima)
-            # The largest e4m3, to which larger ones are rounded, is 0x7E; a byte that holds it gets its highest bit.
-            large = self._any_of([arith.addi(word, i32(0x02020202)) for word in words], sink)
-            [flag] = hopper.asm(
-                "{ .reg .pred p; setp.ne.b32 p, $1, 0; vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }",
-                "=r,r", [arith.andi(large, i32(0x80808080))], [ir.IntegerType.get_signless(32)],
+            return_type=(self.type["scores"], *[self.type["pair"]] * 3, self.type["flag"]),
+        )
+        def weigh(
+            _: Any, scores: Any, factors: Any, before: Any, now: Any, maxima: Any, sums: Any, scratch: Any
+        ) -> Any:
+            registers = hopper.unpack(scores)
+            (_key_scale, value_before), (key_scale, value_scale) = hopper.unpack(before), hopper.unpack(now)
+            factors = [arith.mulf(factor, key_scale) for factor in hopper.unpack(factors)]
+            if self.shape.cached:  # only then a row's first block may be hidden from it
+                factors = [hopper.maximum(factor, f32(SMALLEST_FACTOR)) for factor in factors]
+            maxima, sums = hopper.unpack(maxima), hopper.unpack(sums)
+            [change_of_unit] = hopper.divide_all([value_before], value_scale)
+            rows = [[i for i in range(len(registers)) if i % 4 // 2 == half] for half in range(2)]
+            here = []
+            for mine, factor in zip(rows, factors, strict=True):
+                # Three short chains rather than a long one.
+                chains = [registers[i] for i in mine[:3]]
+                for j, i in enumerate(mine[3:]):
+                    chains[j % 3] = hopper.maximum(chains[j % 3], registers[i])
+                largest = hopper.maximum(hopper.maximum(chains[0], chains[1]), chains[2])
+                here.append(arith.mulf(hopper.across_lanes(largest, hopper.maximum, 4), factor))
+            peaks = []
+            for peak, largest in zip(maxima, here, strict=True):
+                above = arith.cmpf(arith.CmpFPredicate.OGT, largest, arith.addf(peak, f32(SLACK)))
+                peaks.append(arith.select(above, largest, peak))
+            weights, totals, shrink = list(registers), [], []
+            for half, mine in enumerate(rows):
+                # 2^(score · factor - peak + 8)
+                offset = arith.subf(f32(WEIGHT_EXPONENT), peaks[half])
+                change = hopper.exp2(arith.subf(maxima[half], peaks[half]))
+                shrink.append(arith.mulf(change, change_of_unit))
+                parts = [f32(0)] * 3
+                for j, i in enumerate(mine):
+                    weights[i] = hopper.exp2(hopper.multiply_add(registers[i], factors[half], offset))
+                    parts[j % 3] = arith.addf(parts[j % 3], weights[i])
+                total = arith.addf(arith.addf(parts[0], parts[1]), parts[2])
+                totals.append(hopper.multiply_add(sums[half], change, total))
+                # ptxas would move all of this behind the next wait for the tensor core, which is what it must overlap.
+                # It does not move a store there, and this one is never made: no sum is that large.
+                hopper.asm(
+                    "{ .reg .pred p; setp.gt.f32 p, $1, 0f7F000000; @p st.shared.f32 [$0], $1; }", "r,f",
+                    [hopper.shared_address(scratch), total], [],
+                )  # fmt: skip
+            flag = hopper.asm(
+                "{ .reg .pred p, q; setp.neu.f32 p, $1, 0f3F800000; setp.neu.f32 q, $2, 0f3F800000; or.pred p, p, q; "
+                "vote.sync.any.pred q, p, 0xffffffff; selp.b32 $0, 1, 0, q; }", "=r,f,f",
+                shrink, [ir.IntegerType.get_signless(32)],
             )  # fmt: skip
-            return hopper.pack(words), hopper.pack([flag])
+            return tuple(map(hopper.pack, (weights, peaks, totals, shrink, flag)))
 
         return cast(Operation, weigh)
 
-    def correct(self) -> Operation:
-        """``(scores, factors, scales, maxima, weights, flag) -> (weights, maxima, change)``.
-
-        Where the flag is set, maxima follow the scores that are above them by more than ``SLACK``, and weights are
-        those of the new maxima; ``change`` brings what was weighed by the old ones to them.
-        """
-
-        @plgpu.inline_mgpu(
-            arg_types=(
-                self.layout["scores"], self.layout["factors"], *[self.layout["pair"]] * 2, self.layout["weights"],
-                self.layout["flag"],
-            ),
-            return_type=(self.type["weights"], *[self.type["pair"]] * 2),
-        )  # fmt: skip
-        def correct(_: Any, scores: Any, factors: Any, scales: Any, maxima: Any, weights: Any, flag: Any) -> Any:
-            factors, maxima, weights = self._in_scores(factors, scales), hopper.unpack(maxima), hopper.unpack(weights)
-            registers = hopper.unpack(scores)
-
-            def anew() -> list[ir.Value]:
-                peaks = self._maxima(registers, factors, maxima)
-                change = [hopper.exp2(arith.subf(old, new)) for old, new in zip(maxima, peaks, strict=True)]
-                return [*self._weights(registers, factors, peaks), *peaks, *change]
-
-            [flag] = hopper.unpack(flag)
-            set_ = arith.cmpi(arith.CmpIPredicate.ne, flag, i32(0))
-            results = hopper.branch(set_, anew, [*weights, *maxima, f32(1), f32(1)])
-            return hopper.pack(results[:-4]), hopper.pack(results[-4:-2]), hopper.pack(results[-2:])
-
-        return cast(Operation, correct)
-
-    def _any_of(self, words: Sequence[ir.Value], sink: ir.Value) -> ir.Value:
-        """All bits of the words, which are there before the tensor core is waited for.
-
-        ptxas would move behind that wait whatever is needed only there, and it is what must overlap. It does not move a
-        store; what this one leaves in ``sink`` is of no use.
-        """
-        result = functools.reduce(arith.ori, words)
-        hopper.asm("st.shared.b32 [$0], $1;", "r,r", [hopper.shared_address(sink), result], [])
-        return result
-
-    def _in_scores(self, factors: Any, scales: Any) -> list[ir.Value]:
-        """What a block's scores are multiplied by, per row."""
-        key_scale, _value_scale = hopper.unpack(scales)
-        factors = [arith.mulf(factor, key_scale) for factor in hopper.unpack(factors)]
-        if self.shape.cached:  # only then a row's first block may be hidden from it
-            factors = [hopper.maximum(factor, f32(SMALLEST_FACTOR)) for factor in factors]
-        return factors
-
-    def _maxima(
-        self, scores: Sequence[ir.Value], factors: Sequence[ir.Value], before: Sequence[ir.Value]
-    ) -> list[ir.Value]:
-        """Per row the maximum so far, or that of the scores if it is above by more than ``SLACK``."""
-        peaks = []
-        for half, (factor, peak) in enumerate(zip(factors, before, strict=True)):
-            mine = [score for i, score in enumerate(scores) if i % 4 // 2 == half]
-            # Three short chains rather than a long one.
-            chains = mine[:3]
-            for j, score in enumerate(mine[3:]):
-                chains[j % 3] = hopper.maximum(chains[j % 3], score)
-            largest = hopper.maximum(hopper.maximum(chains[0], chains[1]), chains[2])
-            largest = arith.mulf(hopper.across_lanes(largest, hopper.maximum, 4), factor)
-            above = arith.cmpf(arith.CmpFPredicate.OGT, largest, arith.addf(peak, f32(SLACK)))
-            peaks.append(arith.select(above, largest, peak))
-        return peaks
-
-    def _weights(
-        self, scores: Sequence[ir.Value], factors: Sequence[ir.Value], maxima: Sequence[ir.Value]
-    ) -> list[ir.Value]:
-        """``2^(score · factor - maximum + WEIGHT_EXPONENT)`` in e4m3, in the scores' order."""
-        offsets = [arith.subf(f32(WEIGHT_EXPONENT), maximum) for maximum in maxima]
-        weights = []
-        for i, score in enumerate(scores):
-            half = i % 4 // 2
-            weights.append(hopper.exp2(hopper.multiply_add(score, factors[half], offsets[half])))
-        return [hopper.to_e4m3x4(weights[i : i + 4]) for i in range(0, len(weights), 4)]
-
-    def as_operand(self) -> Operation:
-        """``weights -> weights``, from the scores' order to that of the second product's register operand.
+    def round_weights(self) -> Operation:
+        """``weights as float32 -> weights`` in e4m3, as the register operand of the second product.
 
         A thread's columns 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t of each 16 become the operand's inputs 4 t to 4 t + 3:
-        values lie in that order. A step of its own, behind the product before: ptxas serialises wgmmas when it finds
-        the registers of an operand written while another runs.
+        values lie in that order.
         """
 
-        @plgpu.inline_mgpu(arg_types=(self.layout["weights"],), return_type=self.type["weights"])
-        def arrange(_: Any, weights: Any) -> Any:
-            words, arranged = hopper.unpack(weights), []
-            for i in range(0, len(words), 2):
-                for selector in ("0x5410", "0x7632"):  # of both words' halves the lower ones, the upper ones
-                    ptx = f"prmt.b32 $0, $1, $2, {selector};"
-                    arranged.append(hopper.pure_asm(ptx, "=r,r,r", words[i : i + 2], words[i].type))
-            return hopper.pack(arranged)
+        @plgpu.inline_mgpu(arg_types=(self.layout["scores"],), return_type=self.type["weights"])
+        def convert(_: Any, weights: Any) -> Any:
+            registers = hopper.unpack(weights)
+            packed = []
+            for block in range(0, len(registers), 8):  # 16 columns
+                for half in range(2):
+                    four = [registers[block + 4 * j + 2 * half + e] for j in range(2) for e in range(2)]
+                    packed.append(hopper.to_e4m3x4(four))
+            return hopper.pack(packed)
 
-        return cast(Operation, arrange)
+        return cast(Operation, convert)
 
-    def rescale(self) -> Operation:
-        """``(output, held sums, since, scales before, scales, change, flag) -> (output, held sums, since)``.
-
-        To the new maxima, where the flag is set, and to this block's scale of values if it is another than that of the
-        block before; weights' sums, in the output's last columns and those that are held, to the maxima alone.
-        ``since`` is the product of what the output was multiplied by since something was held.
-        """
+    def shrink(self) -> Operation:
+        """``(output, shrink, flag) -> output``: a thread's rows, each times its factor, unless the flag is 0."""
 
         @plgpu.inline_mgpu(
-            arg_types=(self.layout["output"], *[self.layout["pair"]] * 5, self.layout["flag"]),
-            return_type=(self.type["output"], *[self.type["pair"]] * 2),
+            arg_types=(self.layout["output"], self.layout["pair"], self.layout["flag"]),
+            return_type=self.type["output"],
         )
-        def scale(_: Any, output: Any, sums: Any, since: Any, before: Any, now: Any, change: Any, flag: Any) -> Any:
-            registers, change = hopper.unpack(output), hopper.unpack(change)
-            sums, since = hopper.unpack(sums), hopper.unpack(since)
-            values, [flag] = self.shape.head_dim // 2, hopper.unpack(flag)
-            (_key_scale, value_before), (_next_key_scale, value_scale) = hopper.unpack(before), hopper.unpack(now)
-            new_unit = arith.cmpf(arith.CmpFPredicate.UNE, value_before, value_scale)
-            changes = arith.ori(new_unit, arith.cmpi(arith.CmpIPredicate.ne, flag, i32(0)))
-
-            def multiply() -> list[ir.Value]:
-                [of_unit] = hopper.divide_all([value_before], value_scale)
-                shrink = [arith.mulf(c, of_unit) for c in change]
-                scaled = [arith.mulf(r, shrink[i % 4 // 2]) for i, r in enumerate(registers[:values])]
-                scaled += [arith.mulf(r, change[i % 4 // 2]) for i, r in enumerate(registers[values:])]
-                scaled += [arith.mulf(a, b) for a, b in zip(sums, change, strict=True)]
-                return scaled + [arith.mulf(a, b) for a, b in zip(since, shrink, strict=True)]
-
-            scaled = hopper.branch(changes, multiply, [*registers, *sums, *since])
-            return hopper.pack(scaled[:-4]), hopper.pack(scaled[-4:-2]), hopper.pack(scaled[-2:])
+        def scale(_: Any, output: Any, factors: Any, flag: Any) -> Any:
+            registers, n = hopper.unpack(output), self.shape.head_dim // 2
+            lines = ["{ .reg .pred p;", f"setp.ne.b32 p, ${2 * n + 2}, 0;", "@!p bra skip;"]
+            lines += [f"@p mul.f32 ${i}, ${i}, ${2 * n + i % 4 // 2};" for i in range(n)]
+            lines += ["skip: }"]
+            constraints = ",".join(["=f"] * n + [str(i) for i in range(n)] + ["f", "f", "r"])
+            operands = [*registers, *hopper.unpack(factors), *hopper.unpack(flag)]
+            return hopper.pack(hopper.asm("\n".join(lines), constraints, operands, [ir.F32Type.get()] * n))
 
         return cast(Operation, scale)
 
     def hold(self) -> Operation:
-        """``(output, held) -> ()``: each thread's registers, without sums, to its place in shared memory."""
+        """``(output, held) -> ()``: each thread's registers to its place in shared memory."""
 
         @plgpu.inline_mgpu(arg_types=(self.layout["output"], plgpu.RefType()), return_type=())
         def hold(_: Any, output: Any, held: Any) -> Any:
@@ -456,27 +386,15 @@ class Steps:
         base = arith.addi(base, arith.muli(hopper.thread_in_warpgroup(), i32(16)))
         return [(i, (base, 4 * i * hopper.WARPGROUP)) for i in range(0, self.shape.head_dim // 2, 4)]
 
-    def add_sums(self) -> Operation:
-        """``(held sums, output) -> held sums``: plus the weights' sums in the output's last columns."""
+    def grow(self) -> Operation:
+        """``(factors, shrink) -> factors``: their products."""
 
-        @plgpu.inline_mgpu(arg_types=(self.layout["pair"], self.layout["output"]), return_type=self.type["pair"])
-        def add(_: Any, sums: Any, output: Any) -> Any:
-            in_output = hopper.unpack(output)[self.shape.head_dim // 2 :]
-            return hopper.pack([arith.addf(a, b) for a, b in zip(hopper.unpack(sums), in_output[::2], strict=True)])
+        @plgpu.inline_mgpu(arg_types=(self.layout["pair"], self.layout["pair"]), return_type=self.type["pair"])
+        def multiply(_: Any, factors: Any, shrink: Any) -> Any:
+            pairs = zip(hopper.unpack(factors), hopper.unpack(shrink), strict=True)
+            return hopper.pack([arith.mulf(a, b) for a, b in pairs])
 
-        return cast(Operation, add)
-
-    def fill_with_ones(self) -> Operation:
-        """``rows in shared memory -> ()``: the ``SUM_COLUMNS`` rows behind a block of values, all 1 in e4m3."""
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(self.value_swizzle),), return_type=())
-        def fill(_: Any, rows: Any) -> Any:
-            place = arith.addi(hopper.shared_address(rows), arith.muli(hopper.thread_in_warpgroup(), i32(8)))
-            ones = i32(0x38383838)
-            hopper.asm("st.shared.v2.b32 [$0], {$1, $2};", "r,r,r", [place, ones, ones], [])
-            return ()
-
-        return cast(Operation, fill)
+        return cast(Operation, multiply)
 
     def store(self) -> Operation:
         """``(output, sums, scales, tile in shared memory) -> ()``: times the values' scale, by the sums, in bf16.
@@ -493,9 +411,11 @@ class Steps:
         )  # fmt: skip
         def write(_: Any, output: Any, sums: Any, scales: Any, tile: Any) -> Any:
             scale = hopper.unpack(scales)[1]
-            factors = [hopper.divide(scale, total) for total in hopper.unpack(sums)]
-            values = hopper.unpack(output)[: s.head_dim // 2]
-            registers = [arith.mulf(r, factors[i % 4 // 2]) for i, r in enumerate(values)]
+            factors = []
+            for total in hopper.unpack(sums):
+                # The four lanes of a row each summed their own columns.
+                factors.append(hopper.divide(scale, hopper.across_lanes(total, arith.addf, 4)))
+            registers = [arith.mulf(r, factors[i % 4 // 2]) for i, r in enumerate(hopper.unpack(output))]
             words = [hopper.to_bf16x2(registers[i], registers[i + 1]) for i in range(0, len(registers), 2)]
             row, second = self._matrix_row()
             base = arith.addi(hopper.shared_address(tile), arith.muli(row, i32(128)))

@@ -624,7 +624,7 @@ def emulated(*modules):
     comparisons = {
         "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "slt": lambda a, b: signed(a) < signed(b),
         "sle": lambda a, b: signed(a) <= signed(b), "ult": lambda a, b: a < b, "OLE": lambda a, b: a <= b,
-        "OEQ": lambda a, b: a == b, "OGT": lambda a, b: a > b, "UNE": lambda a, b: a != b,
+        "OEQ": lambda a, b: a == b, "OGT": lambda a, b: a > b,
     }  # fmt: skip
     arith = SimpleNamespace(
         addi=binary(np.add), subi=binary(np.subtract), muli=binary(np.multiply), andi=binary(np.bitwise_and),
@@ -640,7 +640,7 @@ def emulated(*modules):
         extui=lambda kind, a: Register(a.values.astype(kind)),
         bitcast=lambda kind, a: Register(a.values.view(kind)),
         CmpIPredicate=SimpleNamespace(eq="eq", ne="ne", slt="slt", sle="sle", ult="ult"),
-        CmpFPredicate=SimpleNamespace(OLE="OLE", OEQ="OEQ", OGT="OGT", UNE="UNE"),
+        CmpFPredicate=SimpleNamespace(OLE="OLE", OEQ="OEQ", OGT="OGT"),
     )  # fmt: skip
     widths = {1: PRED, 16: B16, 32: U32, 64: U64}
     ir = SimpleNamespace(
@@ -697,15 +697,7 @@ def emulated(*modules):
             results.append(Register(words.reshape(-1)))
         return results
 
-    def branch(condition, then, otherwise):
-        where = condition.values
-        if not where.any():
-            return list(otherwise)
-        pairs = zip(then(), otherwise, strict=True)
-        return [Register(np.where(where, a.values, b.values.view(a.values.dtype))) for a, b in pairs]
-
     hopper_functions = {
-        "branch": branch,
         "wgmma_e4m3": issue, "wait_for_wgmma": wait_for_products, "store_matrices": store_matrices,
         "load_matrices": load_matrices,
         "k_major_descriptor": lambda address, row_bytes=128: (int(address.values[0]), row_bytes),

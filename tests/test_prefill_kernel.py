@@ -11,7 +11,7 @@ from test_matmul_kernel import BF16, frobenius, on_hopper
 
 import pallas_kernels as pk
 from pallas_kernels import mosaic_prefill, prefill_steps, reference
-from pallas_kernels.prefill_steps import SLACK, WEIGHT_EXPONENT
+from pallas_kernels.prefill_steps import SLACK
 
 
 def inputs(batch, tokens, heads, kv_heads, head_dim, lengths, spread=1.0):
@@ -35,7 +35,7 @@ def real(x, lengths):
 
 
 def oracle(q8, q_scale, k8, k_scale, v8, v_scale, lengths, starts=None):
-    """Rows of real tokens in float64 but for the weights' rounding to e4m3, relative to about the largest score so far.
+    """Rows of real tokens in float64 but for the weights' rounding to e4m3: relative to about the largest score so far.
 
     Keys are gone through in blocks of 128, from that of the row itself to the first. New tokens have the keys from
     ``starts`` on.
@@ -62,10 +62,10 @@ def oracle(q8, q_scale, k8, k_scale, v8, v_scale, lengths, starts=None):
             largest[..., j] = np.where(largest[..., j] > before + SLACK, largest[..., j], before)
         with np.errstate(invalid="ignore"):
             weights = np.nan_to_num(np.exp2(scores - largest[..., None]), nan=0.0)
-        rounded = np.asarray(pk.round_to_e4m3(jnp.asarray(2**WEIGHT_EXPONENT * weights, jnp.float32)), np.float64)
+        rounded = np.asarray(pk.round_to_e4m3(jnp.asarray(256 * weights, jnp.float32)), np.float64) / 256
         factors = np.exp2(largest - largest[..., :1])[..., None]
         out = np.einsum("hts,shd->thd", (rounded * factors).reshape(heads, n, -1), v, optimize=True)
-        rows.append(out / (rounded * factors).sum((2, 3)).T[..., None])
+        rows.append(out / (weights * factors).sum((2, 3)).T[..., None])
     return np.concatenate(rows)
 
 
