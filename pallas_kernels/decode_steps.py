@@ -96,9 +96,20 @@ class DecodeShape:
 
 
 def choose_cut(batch: int, kv_heads: int, slots: int) -> Cut:
-    """As many splits as run at once, two blocks per multiprocessor, each with two tiles per warp at least."""
-    wanted = 2 * STREAMING_MULTIPROCESSORS // (batch * kv_heads)
-    return Cut(max(1, min(wanted, slots // (2 * 4 * TILE))))
+    """What was fastest among the shapes that were tried (docs/kernels.md), for a cache that is full.
+
+    Blocks of one wave need no second kernel if there is one per multiprocessor; where there are several, finer pieces
+    leave less of the device idle at the end. Else as many splits as run at once, two blocks per multiprocessor, each
+    with two tiles per warp or more, or one where that would leave few splits.
+    """
+    pairs = batch * kv_heads
+    if pairs > STREAMING_MULTIPROCESSORS:
+        return Cut(2 if slots >= 2048 else 1)
+    if pairs >= 3 * STREAMING_MULTIPROCESSORS // 4:
+        return Cut(1, warps=8)
+    rounds = -(-slots // (4 * TILE))
+    wanted = min(2 * STREAMING_MULTIPROCESSORS // pairs, max(8, rounds // 2), rounds)
+    return Cut(-(-rounds // -(-rounds // wanted)))
 
 
 def _int(bits: int) -> Any:

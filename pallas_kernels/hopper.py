@@ -225,40 +225,50 @@ def wait_for_wgmma(in_flight: int, registers: Sequence[ir.Value], keep: Sequence
 
 def wgmma_e4m3(
     accumulator: Sequence[ir.Value],
-    a: Sequence[ir.Value],
+    a: Sequence[ir.Value] | ir.Value,
     b_descriptor: ir.Value,
     accumulate: ir.Value,
+    steps: int | None = None,
 ) -> list[ir.Value]:
-    """Issues ``acc += A · Bᵀ`` as one group: fence, a wgmma m64nNk32 per four registers of A, commit.
+    """Issues ``acc += A · Bᵀ`` as one group: fence, a wgmma m64nNk32 per step of 32 along k, commit.
 
     Args:
       accumulator: N / 2 float32 registers.
-      a: 4 registers of e4m3 for each step of 32 along k.
+      a: 4 registers of e4m3 for each step; or the descriptor of the first ``[64, 32]`` part of A, K-major.
       b_descriptor: of the first ``[N, 32]`` part of B, K-major; the others follow in the same rows.
       accumulate: int32; 0 to overwrite the accumulator instead of adding to it.
+      steps: given when A has a descriptor.
 
     Returns:
       The registers that the accumulator will be in; they must not be read before :func:`wait_for_wgmma`.
     """
     r, n = len(accumulator), 2 * len(accumulator)
-    steps = len(a) // 4
+    in_registers = steps is None
+    operands = list(cast(Sequence[ir.Value], a)) if in_registers else [cast(ir.Value, a)]
+    steps = len(operands) // 4 if steps is None else steps
     registers = "{" + ",".join(f"${i}" for i in range(r)) + "}"
     a_base = 2 * r
-    b, p = a_base + len(a), a_base + len(a) + 1
+    b, p = a_base + len(operands), a_base + len(operands) + 1
     lines = [
-        "{ .reg .pred p, q; .reg .b64 d;",
+        "{ .reg .pred p, q; .reg .b64 d, e;",
         f"setp.ne.b32 p, ${p}, 0;",
         "setp.eq.u32 q, 0, 0;",
         "wgmma.fence.sync.aligned;",
     ]
     for step in range(steps):
-        part = "{" + ",".join(f"${a_base + 4 * step + i}" for i in range(4)) + "}"
+        part = "e"
+        if in_registers:
+            part = "{" + ",".join(f"${a_base + 4 * step + i}" for i in range(4)) + "}"
+        else:
+            lines.append(f"add.s64 e, ${a_base}, {2 * step};")
         lines.append(f"add.s64 d, ${b}, {2 * step};")
         flag = "p" if step == 0 else "q"
         lines.append(f"wgmma.mma_async.sync.aligned.m64n{n}k32.f32.e4m3.e4m3 {registers}, {part}, d, {flag}, 1, 1;")
     lines.append("wgmma.commit_group.sync.aligned; }")
-    constraints = ",".join(["=f"] * r + [str(i) for i in range(r)] + ["r"] * len(a) + ["l", "r"])
-    return asm("\n".join(lines), constraints, [*accumulator, *a, b_descriptor, accumulate], [ir.F32Type.get()] * r)
+    kinds = ["r" if in_registers else "l"] * len(operands)
+    constraints = ",".join(["=f"] * r + [str(i) for i in range(r)] + kinds + ["l", "r"])
+    arguments = [*accumulator, *operands, b_descriptor, accumulate]
+    return asm("\n".join(lines), constraints, arguments, [ir.F32Type.get()] * r)
 
 
 def k_major_descriptor(address: ir.Value, row_bytes: int = 128) -> ir.Value:

@@ -2,11 +2,14 @@
 
 A block takes 128 query rows of a head, 64 for each of two warpgroups; a third one copies keys and values. Blocks of
 keys are gone through from the last one that a row sees to the first, so that only the first block taken (behind a
-prefix, the first two) has keys to hide. While a warpgroup weighs one block's scores (running maximum, ``exp2``, sums),
-the tensor core adds up the values of the block before for it, and works for the other warpgroup.
+prefix, the first two) has keys to hide. Three stages are in flight in each warpgroup: the tensor core scores the block
+after and adds up the values of the block before, while the warpgroup weighs a block (running maximum, ``exp2``, sums).
 
-Queries and weights are register operands. The scores' registers become those of the weights as they are, because the
-values lie in a matching order of keys (:func:`pallas_kernels.reference.transpose_values`).
+    tensor core:   scores j+1, values j-1   | scores j+2, values j   | ...
+    warpgroup:     weighs j                 | weighs j+1             | ...
+
+Queries are an operand in shared memory, weights one in registers. The scores' registers become those of the weights as
+they are, because the values lie in a matching order of keys (:func:`pallas_kernels.reference.transpose_values`).
 """
 
 import dataclasses
@@ -34,10 +37,10 @@ from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS
 
 WARPGROUPS = 2  # that compute; a third one copies
 TILE = WARPGROUPS * ROWS
-STAGES = 3
-# Blocks of keys whose outputs the tensor core adds up: it cuts off what is below 2^-13 of the sum so far, always
-# towards zero. Their sums are added in float32, in shared memory.
-HELD_BLOCKS = 8
+STAGES = 2  # blocks of keys, and of values, that shared memory holds
+# Pairs of blocks of keys whose outputs the tensor core adds up: it cuts off what is below 2^-13 of the sum so far,
+# always towards zero. Their sums are added in float32, in shared memory.
+HELD_PAIRS = 4
 
 
 class Tile(NamedTuple):
@@ -51,7 +54,33 @@ class Tile(NamedTuple):
     count: Any
 
 
-def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Operation:
+class State(NamedTuple):
+    """What a warpgroup knows between two blocks of keys: containers of registers.
+
+    Attributes:
+      scores: of the next block to be weighed.
+      spare: registers for scores.
+      weights: of the last block that was weighed, as an operand.
+      output: of the blocks before that.
+      maxima: of the rows.
+      sums: of the weights.
+      scales: of the keys and values of the last block that was weighed.
+      following: of those of the next one.
+      since: what the output was multiplied by since something was held.
+    """
+
+    scores: Any
+    spare: Any
+    weights: Any
+    output: Any
+    maxima: Any
+    sums: Any
+    scales: Any
+    following: Any
+    since: Any
+
+
+def make_kernel(shape: PrefillShape, softmax_scale: float) -> Operation:
     """``(q8, q_scale, k8, k_scale, values, v_scale, lengths[, starts]) -> [b, t, h, d]`` bf16."""
     ops = Steps(shape, softmax_scale)
     s = shape
@@ -86,14 +115,17 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
 
         def slot(number: Any) -> Any:
             """Where a block of keys is, or one of values; all of a thread block's are counted."""
-            return jax.lax.rem(number, jnp.int32(stages))
+            return jnp.bitwise_and(number, 1)
+
+        def place_of_queries(i: Any) -> Any:
+            return jnp.bitwise_and(i, 1)
 
         @pl.when(warpgroup == WARPGROUPS)
         def produce() -> None:
             plgpu.set_max_registers(24, action="decrease")
 
             def copy(number: Any, source: Any, target: Any, full: Any, empty: Any) -> None:
-                @pl.when(number >= stages)
+                @pl.when(number >= STAGES)
                 def reuse() -> None:
                     plgpu.barrier_wait(empty.at[slot(number)])
 
@@ -104,14 +136,14 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
                 copy(number, k8.at[tile.sequence, at, tile.kv_head], k_smem, k_full, k_empty)
 
             def begin_tile(i: Any, number: Any) -> None:
-                tile = tile_of(i)
+                tile, place = tile_of(i), place_of_queries(i)
 
-                @pl.when(i > 0)
+                @pl.when(i > 1)
                 def reuse() -> None:
-                    plgpu.barrier_wait(q_empty)
+                    plgpu.barrier_wait(q_empty.at[place])
 
                 rows = pl.ds(tile.first_row, TILE)
-                plgpu.copy_gmem_to_smem(q8.at[tile.sequence, rows, tile.head], q_smem, q_full)
+                plgpu.copy_gmem_to_smem(q8.at[tile.sequence, rows, tile.head], q_smem.at[place], q_full.at[place])
                 copy_keys(tile, jnp.int32(0), number)
 
             def copy_tile(i: Any, done: Any) -> Any:
@@ -140,142 +172,171 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
         @pl.when(warpgroup < WARPGROUPS)
         def compute() -> None:
             plgpu.set_max_registers(240, action="increase")
+            held = held_smem.at[warpgroup]
 
             def zeros(name: str, dtype: Any = jnp.float32) -> Any:
                 return plgpu.layout_cast(jnp.zeros(ops.type[name].shape, dtype), ops.layout[name])
 
-            def scales(tile: Tile, j: Any) -> Any:
+            def scales_of(tile: Tile, j: Any) -> Any:
                 block_of_keys = jnp.maximum(tile.count - 1 - j, 0)
                 return ops.load_scales()(k_scale, v_scale, tile.sequence, tile.kv_head, block_of_keys)
 
-            def begin(tile: Tile) -> Any:
+            def rows_of(tile: Tile) -> Any:
                 row = tile.first_row + warpgroup * ROWS
-                queries = ops.load_queries()(q_smem.at[pl.ds(warpgroup * ROWS, ROWS)])
-                plgpu.barrier_arrive(q_empty)
-                rows = ops.load_rows()(q_scale, lengths, tile.sequence, tile.head, row, tile.start)
-                return queries, *rows, scales(tile, 0), scales(tile, 1)
+                return ops.load_rows()(q_scale, lengths, tile.sequence, tile.head, row, tile.start)
 
-            def issue(scores: Any, output: Any, queries: Any, weights: Any, number: Any) -> tuple[Any, Any]:
-                """The products with a block of keys that is there, and with the values of the block before."""
-                scores = ops.score()(scores, queries, k_smem.at[slot(number)])
-                plgpu.barrier_wait(v_full.at[slot(number - 1)])
-                return scores, ops.gather()(output, weights, v_smem.at[slot(number - 1)])
+            def queries_of(i: Any) -> Any:
+                return q_smem.at[place_of_queries(i), pl.ds(warpgroup * ROWS, ROWS)]
 
-            def weigh_first(tile: Tile, scores: Any, factors: Any, limits: Any, in_use: Any) -> Any:
-                """Of a tile's last keys, which its rows do not all see: ``(weights in float32, maxima, sums)``."""
-                scores = ops.mask()(scores, limits, (tile.count - 1) * s.keys)
-                scores, maxima, sums, *_ = ops.weigh()(
-                    scores, factors, in_use, in_use, ops.start()(zeros("pair")), zeros("pair"), y_smem
-                )
-                return scores, maxima, sums
+            def score(into: Any, i: Any, number: Any) -> Any:
+                """Of a tile's rows and a block of keys that is there; left to run."""
+                return ops.score()(into, queries_of(i), k_smem.at[slot(number)])
 
-            def attend(i: Any, carry: Any) -> Any:
-                """A tile, whose first scores have been weighed, and the first scores of the next one."""
-                tile, done, scores, weights, maxima, sums, queries, factors, limits, in_use, following = carry
+            def gather(output: Any, weights: Any, number: Any) -> Any:
+                """Plus a block's values, weighed; left to run."""
+                plgpu.barrier_wait(v_full.at[slot(number)])
+                return ops.gather()(output, weights, v_smem.at[slot(number)])
 
-                def step(j: Any, carry: Any, some_hidden: bool = False) -> Any:
-                    scores, weights, output, maxima, sums, before, now, since = carry
-                    number = done + j
-                    plgpu.barrier_wait(k_full.at[slot(number)])
-                    scores, output = issue(scores, output, queries, weights, number)
-                    following = scales(tile, j + 1)
-                    scores = ops.wait("scores", 1)(scores, queries, weights)
+            def give_back(number: Any, condition: Any) -> None:
+                """A block of keys."""
+
+                @pl.when(condition)
+                def used() -> None:
                     plgpu.barrier_arrive(k_empty.at[slot(number)])
-                    if some_hidden:
-                        scores = ops.mask()(scores, limits, (tile.count - 1 - j) * s.keys)
-                    scores, maxima, sums, shrink, flag = ops.weigh()(scores, factors, before, now, maxima, sums, y_smem)
-                    output = ops.wait("output", 0)(output, queries, weights)
-                    plgpu.barrier_arrive(v_empty.at[slot(number - 1)])
-                    rounded = ops.round_weights()(scores)
-                    output, since = ops.shrink()(output, shrink, flag), ops.grow()(since, shrink)
-                    return scores, rounded, output, maxima, sums, now, following, since
 
-                ones = plgpu.layout_cast(jnp.ones(ops.type["pair"].shape, jnp.float32), ops.layout["pair"])
-                held = held_smem.at[warpgroup]
-                carry = (scores, weights, zeros("output"), maxima, sums, in_use, following, ones)
-                unmasked = jnp.int32(1)
-                if starts:  # a tile's rows end in two blocks of keys
-                    unmasked = jnp.minimum(tile.count, 2)
-                    carry = jax.lax.fori_loop(1, unmasked, functools.partial(step, some_hidden=True), carry)
-                held_times = jax.lax.div(jnp.maximum(tile.count - unmasked - 1, 0), jnp.int32(HELD_BLOCKS))
+            def with_held(output: Any, since: Any, times: Any) -> Any:
+                """Plus what is held, if something was held a number of times."""
+                return jax.lax.fori_loop(
+                    0, jnp.minimum(times, 1), lambda _, output: ops.add_held()(output, since, held), output
+                )
 
-                def with_held(output: Any, since: Any, times: Any) -> Any:
-                    """Plus what is held, if something was held a number of times."""
-                    return jax.lax.fori_loop(
-                        0, jnp.minimum(times, 1), lambda _, output: ops.add_held()(output, since, held), output
-                    )
-
-                def some_blocks(part: Any, carry: Any) -> Any:
-                    begin = unmasked + part * HELD_BLOCKS
-                    end = jnp.minimum(begin + HELD_BLOCKS, tile.count)
-                    carry = jax.lax.fori_loop(begin, end, step, carry)
-
-                    def hold(_: Any, carry: Any) -> Any:
-                        *state, since = carry
-                        ops.hold()(with_held(state[2], since, part), held)
-                        state[2] = zeros("output")
-                        return *state, ones
-
-                    return jax.lax.fori_loop(0, (part < held_times).astype(jnp.int32), hold, carry)
-
-                carry = jax.lax.fori_loop(0, held_times + 1, some_blocks, carry)
-                scores, weights, output, _, sums, last_scales, _, since = carry
-
-                # The next tile's first scores beside this one's last values. Behind the last tile they are of whatever
-                # is in shared memory, and nobody wants them.
-                done, more = done + tile.count, i + 1 < mine
-                following_tile = tile_of(jnp.minimum(i + 1, mine - 1))
-
-                @pl.when(more)
-                def arrived() -> None:
-                    plgpu.barrier_wait(q_full)
-                    plgpu.barrier_wait(k_full.at[slot(done)])
-
-                queries, factors, limits, in_use, following = begin(following_tile)
-                scores, output = issue(scores, output, queries, weights, done)
-                scores = ops.wait("scores", 1)(scores, queries, weights)
-                plgpu.barrier_arrive(k_empty.at[slot(done)])
-                scores, maxima, next_sums = weigh_first(following_tile, scores, factors, limits, in_use)
-                output = ops.wait("output", 0)(output, queries, weights)
-                plgpu.barrier_arrive(v_empty.at[slot(done - 1)])
-                output = with_held(output, since, held_times)
+            def store(output: Any, sums: Any, scales: Any, tile: Tile) -> None:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                ops.store()(output, sums, last_scales, y_smem.at[warpgroup])
+                ops.store()(output, sums, scales, y_smem.at[warpgroup])
                 plgpu.commit_smem()
                 rows = pl.ds(tile.first_row + warpgroup * ROWS, ROWS)
                 for chunk in range(chunks):
                     plgpu.copy_smem_to_gmem(
                         y_smem.at[warpgroup, chunk], y.at[tile.sequence, rows, tile.head, pl.ds(64 * chunk, 64)]
                     )
-                weights = ops.round_weights()(scores)
-                state = (scores, weights, maxima, next_sums, queries, factors, limits, in_use, following)
-                return following_tile, done, *state
 
-            first_tile = tile_of(jnp.int32(0))
-            plgpu.barrier_wait(q_full)
-            queries, factors, limits, in_use, following = begin(first_tile)
+            def attend(i: Any, carry: Any) -> Any:
+                """A tile, whose first block has been scored, and the next one's first scores."""
+                done, scores, rows, in_use, following = carry
+                tile = tile_of(i)
+                factors, limits = rows
+
+                def step(j: Any, state: State, place: Any, is_last: bool = False) -> State:
+                    """Weighs a block that has been scored, beside products with the one after and the one before it."""
+                    scores = state.spare
+                    if not is_last:
+                        plgpu.barrier_wait(k_full.at[place])
+                        scores = ops.score()(scores, queries_of(i), k_smem.at[place])
+                    plgpu.barrier_wait(v_full.at[place])  # what lies between the two is in the other place
+                    output = ops.gather()(state.output, state.weights, v_smem.at[place])
+                    following = scales_of(tile, j + 1)
+                    weighed, maxima, sums, shrink, flag = ops.weigh()(
+                        state.scores, factors, state.scales, state.following, state.maxima, state.sums, y_smem
+                    )
+                    scores, output = ops.wait()(scores, output, state.weights)
+                    if not is_last:
+                        plgpu.barrier_arrive(k_empty.at[place])
+                    plgpu.barrier_arrive(v_empty.at[place])
+                    weights = ops.round_weights()(weighed)
+                    output, since = ops.shrink()(output, shrink, flag), ops.grow()(state.since, shrink)
+                    return State(
+                        scores, weighed, weights, output, maxima, sums, state.following, following, since
+                    )  # fmt: skip
+
+                # The first block beside the second one's scores. Where there is none they are of whatever is in shared
+                # memory, and nobody wants them.
+                scores = ops.mask()(scores, limits, (tile.count - 1) * s.keys)
+
+                @pl.when(tile.count > 1)
+                def arrived() -> None:
+                    plgpu.barrier_wait(k_full.at[slot(done + 1)])
+
+                spare = score(zeros("scores"), i, done + 1)
+                weighed, maxima, sums, *_ = ops.weigh()(
+                    scores, factors, in_use, in_use, ops.start()(zeros("pair")), zeros("pair"), y_smem
+                )
+                scores, output = ops.wait()(spare, zeros("output"), zeros("weights", jnp.int32))
+                give_back(done + 1, tile.count > 1)
+                if starts:  # a tile's rows end in two blocks of keys
+                    scores = ops.mask()(scores, limits, (tile.count - 2) * s.keys)
+                state = State(
+                    scores, weighed, ops.round_weights()(weighed), output, maxima, sums, in_use, following, ones
+                )
+
+                count = jnp.maximum(tile.count - 2, 0)  # of blocks that are neither first nor last
+                odd, pairs = jnp.bitwise_and(count, 1), jax.lax.shift_right_logical(count, 1)
+                places = slot(done), slot(done + 1)
+                held_times = jax.lax.div(jnp.maximum(pairs - 1, 0), jnp.int32(HELD_PAIRS))
+
+                def pair(n: Any, state: State) -> State:
+                    for k, place in enumerate(places):
+                        state = step(1 + 2 * n + k, state, place)
+                    return state
+
+                def some_pairs(part: Any, state: State) -> State:
+                    begin = part * HELD_PAIRS
+                    state = jax.lax.fori_loop(begin, jnp.minimum(begin + HELD_PAIRS, pairs), pair, state)
+
+                    def hold(_: Any, state: State) -> State:
+                        ops.hold()(with_held(state.output, state.since, part), held)
+                        return state._replace(output=zeros("output"), since=ones)
+
+                    return jax.lax.fori_loop(0, (part < held_times).astype(jnp.int32), hold, state)
+
+                state = jax.lax.fori_loop(0, held_times + 1, some_pairs, state)
+                end, more = done + tile.count, i + 1 < mine
+                state = jax.lax.fori_loop(0, odd, lambda _, state: step(tile.count - 2, state, slot(end - 1)), state)
+                state = jax.lax.fori_loop(
+                    0, (tile.count > 1).astype(jnp.int32),
+                    lambda _, state: step(tile.count - 1, state, slot(end), is_last=True), state,
+                )  # fmt: skip
+
+                # The last values beside the next tile's first scores.
+                plgpu.barrier_arrive(q_empty.at[place_of_queries(i)])
+
+                @pl.when(more)
+                def next_arrived() -> None:
+                    plgpu.barrier_wait(q_full.at[place_of_queries(i + 1)])
+                    plgpu.barrier_wait(k_full.at[slot(end)])
+
+                following_tile = tile_of(jnp.minimum(i + 1, mine - 1))
+                rows, *next_scales = rows_of(following_tile), scales_of(following_tile, 0), scales_of(following_tile, 1)
+                scores = score(zeros("scores"), i + 1, end)
+                output = gather(state.output, state.weights, end - 1)
+                scores, output = ops.wait()(scores, output, state.weights)
+                plgpu.barrier_arrive(v_empty.at[slot(end - 1)])
+                give_back(end, more)
+                store(with_held(output, state.since, held_times), state.sums, state.scales, tile)
+                return end, scores, rows, *next_scales
+
+            ones = plgpu.layout_cast(jnp.ones(ops.type["pair"].shape, jnp.float32), ops.layout["pair"])
+            zero = jnp.int32(0)
+            first = tile_of(zero)
+            plgpu.barrier_wait(q_full.at[0])
             plgpu.barrier_wait(k_full.at[0])
-            scores = ops.score()(zeros("scores"), queries, k_smem.at[0])
-            scores = ops.wait("scores", 0)(scores, queries, zeros("weights", jnp.int32))
+            scores, _ = ops.wait()(score(zeros("scores"), zero, zero), zeros("output"), zeros("weights", jnp.int32))
             plgpu.barrier_arrive(k_empty.at[0])
-            scores, maxima, sums = weigh_first(first_tile, scores, factors, limits, in_use)
-            weights = ops.round_weights()(scores)
-            state = (scores, weights, maxima, sums, queries, factors, limits, in_use, following)
-            jax.lax.fori_loop(0, mine, attend, (first_tile, jnp.int32(0), *state))
+            carry = (zero, scores, rows_of(first), scales_of(first, 0), scales_of(first, 1))
+            jax.lax.fori_loop(0, mine, attend, carry)
             plgpu.wait_smem_to_gmem(0)
 
-    copied, used = plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
+    copied, used = plgpu.Barrier(num_barriers=STAGES), plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES)
     kernel = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((s.batch, s.tokens, s.heads, s.head_dim), jnp.bfloat16),
         scratch_types=[
-            plgpu.SMEM((TILE, s.head_dim), jnp.float8_e4m3fn, transforms=ops.key_swizzle),
-            plgpu.SMEM((stages, s.keys, s.head_dim), jnp.float8_e4m3fn, transforms=ops.key_swizzle),
-            plgpu.SMEM((stages, s.head_dim, s.keys), jnp.float8_e4m3fn, transforms=ops.value_swizzle),
+            plgpu.SMEM((2, TILE, s.head_dim), jnp.float8_e4m3fn, transforms=ops.key_swizzle),
+            plgpu.SMEM((STAGES, s.keys, s.head_dim), jnp.float8_e4m3fn, transforms=ops.key_swizzle),
+            plgpu.SMEM((STAGES, s.head_dim, s.keys), jnp.float8_e4m3fn, transforms=ops.value_swizzle),
             plgpu.SMEM((WARPGROUPS, chunks, ROWS, 64), jnp.bfloat16, transforms=ops.output_swizzle),
             plgpu.SMEM((WARPGROUPS, s.head_dim * ROWS), jnp.float32),
-            plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=WARPGROUPS),
+            plgpu.Barrier(num_barriers=2),
+            plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=2),
             copied,
             used,
             copied,
@@ -291,7 +352,7 @@ def make_kernel(shape: PrefillShape, softmax_scale: float, stages: int) -> Opera
     return cast(Operation, kernel)
 
 
-@functools.partial(jax.jit, static_argnames=("softmax_scale", "stages"))
+@functools.partial(jax.jit, static_argnames=("softmax_scale",))
 def prefill_attention(
     q8: jax.Array,
     q_scale: jax.Array,
@@ -304,7 +365,6 @@ def prefill_attention(
     prefix_lengths: jax.Array | None = None,
     *,
     softmax_scale: float,
-    stages: int = STAGES,
 ) -> jax.Array:
     """:func:`pallas_kernels.reference.prefill_attention`, a prefix rounded from int4 to e4m3.
 
@@ -319,7 +379,6 @@ def prefill_attention(
       prefix: int4 keys and values before the new tokens, or None.
       prefix_lengths: ``[b]`` int32, given exactly when ``prefix`` is.
       softmax_scale: usually ``d ** -0.5``.
-      stages: blocks of keys and of values that shared memory holds.
 
     Returns:
       ``[b, t, h, d]`` bf16.
@@ -331,7 +390,7 @@ def prefill_attention(
     if prefix is not None and prefix_lengths is not None:
         shape = dataclasses.replace(shape, cached=prefix[0].shape[2])
         keys, starts = behind_prefix(*keys, lengths, prefix, prefix_lengths), [prefix_lengths]
-    return cast(jax.Array, make_kernel(shape, softmax_scale, stages)(q8, q_scale, *keys, lengths, *starts))
+    return cast(jax.Array, make_kernel(shape, softmax_scale)(q8, q_scale, *keys, lengths, *starts))
 
 
 def behind_prefix(

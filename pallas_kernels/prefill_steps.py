@@ -69,7 +69,6 @@ class Steps:
         d, n = shape.head_dim, shape.keys
         self.scalar = plgpu.Layout.WG_SPLAT(())
         containers = {
-            "queries": (d // 8, jnp.int32),
             "factors": (2, jnp.float32),
             "limits": (2, jnp.int32),
             "scores": (n // 2, jnp.float32),
@@ -139,25 +138,6 @@ class Steps:
 
         return cast(Operation, load)
 
-    def load_queries(self) -> Operation:
-        """``tile [64, d] in shared memory -> queries``, the register operand of the first product."""
-        d = self.shape.head_dim
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(self.key_swizzle),), return_type=self.type["queries"])
-        def load(_: Any, tile: Any) -> Any:
-            row, second = self._matrix_row()
-            base = arith.addi(hopper.shared_address(tile), arith.muli(row, i32(d)))
-            # Where the swizzle puts a row's chunks of 16 bytes: it has a period of eight lines of 128 bytes.
-            turn = arith.andi(arith.shrui(arith.muli(row, i32(d)), i32(7)), i32(d // 16 - 1))
-            registers: list[ir.Value] = []
-            for step in range(d // 32):
-                chunk = arith.xori(arith.addi(second, i32(2 * step)), turn)
-                place = arith.addi(base, arith.muli(chunk, i32(16)))
-                registers += hopper.load_matrices(place, 4, transposed=False)
-            return hopper.pack(registers)
-
-        return cast(Operation, load)
-
     def load_scales(self) -> Operation:
         """``(k_scale, v_scale, sequence, kv head, block of keys) -> scales``: of the block's keys and of its values."""
         s = self.shape
@@ -184,16 +164,16 @@ class Steps:
         return cast(Operation, begin)
 
     def score(self) -> Operation:
-        """``(scores, queries, keys) -> scores``: issues the product with a block of keys, which is left to run."""
+        """``(scores, queries, keys) -> scores``: issues the product of two tiles in shared memory, left to run."""
+        d = self.shape.head_dim
 
         @plgpu.inline_mgpu(
-            arg_types=(self.layout["scores"], self.layout["queries"], plgpu.RefType(self.key_swizzle)),
+            arg_types=(self.layout["scores"], plgpu.RefType(self.key_swizzle), plgpu.RefType(self.key_swizzle)),
             return_type=self.type["scores"],
         )
         def issue(_: Any, scores: Any, queries: Any, keys: Any) -> Any:
-            descriptor = hopper.k_major_descriptor(hopper.shared_address(keys), self.shape.head_dim)
-            operand = hopper.unpack(queries)
-            return hopper.pack(hopper.wgmma_e4m3(hopper.unpack(scores), operand, descriptor, i32(0)))
+            a, b = (hopper.k_major_descriptor(hopper.shared_address(x), d) for x in (queries, keys))
+            return hopper.pack(hopper.wgmma_e4m3(hopper.unpack(scores), a, b, i32(0), d // 32))
 
         return cast(Operation, issue)
 
@@ -211,18 +191,20 @@ class Steps:
 
         return cast(Operation, issue)
 
-    def wait(self, name: str, in_flight: int) -> Operation:
-        """``(registers, queries, weights) -> registers`` once at most ``in_flight`` products run.
+    def wait(self) -> Operation:
+        """``(scores, output, weights) -> (scores, output)``, once no product runs.
 
         wgmma reads its operand registers late, so those of running products are kept up to here.
         """
 
         @plgpu.inline_mgpu(
-            arg_types=(self.layout[name], self.layout["queries"], self.layout["weights"]), return_type=self.type[name]
+            arg_types=(self.layout["scores"], self.layout["output"], self.layout["weights"]),
+            return_type=(self.type["scores"], self.type["output"]),
         )
-        def wait(_: Any, registers: Any, queries: Any, weights: Any) -> Any:
-            keep = [*hopper.unpack(queries), *hopper.unpack(weights)]
-            return hopper.pack(hopper.wait_for_wgmma(in_flight, hopper.unpack(registers), keep))
+        def wait(_: Any, scores: Any, output: Any, weights: Any) -> Any:
+            scores, output = hopper.unpack(scores), hopper.unpack(output)
+            both = hopper.wait_for_wgmma(0, [*scores, *output], hopper.unpack(weights))
+            return hopper.pack(both[: len(scores)]), hopper.pack(both[len(scores) :])
 
         return cast(Operation, wait)
 
@@ -291,9 +273,10 @@ class Steps:
                 offset = arith.subf(f32(WEIGHT_EXPONENT), peaks[half])
                 change = hopper.exp2(arith.subf(maxima[half], peaks[half]))
                 shrink.append(arith.mulf(change, change_of_unit))
-                parts = [f32(0)] * 3
-                for j, i in enumerate(mine):
+                for i in mine:
                     weights[i] = hopper.exp2(hopper.multiply_add(registers[i], factors[half], offset))
+                parts = [weights[i] for i in mine[:3]]
+                for j, i in enumerate(mine[3:]):
                     parts[j % 3] = arith.addf(parts[j % 3], weights[i])
                 total = arith.addf(arith.addf(parts[0], parts[1]), parts[2])
                 totals.append(hopper.multiply_add(sums[half], change, total))

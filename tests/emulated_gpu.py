@@ -258,10 +258,10 @@ class Barrier:
 
 
 class Product:
-    """A group of wgmma: ``accumulator [+]= A · Bᵀ`` of e4m3, 64 rows."""
+    """A group of wgmma: ``accumulator [+]= A · Bᵀ`` of e4m3, 64 rows; A in registers or, with ``steps``, in memory."""
 
-    def __init__(self, block, accumulator, a, descriptor, accumulate):
-        self.block, self.before, self.a, self.descriptor = block, accumulator, a, descriptor
+    def __init__(self, block, accumulator, a, descriptor, accumulate, steps=None):
+        self.block, self.before, self.a, self.descriptor, self.steps = block, accumulator, a, descriptor, steps
         self.accumulate = bool(accumulate.values[0])
         self.result = None
 
@@ -269,15 +269,22 @@ class Product:
         e4m3 = ml_dtypes.float8_e4m3fn
         thread = np.arange(128)
         row, t = thread // 32 * 16 + thread % 32 // 4, thread % 4
-        steps, columns = len(self.a) // 4, 2 * len(self.before)
-        left = np.zeros((64, 32 * steps), e4m3)
-        for i, register in enumerate(self.a):
-            values = register.values.view(np.uint8).reshape(128, 4).view(e4m3)
-            for byte in range(4):
-                left[row + 8 * (i % 2), i // 4 * 32 + i % 4 // 2 * 16 + 4 * t + byte] = values[:, byte]
-        base, row_bytes = self.descriptor
-        logical = base + np.arange(columns)[:, None] * row_bytes + np.arange(32 * steps)
-        right = self.block.shared[swizzled(logical, row_bytes)].view(e4m3)
+        steps, columns = self.steps or len(self.a) // 4, 2 * len(self.before)
+
+        def in_memory(descriptor, rows):
+            base, row_bytes = descriptor
+            logical = base + np.arange(rows)[:, None] * row_bytes + np.arange(32 * steps)
+            return self.block.shared[swizzled(logical, row_bytes)].view(e4m3)
+
+        if self.steps:
+            left = in_memory(self.a, 64)
+        else:
+            left = np.zeros((64, 32 * steps), e4m3)
+            for i, register in enumerate(self.a):
+                values = register.values.view(np.uint8).reshape(128, 4).view(e4m3)
+                for byte in range(4):
+                    left[row + 8 * (i % 2), i // 4 * 32 + i % 4 // 2 * 16 + 4 * t + byte] = values[:, byte]
+        right = in_memory(self.descriptor, columns)
         product = left.astype(np.float64) @ right.astype(np.float64).T
         self.result = []
         for j, register in enumerate(self.before):
@@ -663,9 +670,9 @@ def emulated(*modules):
         mask = (1 << bits) - 1
         return Register(machine.full(value & mask, widths[bits]))
 
-    def issue(accumulator, a, descriptor, accumulate):
+    def issue(accumulator, a, descriptor, accumulate, steps=None):
         products = machine.block.products
-        products.append(Product(machine.block, accumulator, a, descriptor, accumulate))
+        products.append(Product(machine.block, accumulator, a, descriptor, accumulate, steps))
         return [Running(products[-1], i) for i in range(len(accumulator))]
 
     def wait_for_products(in_flight, registers, keep=()):

@@ -88,29 +88,30 @@ def check(arguments, kernel, tolerance=TOLERANCE, worst_row=WORST_ROW):
     assert errors.max() < worst_row
 
 
-@pytest.fixture(params=[(1, 1), (3, 2), (132, 8)], ids="{0[0]} multiprocessors, {0[1]} blocks held".format)
+@pytest.fixture(params=[(1, 1), (3, 2), (132, 4)], ids="{0[0]} multiprocessors, {0[1]} pairs held".format)
 def order(request, monkeypatch):
     """Few multiprocessors have several tiles each, of which one begins while another ends; few blocks are held."""
-    multiprocessors, blocks = request.param
+    multiprocessors, pairs = request.param
     monkeypatch.setattr(mosaic_prefill, "STREAMING_MULTIPROCESSORS", multiprocessors)
-    monkeypatch.setattr(mosaic_prefill, "HELD_BLOCKS", blocks)
+    monkeypatch.setattr(mosaic_prefill, "HELD_PAIRS", pairs)
 
 
 @pytest.mark.usefixtures("order")
 @pytest.mark.parametrize(
-    ("batch", "tokens", "heads", "kv_heads", "head_dim", "lengths", "stages"),
+    ("batch", "tokens", "heads", "kv_heads", "head_dim", "lengths"),
     [
-        (1, 1, 2, 1, 64, [1], 2),
-        (2, 65, 1, 1, 128, [65, 3], 2),
-        (1, 300, 3, 1, 64, [300], 2),
-        (2, 257, 2, 2, 64, [256, 100], 3),
-        (1, 400, 1, 1, 128, [390], 3),
+        (1, 1, 2, 1, 64, [1]),
+        (2, 65, 1, 1, 128, [65, 3]),
+        (1, 300, 3, 1, 64, [300]),
+        (2, 257, 2, 2, 64, [256, 100]),
+        (1, 400, 1, 1, 128, [390]),
+        (1, 900, 1, 1, 64, [900]),  # up to eight blocks of keys: pairs, and one that is left
     ],
 )
-def test_on_the_emulated_multiprocessor(batch, tokens, heads, kv_heads, head_dim, lengths, stages):
+def test_on_the_emulated_multiprocessor(batch, tokens, heads, kv_heads, head_dim, lengths):
     arguments = inputs(batch, tokens, heads, kv_heads, head_dim, lengths)
     with emulated(mosaic_prefill, prefill_steps):
-        check(arguments, functools.partial(mosaic_prefill.prefill_attention, stages=stages))
+        check(arguments, mosaic_prefill.prefill_attention)
 
 
 def prefixed(batch, tokens, heads, kv_heads, head_dim, lengths, slots, starts):
@@ -166,7 +167,7 @@ def test_the_emulation_sees_what_was_not_waited_for(monkeypatch):
     """Without its wait for the tensor core, and without that for a copy."""
     arguments = inputs(1, 200, 1, 1, 64, [200])
     with monkeypatch.context() as patched, emulated(mosaic_prefill, prefill_steps):
-        patched.setattr(prefill_steps.Steps, "wait", lambda *_: lambda registers, *_: registers)
+        patched.setattr(prefill_steps.Steps, "wait", lambda *_: lambda scores, output, _: (scores, output))
         with pytest.raises(AssertionError, match="while its wgmma runs"):
             mosaic_prefill.prefill_attention(*arguments, softmax_scale=0.125)
     with emulated(mosaic_prefill, prefill_steps), monkeypatch.context() as patched:
