@@ -77,5 +77,5 @@ def test_smollm2_on_a_gpu_beside_the_cpu(smollm2_tokenizer):
         assert rounding.mean() < loss.mean()
         # Two logits that each move by that much (as normal numbers) change places over four deviations of their
         # difference once in 30000 times.
-        assert gap < 4 * np.sqrt(2) * rounding[min(first, STEPS - 1)]
+        assert gap <= 4 * np.sqrt(2) * rounding[min(first, STEPS - 1)]
     assert agreed > len(prompts) * STEPS / 4
