@@ -229,11 +229,11 @@ def make_kernel(shape: PrefillShape, softmax_scale: float) -> Operation:
                 def step(j: Any, state: State, place: Any, is_last: bool = False) -> State:
                     """Weighs a block that has been scored, beside products with the one after and the one before it."""
                     scores = state.spare
+                    plgpu.barrier_wait(v_full.at[place])  # what lies between the two is in the other place
+                    output = ops.gather()(state.output, state.weights, v_smem.at[place])
                     if not is_last:
                         plgpu.barrier_wait(k_full.at[place])
                         scores = ops.score()(scores, queries_of(i), k_smem.at[place])
-                    plgpu.barrier_wait(v_full.at[place])  # what lies between the two is in the other place
-                    output = ops.gather()(state.output, state.weights, v_smem.at[place])
                     following = scales_of(tile, j + 1)
                     weighed, maxima, sums, shrink, flag = ops.weigh()(
                         state.scores, factors, state.scales, state.following, state.maxima, state.sums, y_smem

@@ -273,10 +273,9 @@ class Steps:
                 offset = arith.subf(f32(WEIGHT_EXPONENT), peaks[half])
                 change = hopper.exp2(arith.subf(maxima[half], peaks[half]))
                 shrink.append(arith.mulf(change, change_of_unit))
-                for i in mine:
+                parts = [f32(0)] * 3
+                for j, i in enumerate(mine):
                     weights[i] = hopper.exp2(hopper.multiply_add(registers[i], factors[half], offset))
-                parts = [weights[i] for i in mine[:3]]
-                for j, i in enumerate(mine[3:]):
                     parts[j % 3] = arith.addf(parts[j % 3], weights[i])
                 total = arith.addf(arith.addf(parts[0], parts[1]), parts[2])
                 totals.append(hopper.multiply_add(sums[half], change, total))

@@ -26,14 +26,18 @@ STEPS = 32
 @pytest.mark.smollm2
 @on_hopper
 def test_smollm2_on_a_gpu_beside_the_cpu(smollm2_tokenizer):
-    """Greedy tokens agree for 32 steps, or differ first where the two best are nearer than rounding moves logits."""
+    """Greedy tokens agree for 32 steps, or differ first where the two best are nearer than rounding moves logits.
+
+    A quantised model is chaotic: a sum in another order moves an e4m3 rounding, and that the logits. How far they move
+    is measured on the CPU, between activations in bf16 and in float32; the kernels may move them as far.
+    """
     model, params = convert.load(convert.embedded_model(), dtype=jnp.bfloat16)
     quantized = fireq_jax.quantize(params)
     prompts = [smollm2_tokenizer(text)["input_ids"] for text in TEXTS]
     options = {"max_new_tokens": STEPS, "eos_token_ids": ()}
     on_gpu = fireq_jax.generate(model, fireq_jax.to_layout(quantized, "tiles"), prompts, **options).to_lists()
     reference, cpu = fireq_jax.Llama(model.config, model.dtype, "reference"), jax.devices("cpu")[0]
-    rows, floats = jax.device_put((fireq_jax.to_layout(quantized, "rows"), params), cpu)
+    rows = jax.device_put(fireq_jax.to_layout(quantized, "rows"), cpu)
     with jax.default_device(cpu):
         on_cpu = fireq_jax.generate(reference, rows, prompts, **options).to_lists()
 
@@ -43,39 +47,33 @@ def test_smollm2_on_a_gpu_beside_the_cpu(smollm2_tokenizer):
     for i, (prompt, tokens) in enumerate(zip(prompts, on_cpu, strict=True)):
         sequences[i, : len(prompt) + STEPS] = [*prompt, *tokens]
 
-    def logits(llama, weights, kind="int4"):
+    def logits(llama, weights):
         """Of all positions, every token through the cache."""
-        cache = fireq_jax.KVCache.zeros(llama.config, len(prompts), length, kind)
+        cache = fireq_jax.KVCache.zeros(llama.config, len(prompts), length)
         return np.asarray(jax.jit(llama.apply)({"params": weights}, sequences, cache=cache), np.float64)
 
     by_kernels = logits(model, fireq_jax.to_layout(quantized, "tiles"))
     with jax.default_device(cpu):
-        by_reference, unquantized = logits(reference, rows), logits(reference, floats, "float")
+        by_reference = logits(reference, rows)
+        in_float32 = logits(fireq_jax.Llama(model.config, jnp.float32, "reference"), rows)
 
     def rms(x):
         """Over the vocabulary; a constant in all logits does not count."""
         return np.sqrt(np.mean((x - x.mean(-1, keepdims=True)) ** 2, axis=-1))
 
-    agreed = 0
+    moved, on_the_cpu = [], []
     for i, (prompt, gpu, cpu_tokens) in enumerate(zip(prompts, on_gpu, on_cpu, strict=True)):
         generated = slice(len(prompt) - 1, len(prompt) - 1 + STEPS)
         rounding = rms(by_kernels[i, generated] - by_reference[i, generated])
-        loss = rms(by_reference[i, generated] - unquantized[i, generated])
+        moved.append(rounding.mean())
+        on_the_cpu.append(rms(by_reference[i, generated] - in_float32[i, generated]).mean())
         differing = [step for step in range(STEPS) if gpu[step] != cpu_tokens[step]]
-        first = differing[0] if differing else STEPS
-        agreed += first
-        gap = 0.0
-        if differing:
-            at = by_reference[i, len(prompt) - 1 + first]
-            gap = at[cpu_tokens[first]] - at[gpu[first]]
-        print(
-            f"{TEXTS[i][:30]!r}: {first} steps agree, gap {gap:.3f}, rounding {rounding.mean():.3f}, "
-            f"loss {loss.mean():.3f}"
-        )
-        # Kernels and reference round at the same places, but sums differ in their last bits; e4m3 roundings that flip
-        # because of it move logits by less than all roundings together do.
-        assert rounding.mean() < loss.mean()
+        first = differing[0] if differing else STEPS - 1
+        at = by_reference[i, len(prompt) - 1 + first]
+        gap = at[cpu_tokens[first]] - at[gpu[first]]
+        print(f"{TEXTS[i][:30]!r}: {first} steps agree, gap {gap:.2f}; moved {moved[-1]:.2f}, {on_the_cpu[-1]:.2f}")
         # Two logits that each move by that much (as normal numbers) change places over four deviations of their
         # difference once in 30000 times.
-        assert gap <= 4 * np.sqrt(2) * rounding[min(first, STEPS - 1)]
-    assert agreed > len(prompts) * STEPS / 4
+        assert gap <= 4 * np.sqrt(2) * rounding[first]
+    # The means over 256 steps; between prompts they spread by a sixth.
+    assert np.mean(moved) < 1.25 * np.mean(on_the_cpu)
