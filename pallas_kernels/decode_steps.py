@@ -1,7 +1,6 @@
 """The register-level steps of decode attention, which :mod:`pallas_kernels.mosaic_decode` puts in order."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, cast
@@ -15,31 +14,15 @@ from jaxlib.mlir.dialects import arith
 from pallas_kernels import hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
-from pallas_kernels.tiling import DECODE_SLOTS, STREAMING_MULTIPROCESSORS
+from pallas_kernels.tiling import DECODE_SLOTS, DECODE_TILE, DecodeCut
+from pallas_kernels.warp_slots import WarpSlots
 
 ROWS = 8  # query rows that a tensor core's product takes together
-TILE = 32  # slots that a warp takes at a time
-AT_ONCE = 16  # splits whose results are on their way together
 LOG2_E = math.log2(math.e)
 # A hidden slot's score, and what a row's maximum begins with: so far apart that no hidden slot weighs anything, and
 # finite, so that differences are no NaN.
 MASKED, LOWEST = -3e38, -1e25
 CODE_UNIT = 2.0**-24  # what a code of 1 is worth when its bits are those of a subnormal float16
-
-
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """How the cache of a sequence and kv head is cut into pieces.
-
-    Attributes:
-      splits: blocks that share its slots.
-      warps: of a block, 4 or 8.
-      depth: tiles of each warp that are on their way or at work.
-    """
-
-    splits: int
-    warps: int = 4
-    depth: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +45,7 @@ class DecodeShape:
     kv_heads: int
     head_dim: int
     slots: int
-    cut: Cut
+    cut: DecodeCut
 
     @property
     def group(self) -> int:
@@ -87,7 +70,7 @@ class DecodeShape:
     @property
     def tile_bytes(self) -> int:
         """Codes of a tile's keys, of its values, and their scales."""
-        return TILE * (self.head_dim + 4)
+        return DECODE_TILE * (self.head_dim + 4)
 
     @property
     def shared_words(self) -> int:
@@ -95,28 +78,12 @@ class DecodeShape:
         return self.cut.warps * max(self.cut.depth * self.tile_bytes // 4, self.row_blocks * ROWS * self.pitch)
 
 
-def choose_cut(batch: int, kv_heads: int, slots: int) -> Cut:
-    """What was fastest among the shapes that were tried (docs/kernels.md), for a cache that is full.
-
-    Blocks of one wave need no second kernel if there is one per multiprocessor; where there are several, finer pieces
-    leave less of the device idle at the end. Else as many splits as run at once, two blocks per multiprocessor, each
-    with two tiles per warp or more, or one where that would leave few splits.
-    """
-    pairs = batch * kv_heads
-    if pairs > STREAMING_MULTIPROCESSORS:
-        return Cut(2 if slots >= 2048 else 1)
-    if pairs >= 3 * STREAMING_MULTIPROCESSORS // 4:
-        return Cut(1, warps=8)
-    rounds = -(-slots // (4 * TILE))
-    wanted = min(2 * STREAMING_MULTIPROCESSORS // pairs, max(8, rounds // 2), rounds)
-    return Cut(-(-rounds // -(-rounds // wanted)))
-
-
-def _int(bits: int) -> Any:
+def integer(bits: int) -> Any:
+    """The type of integers of that size."""
     return ir.IntegerType.get_signless(bits)
 
 
-def _lane_parts() -> tuple[ir.Value, ir.Value, ir.Value]:
+def lane_parts() -> tuple[ir.Value, ir.Value, ir.Value]:
     """The lane's g (0 to 7) and t (0 to 3), and its warp."""
     thread = utils.thread_idx()
     lane = arith.andi(thread, i32(31))
@@ -161,9 +128,9 @@ def multiply_add(sums: Sequence[ir.Value], a: Sequence[ir.Value], b: Sequence[ir
     )  # fmt: skip
 
 
-def _load(words: int, address: ir.Value, condition: ir.Value, offset: int = 0) -> list[ir.Value]:
+def load_words_if(words: int, address: ir.Value, condition: ir.Value, offset: int = 0) -> list[ir.Value]:
     """Words of global memory, zeros where the condition does not hold."""
-    flag = arith.extui(_int(32), condition)
+    flag = arith.extui(integer(32), condition)
     out = [f"${i}" for i in range(words)]
     vector = f".v{words}" if words > 1 else ""
     listed = "{" + ", ".join(out) + "}" if words > 1 else out[0]
@@ -171,7 +138,7 @@ def _load(words: int, address: ir.Value, condition: ir.Value, offset: int = 0) -
     return hopper.asm(
         f"{{ .reg .pred p; setp.ne.b32 p, ${words + 1}, 0; {zeros} "
         f"@p ld.global.nc.L1::no_allocate{vector}.b32 {listed}, [${words}+{offset}]; }}",
-        ",".join(["=&r"] * words + ["l", "r"]), [address, flag], [_int(32)] * words,
+        ",".join(["=&r"] * words + ["l", "r"]), [address, flag], [integer(32)] * words,
     )  # fmt: skip
 
 
@@ -180,7 +147,7 @@ def _load_shared(words: int, address: ir.Value, offset: int) -> list[ir.Value]:
     out = ", ".join(f"${i}" for i in range(words))
     vector, listed = (f".v{words}", f"{{{out}}}") if words > 1 else ("", out)
     ptx = f"ld.shared{vector}.b32 {listed}, [${words}+{offset}];"
-    return hopper.asm(ptx, ",".join(["=r"] * words + ["r"]), [address], [_int(32)] * words)
+    return hopper.asm(ptx, ",".join(["=r"] * words + ["r"]), [address], [integer(32)] * words)
 
 
 class Steps:
@@ -196,7 +163,7 @@ class Steps:
         self.words = shape.head_dim // 32  # of a key row that a lane loads
         self.k_steps = shape.head_dim // 16
         self.outputs = shape.head_dim // 4  # of eight query rows, that a lane holds
-        self.slots = hopper.WarpSlots(shape.cut.warps, shape.cut.depth, shape.tile_bytes)
+        self.slots = WarpSlots(shape.cut.warps, shape.cut.depth, shape.tile_bytes)
         self.scalar = plgpu.Layout.WG_SPLAT(())
         n = shape.row_blocks
         containers = {
@@ -206,7 +173,6 @@ class Steps:
             "limits": (2 * n, jnp.int32),
             # 4 x keys of 8 slots, 8 x value words of a slot (half as long), scales of keys and of values
             "tile": (4 * self.words + 8 * self.words // 2 + 8, jnp.int32),
-            "row": (3, jnp.float32),
             # of eight rows: maxima and sums of two, then outputs
             "state": ((4 + self.outputs) * n, jnp.float32),
         }
@@ -232,8 +198,8 @@ class Steps:
             return_type=tuple(self.type[name] for name in ("queries", "factors", "starts", "limits")),
         )
         def load(_: Any, q8: Any, q_scale: Any, positions: Any, sequence: Any, kv_head: Any) -> Any:
-            word = _int(32)
-            g, t, _warp = _lane_parts()
+            word = integer(32)
+            g, t, _warp = lane_parts()
             sequence, kv_head = sequence.registers.item(), kv_head.registers.item()
             first_token, first_head = arith.muli(sequence, i32(s.tokens)), arith.muli(kv_head, i32(s.group))
             queries, factors, starts, limits = [], [], [], []
@@ -244,7 +210,7 @@ class Steps:
                 address = hopper.global_address(q8, 1, (row, s.head_dim), (t, s.head_dim // 4))
                 start = [f32(0)] * 4
                 for w in range(self.words):
-                    low, high = _load(2, address, exists, 8 * w)
+                    low, high = load_words_if(2, address, exists, 8 * w)
                     pairs = []
                     for i in range(4):  # elements i and i + 4 of eight, as the codes of keys come
                         pair = hopper.pure_asm(f"prmt.b32 $0, $1, $2, {i | (4 + i) << 4};", "=r,r,r", [low, high], word)
@@ -265,24 +231,14 @@ class Steps:
                     token, member, exists = self._place(row)
                     token = arith.addi(first_token, token)
                     head = arith.addi(first_head, member)
-                    [scale] = _load(1, hopper.global_address(q_scale, 4, (token, s.heads), (head, 1)), exists)
+                    [scale] = load_words_if(1, hopper.global_address(q_scale, 4, (token, s.heads), (head, 1)), exists)
                     scale = arith.bitcast(ir.F32Type.get(), scale)
                     factors.append(arith.mulf(scale, f32(self.softmax_scale * LOG2_E / CODE_UNIT)))
-                    [position] = _load(1, hopper.global_address(positions, 4, (token, 1)), exists)
+                    [position] = load_words_if(1, hopper.global_address(positions, 4, (token, 1)), exists)
                     limits.append(arith.select(exists, arith.addi(position, i32(1)), i32(0)))
             return tuple(map(hopper.pack, (queries, factors, starts, limits)))
 
         return cast(Operation, load)
-
-    def open_slots(self) -> Operation:
-        """``(arrivals) -> ()``: makes the barriers of each warp's slots."""
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=())
-        def make(_: Any, arrivals: Any) -> Any:
-            self.slots.open(arrivals)
-            return ()
-
-        return cast(Operation, make)
 
     def request(self) -> Operation:
         """``(slots, arrivals, k, k scales, v, v scales, sequence, kv head, slot, first, end) -> ()``.
@@ -294,16 +250,16 @@ class Steps:
         @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 6, *[self.scalar] * 5), return_type=())
         def copy(_: Any, slots: Any, arrivals: Any, k: Any, k_scales: Any, v: Any, v_scales: Any, *where: Any) -> Any:
             sequence, kv_head, slot, first, end = (x.registers.item() for x in where)
-            first = arith.addi(first, arith.muli(arith.shrui(utils.thread_idx(), i32(5)), i32(TILE)))
-            rows = arith.minsi(arith.maxsi(arith.subi(end, first), i32(0)), i32(TILE))
+            first = arith.addi(first, arith.muli(arith.shrui(utils.thread_idx(), i32(5)), i32(DECODE_TILE)))
+            rows = arith.minsi(arith.maxsi(arith.subi(end, first), i32(0)), i32(DECODE_TILE))
             rows = arith.andi(arith.addi(rows, i32(DECODE_SLOTS - 1)), i32(-DECODE_SLOTS))
-            wanted = arith.extui(_int(32), arith.cmpi(arith.CmpIPredicate.ne, rows, i32(0)))
+            wanted = arith.extui(integer(32), arith.cmpi(arith.CmpIPredicate.ne, rows, i32(0)))
             pair = arith.addi(arith.muli(sequence, i32(s.kv_heads)), kv_head)
             parts, at = [], 0
             for array, row_bytes in ((k, s.head_dim // 2), (v, s.head_dim // 2), (k_scales, 2), (v_scales, 2)):
                 source = hopper.global_address(array, 1, (pair, s.slots * row_bytes), (first, row_bytes))
                 parts.append((source, at, arith.muli(rows, i32(row_bytes))))
-                at += TILE * row_bytes
+                at += DECODE_TILE * row_bytes
             self.slots.request(self.slots.place(slots, slot), self.slots.barrier(arrivals, slot), parts, wanted)
             return ()
 
@@ -317,7 +273,7 @@ class Steps:
             arg_types=(plgpu.RefType(), plgpu.RefType(), self.scalar, self.scalar), return_type=self.type["tile"]
         )
         def read(_: Any, slots: Any, arrivals: Any, slot: Any, parity: Any) -> Any:
-            g, t, _warp = _lane_parts()
+            g, t, _warp = lane_parts()
             slot = slot.registers.item()
             hopper.wait_for_phase(self.slots.barrier(arrivals, slot), parity.registers.item())
             place = self.slots.place(slots, slot)
@@ -329,7 +285,7 @@ class Steps:
             # Of two neighbouring slots odd lanes take the second one first: fewer lanes meet in a bank.
             odd = arith.andi(t, i32(1))
             mine = arith.addi(arith.muli(t, i32(2 * row_bytes)), arith.muli(g, i32(row_bytes // 8)))
-            address = arith.addi(arith.addi(place, i32(TILE * row_bytes)), mine)
+            address = arith.addi(arith.addi(place, i32(DECODE_TILE * row_bytes)), mine)
             nearer = arith.addi(address, arith.muli(odd, i32(row_bytes)))
             other = arith.addi(address, arith.muli(arith.xori(odd, i32(1)), i32(row_bytes)))
             for offset in (0, 8, 16, 24):
@@ -338,25 +294,21 @@ class Steps:
             address = arith.addi(place, arith.muli(g, i32(2)))
             for array in range(2):
                 for block in range(4):
-                    offset = 2 * TILE * (row_bytes + array) + 16 * block
-                    scales += hopper.asm(f"ld.shared.u16 $0, [$1+{offset}];", "=r,r", [address], [_int(32)])
+                    offset = 2 * DECODE_TILE * (row_bytes + array) + 16 * block
+                    scales += hopper.asm(f"ld.shared.u16 $0, [$1+{offset}];", "=r,r", [address], [integer(32)])
             return hopper.pack([*keys, *values, *scales])
 
         return cast(Operation, read)
 
-    def start(self, kind: str) -> Operation:
-        """``zeros -> state`` of that kind of rows that have seen nothing; maxima come first."""
-        at = {"row": [0], "state": [i for n in range(self.shape.row_blocks) for i in self._maxima_at(n)]}[kind]
+    def start(self) -> Operation:
+        """``zeros -> state`` of rows that have seen nothing."""
 
-        @plgpu.inline_mgpu(arg_types=(self.layout[kind],), return_type=self.type[kind])
+        @plgpu.inline_mgpu(arg_types=(self.layout["state"],), return_type=self.type["state"])
         def begin(_: Any, zeros: Any) -> Any:
-            return hopper.pack([f32(LOWEST) if i in at else zero for i, zero in enumerate(hopper.unpack(zeros))])
+            size = 4 + self.outputs
+            return hopper.pack([f32(LOWEST) if i % size < 2 else x for i, x in enumerate(hopper.unpack(zeros))])
 
         return cast(Operation, begin)
-
-    def _maxima_at(self, block: int) -> tuple[int, int]:
-        """Where a state has the maxima of a lane's rows of the block."""
-        return (4 + self.outputs) * block, (4 + self.outputs) * block + 1
 
     def attend(self) -> Operation:
         """``(state, tile, queries, factors, starts, limits, first slot, end) -> state``: a warp's 32 slots.
@@ -374,8 +326,8 @@ class Steps:
         def add(_: Any, state: Any, tile: Any, *others: Any) -> Any:
             *of_rows, first, end = others
             queries, factors, starts, limits = map(hopper.unpack, of_rows)
-            g, _t, warp = _lane_parts()
-            first = arith.addi(first.registers.item(), arith.muli(warp, i32(TILE)))
+            g, _t, warp = lane_parts()
+            first = arith.addi(first.registers.item(), arith.muli(warp, i32(DECODE_TILE)))
             registers, tile = hopper.unpack(state), hopper.unpack(tile)
             keys, rest = tile[: 4 * self.words], tile[4 * self.words :]
             values, scales = rest[: 4 * self.words], rest[4 * self.words :]
@@ -468,160 +420,3 @@ class Steps:
                 ]
                 operands += [[*pairs[0][i : i + 2], *pairs[1][i : i + 2]] for i in (0, 2)]
         return operands
-
-    def merge(self, out_dtype: Any) -> Operation:
-        """``(state, shared, results, block, sequence, kv head) -> ()``: the warps' results as one, to memory.
-
-        Results are those of the splits, float32 ``[blocks, rows, pitch]``, or ``y`` if there is but one split.
-        """
-        s = self.shape
-        d, pitch = s.head_dim, s.pitch
-
-        @plgpu.inline_mgpu(
-            arg_types=(self.layout["state"], plgpu.RefType(), plgpu.RefType(), *[self.scalar] * 3), return_type=()
-        )
-        def write(_: Any, state: Any, shared: Any, results: Any, *where: Any) -> Any:
-            block, sequence, kv_head = (x.registers.item() for x in where)
-            g, t, warp = _lane_parts()
-            registers = hopper.unpack(state)
-            base = hopper.shared_address(shared)
-            hopper.block_barrier()  # all warps have read their last tiles, where results go
-            size = 4 + self.outputs
-            for n in range(s.row_blocks):
-                for column in range(2):
-                    largest, total = registers[size * n + column : size * n + 4 : 2]
-                    total = hopper.across_lanes(total, arith.addf, lanes=8, apart=4)
-                    row = arith.addi(arith.muli(t, i32(2)), i32(ROWS * n + column))
-                    row = arith.addi(arith.muli(warp, i32(s.row_blocks * ROWS)), row)
-                    place = arith.addi(base, arith.muli(row, i32(4 * pitch)))
-                    hopper.asm(f"st.shared.v2.f32 [$0+{4 * d}], {{$1, $2}};", "r,f,f", [place, largest, total], [])
-                    # A lane's outputs are neighbours in the head.
-                    place = arith.addi(place, arith.muli(g, i32(4 * (d // 8))))
-                    mine = [registers[size * n + 4 + i] for i in range(column, self.outputs, 2)]
-                    for i in range(0, len(mine), 4):
-                        hopper.asm(
-                            f"st.shared.v4.f32 [$0+{4 * i}], {{$1, $2, $3, $4}};",
-                            "r,f,f,f,f",
-                            [place, *mine[i : i + 4]],
-                            [],
-                        )
-            hopper.block_barrier()
-            thread = utils.thread_idx()
-            # Thread i takes element i of every row it reaches.
-            rows_at_once = 32 * s.cut.warps // d
-            element, first_row = arith.andi(thread, i32(d - 1)), arith.divui(thread, i32(d))
-
-            def read(address: ir.Value, offset: int) -> ir.Value:
-                return hopper.asm(f"ld.shared.f32 $0, [$1+{offset}];", "=f,r", [address], [ir.F32Type.get()])[0]
-
-            for i in range(0, s.rows, rows_at_once):
-                row = arith.addi(first_row, i32(i))
-                at = arith.addi(base, arith.muli(row, i32(4 * pitch)))
-                step = 4 * pitch * s.row_blocks * ROWS
-                peaks = [read(at, w * step + 4 * d) for w in range(s.cut.warps)]
-                largest = functools.reduce(hopper.maximum, peaks)
-                mine = arith.addi(at, arith.muli(element, i32(4)))
-                out, total = f32(0), f32(0)
-                for w in range(s.cut.warps):
-                    weight = hopper.exp2(arith.subf(peaks[w], largest))
-                    out = arith.addf(out, arith.mulf(read(mine, w * step), weight))
-                    total = arith.addf(total, arith.mulf(read(at, w * step + 4 * d + 4), weight))
-                exists = arith.cmpi(arith.CmpIPredicate.ult, row, i32(s.rows))
-                if s.cut.splits == 1:
-                    self._store_result(results, out_dtype, sequence, kv_head, row, element, out, total, exists)
-                else:
-                    target = hopper.global_address(results, 4, (block, s.rows * pitch), (row, pitch))
-                    self._store_part(target, element, out, largest, total, exists)
-            return ()
-
-        return cast(Operation, write)
-
-    def _store_part(
-        self, target: ir.Value, element: ir.Value, out: ir.Value, largest: ir.Value, total: ir.Value, exists: ir.Value
-    ) -> None:
-        """A split's result of a row, whose first thread brings its maximum and sum, too."""
-        place = arith.addi(target, arith.extui(_int(64), arith.muli(element, i32(4))))
-        store = "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }"
-        hopper.asm(store, "l,f,r", [place, out, arith.extui(_int(32), exists)], [])
-        leads = arith.andi(exists, arith.cmpi(arith.CmpIPredicate.eq, element, i32(0)))
-        behind = 4 * self.shape.head_dim
-        hopper.asm(
-            f"{{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.v2.f32 [$0+{behind}], {{$1, $2}}; }}",
-            "l,f,f,r", [target, largest, total, arith.extui(_int(32), leads)], [],
-        )  # fmt: skip
-
-    def _store_result(
-        self, y: Any, out_dtype: Any, sequence: ir.Value, kv_head: ir.Value, row: ir.Value, element: ir.Value,
-        out: ir.Value, total: ir.Value, exists: ir.Value,
-    ) -> None:  # fmt: skip
-        """An element of a query row of ``[b, t, h, d]``, divided by the row's sum."""
-        s = self.shape
-        size = jnp.dtype(out_dtype).itemsize
-        token, member = arith.divui(row, i32(s.group)), arith.remui(row, i32(s.group))
-        place = hopper.global_address(
-            y, size, (sequence, s.tokens * s.heads * s.head_dim), (token, s.heads * s.head_dim),
-            (kv_head, s.group * s.head_dim), (member, s.head_dim), (element, 1),
-        )  # fmt: skip
-        store = {
-            4: "@p st.global.f32 [$0], q;",
-            2: "cvt.rn.bf16.f32 b, q; @p st.global.b16 [$0], b;",
-        }[size]
-        hopper.asm(
-            "{ .reg .pred p; .reg .b16 b; .reg .f32 q; setp.ne.b32 p, $3, 0; div.rn.f32 q, $1, $2; " + store + " }",
-            "l,f,f,r", [place, out, total, arith.extui(_int(32), exists)], [],
-        )  # fmt: skip
-
-    def collect(self) -> Operation:
-        """``(state, partial, row of results, first split) -> state``: takes ``AT_ONCE`` splits' results of a row.
-
-        A thread's state is the maximum, the sum and its element of the output. Query rows are counted over all
-        sequences and kv heads.
-        """
-        s = self.shape
-
-        @plgpu.inline_mgpu(
-            arg_types=(self.layout["row"], plgpu.RefType(), self.scalar, self.scalar), return_type=self.type["row"]
-        )
-        def add(_: Any, state: Any, partial: Any, row: Any, first: Any) -> Any:
-            single = ir.F32Type.get()
-            largest, total, out = hopper.unpack(state)
-            row, element = row.registers.item(), arith.andi(utils.thread_idx(), i32(s.head_dim - 1))
-            pair, row = arith.divui(row, i32(s.rows)), arith.remui(row, i32(s.rows))
-            parts = []
-            for i in range(AT_ONCE):
-                split = arith.addi(first.registers.item(), i32(i))
-                exists = arith.cmpi(arith.CmpIPredicate.slt, split, i32(s.cut.splits))
-                block = arith.addi(arith.muli(pair, i32(s.cut.splits)), split)
-                address = hopper.global_address(partial, 4, (block, s.rows * s.pitch), (row, s.pitch))
-                mine = arith.addi(address, arith.extui(_int(64), arith.muli(element, i32(4))))
-                words = [_load(1, mine, exists), *(_load(1, address, exists, 4 * (s.head_dim + j)) for j in (0, 1))]
-                value, peak, weight = (arith.bitcast(single, word) for [word] in words)
-                parts.append((value, arith.select(exists, peak, f32(MASKED)), weight))
-            highest = largest
-            for _value, peak, _weight in parts:
-                highest = hopper.maximum(highest, peak)
-            shrink = hopper.exp2(arith.subf(largest, highest))
-            total, out = arith.mulf(total, shrink), arith.mulf(out, shrink)
-            for value, peak, weight in parts:
-                factor = hopper.exp2(arith.subf(peak, highest))
-                total = arith.addf(total, arith.mulf(weight, factor))
-                out = arith.addf(out, arith.mulf(value, factor))
-            return hopper.pack([highest, total, out])
-
-        return cast(Operation, add)
-
-    def finish_row(self, out_dtype: Any) -> Operation:
-        """``(state, y, row of results) -> ()``: divides by the sum and writes a row of ``[b, t, h, d]``."""
-        s = self.shape
-
-        @plgpu.inline_mgpu(arg_types=(self.layout["row"], plgpu.RefType(), self.scalar), return_type=())
-        def write(_: Any, state: Any, y: Any, row: Any) -> Any:
-            _largest, total, out = hopper.unpack(state)
-            row, element = row.registers.item(), utils.thread_idx()
-            pair, row = arith.divui(row, i32(s.rows)), arith.remui(row, i32(s.rows))
-            sequence, kv_head = arith.divui(pair, i32(s.kv_heads)), arith.remui(pair, i32(s.kv_heads))
-            exists = arith.cmpi(arith.CmpIPredicate.ult, element, i32(s.head_dim))
-            self._store_result(y, out_dtype, sequence, kv_head, row, element, out, total, exists)
-            return ()
-
-        return cast(Operation, write)

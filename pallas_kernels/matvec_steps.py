@@ -13,6 +13,7 @@ from pallas_kernels import hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation, by_row, decode_scales, float_address, load_if
 from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS, SUMS_PITCH, UNIT, WARPS, Streaming
+from pallas_kernels.warp_slots import WarpSlots
 from pallas_kernels.weight_layout import CODE_WORDS, SHARE_N, SHARES, TILE_K, share_bytes
 
 THREADS = 32 * WARPS
@@ -38,7 +39,7 @@ class Steps:
         self.blocks_of_tokens = -(-m // 8)  # as the tensor core takes them
         self.tiles = -(-k // TILE_K)
         self.share_bytes = share_bytes(group_size, scale_dtype)
-        self.slots = hopper.WarpSlots(WARPS, cut.slots, self.share_bytes)
+        self.slots = WarpSlots(WARPS, cut.slots, self.share_bytes)
         self.team, self.teams = cut.team, WARPS // cut.team
         self.units = sum(self.sizes) // UNIT
         self.blocks = min(STREAMING_MULTIPROCESSORS, self.units)
@@ -56,16 +57,6 @@ class Steps:
         }
         self.layout = {name: hopper.container_layout(count) for name, (count, _) in containers.items()}
         self.type = {name: hopper.container_type(count, dtype) for name, (count, dtype) in containers.items()}
-
-    def open_slots(self) -> Operation:
-        """``(arrivals) -> ()``: makes the barriers of each warp's slots."""
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=())
-        def make(_: Any, arrivals: Any) -> Any:
-            self.slots.open(arrivals)
-            return ()
-
-        return cast(Operation, make)
 
     def _in_team(self, thread: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The team of a thread, and its warp's number there."""

@@ -20,8 +20,10 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.decode_steps import AT_ONCE, TILE, Cut, DecodeShape, Steps, choose_cut
+from pallas_kernels.decode_steps import DecodeShape, Steps
 from pallas_kernels.matmul_steps import Operation
+from pallas_kernels.merge_steps import AT_ONCE, MergeSteps
+from pallas_kernels.tiling import DECODE_TILE, DecodeCut, choose_decode_cut
 
 
 def make_kernel(shape: DecodeShape, softmax_scale: float, out_dtype: Any) -> Operation:
@@ -32,7 +34,7 @@ def make_kernel(shape: DecodeShape, softmax_scale: float, out_dtype: Any) -> Ope
     ops = Steps(shape, softmax_scale)
     s, cut = shape, shape.cut
     pairs = s.batch * s.kv_heads
-    stride = cut.warps * TILE
+    stride = cut.warps * DECODE_TILE
 
     def body(
         q8: Any, q_scale: Any, k: Any, k_scales: Any, v: Any, v_scales: Any, positions: Any, results: Any, shared: Any,
@@ -41,7 +43,7 @@ def make_kernel(shape: DecodeShape, softmax_scale: float, out_dtype: Any) -> Ope
         block = jax.lax.axis_index("block")
         split, pair = jax.lax.rem(block, jnp.int32(cut.splits)), jax.lax.div(block, jnp.int32(cut.splits))
         sequence, kv_head = jax.lax.div(pair, jnp.int32(s.kv_heads)), jax.lax.rem(pair, jnp.int32(s.kv_heads))
-        ops.open_slots()(arrivals)
+        ops.slots.open()(arrivals)
         end = functools.reduce(jnp.maximum, (positions[sequence, i] for i in range(s.tokens))) + 1
         # Splits take equal numbers of whole rounds of the sequence as long as it is now.
         rounds = jax.lax.div(end + stride - 1, jnp.int32(stride))
@@ -69,9 +71,9 @@ def make_kernel(shape: DecodeShape, softmax_scale: float, out_dtype: Any) -> Ope
             return state, jnp.where(slot == cut.depth, 0, slot), parity
 
         zeros = jnp.zeros(ops.type["state"].shape, jnp.float32)
-        state = ops.start("state")(plgpu.layout_cast(zeros, ops.layout["state"]))
+        state = ops.start()(plgpu.layout_cast(zeros, ops.layout["state"]))
         state, _, _ = jax.lax.fori_loop(0, mine, step, (state, jnp.int32(0), jnp.int32(0)))
-        ops.merge(out_dtype)(state, shared, results, block, sequence, kv_head)
+        MergeSteps(ops, out_dtype).merge_warps()(state, shared, results, block, sequence, kv_head)
 
     of_splits = jax.ShapeDtypeStruct((pairs * cut.splits, s.rows, s.pitch), jnp.float32)
     kernel = plgpu.kernel(
@@ -94,16 +96,16 @@ def _result_type(shape: DecodeShape, out_dtype: Any) -> jax.ShapeDtypeStruct:
 
 def make_combine(shape: DecodeShape, out_dtype: Any) -> Operation:
     """The kernel that merges the splits' results: ``partial -> [b, t, h, d]``, a block per row."""
-    ops = Steps(shape, 1.0)
+    ops = MergeSteps(Steps(shape, 1.0), out_dtype)
 
     def body(partial: Any, y: Any) -> None:
         row = jax.lax.axis_index("row")
         zeros = jnp.zeros((hopper.WARPGROUP * 3,), jnp.float32)
-        state = ops.start("row")(plgpu.layout_cast(zeros, ops.layout["row"]))
+        state = ops.start()(plgpu.layout_cast(zeros, ops.row))
         state = jax.lax.fori_loop(
             0, -(-shape.cut.splits // AT_ONCE), lambda i, state: ops.collect()(state, partial, row, i * AT_ONCE), state
         )
-        ops.finish_row(out_dtype)(state, y, row)
+        ops.finish()(state, y, row)
 
     kernel = plgpu.kernel(
         body,
@@ -130,7 +132,7 @@ def decode_attention(
     *,
     softmax_scale: float,
     out_dtype: Any = jnp.bfloat16,
-    cut: Cut | None = None,
+    cut: DecodeCut | None = None,
 ) -> jax.Array:
     """:func:`pallas_kernels.reference.decode_attention` for up to 16 query rows per kv head.
 
@@ -144,14 +146,14 @@ def decode_attention(
       query_positions: ``[b, t]`` int32.
       softmax_scale: usually ``d ** -0.5``.
       out_dtype: bf16 or float32.
-      cut: how the cache is cut into pieces; chosen by :func:`choose_cut` if None.
+      cut: how the cache is cut into pieces; chosen by :func:`choose_decode_cut` if None.
 
     Returns:
       ``[b, t, h, d]`` ``out_dtype``.
     """
     b, t, h, d = q8.shape
     kv, slots = k_codes.shape[1:3]
-    cut = cut or choose_cut(b, kv, slots)
+    cut = cut or choose_decode_cut(b, kv, slots)
     shape = DecodeShape(b, t, h, kv, d, slots, cut)
     results = make_kernel(shape, softmax_scale, out_dtype)(
         q8, q_scale, k_codes, k_scales, v_codes, v_scales, query_positions

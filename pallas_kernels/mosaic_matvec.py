@@ -74,7 +74,7 @@ def make_kernel(
             tile = (part * cut.rounds + at_round) * cut.team
             ops.request()(slots, arrivals, slot, unit(turn), tile, (part < parts).astype(jnp.int32), *w)
 
-        ops.open_slots()(arrivals)
+        ops.slots.open()(arrivals)
         # First, for all waits for the inputs, and what is read behind many tiles arrives behind them.
         if unrounded is None:
             inputs = ops.load_inputs()(of_x[0], jnp.int32(0))

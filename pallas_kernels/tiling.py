@@ -17,6 +17,7 @@ MAX_TOKEN = 16384  # inputs of a token that the matvec kernel rounds itself: 32 
 SUMS_PITCH = 20
 MAX_ROW = 32768  # elements of a row that a block of the row kernels holds in registers
 DECODE_ROWS = 16  # query rows per kv head that the decode kernel takes at most
+DECODE_TILE = 32  # slots of the cache that a warp of the decode kernel takes at a time
 DECODE_SLOTS = 8  # of which a cache must have a multiple: copies of 16-bit scales start and end there
 
 
@@ -147,3 +148,35 @@ def choose_streaming(m: int, n: int, k: int, share: int) -> Streaming | None:
                 # Where many inputs have to be put into shared memory first, the other kernel has them copied.
                 return cut if m <= 8 or (parts == 1 and cut.turns(n) == 1) else None
     return None
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeCut:
+    """How the cache of a sequence and kv head is cut into pieces.
+
+    Attributes:
+      splits: blocks that share its slots.
+      warps: of a block, 4 or 8.
+      depth: tiles of each warp that are on their way or at work.
+    """
+
+    splits: int
+    warps: int = 4
+    depth: int = 2
+
+
+def choose_decode_cut(batch: int, kv_heads: int, slots: int) -> DecodeCut:
+    """What was fastest among the shapes that were tried (docs/kernels.md), for a cache that is full.
+
+    Blocks of one wave need no second kernel if there is one per multiprocessor; where there are several, finer pieces
+    leave less of the device idle at the end. Else as many splits as run at once, two blocks per multiprocessor, each
+    with two tiles per warp or more, or one where that would leave few splits.
+    """
+    pairs = batch * kv_heads
+    if pairs > STREAMING_MULTIPROCESSORS:
+        return DecodeCut(2 if slots >= 2048 else 1)
+    if pairs >= 3 * STREAMING_MULTIPROCESSORS // 4:
+        return DecodeCut(1, warps=8)
+    rounds = -(-slots // (4 * DECODE_TILE))
+    wanted = min(2 * STREAMING_MULTIPROCESSORS // pairs, max(8, rounds // 2), rounds)
+    return DecodeCut(-(-rounds // -(-rounds // wanted)))

@@ -10,7 +10,7 @@ from test_matmul_kernel import frobenius, on_hopper
 
 import pallas_kernels as pk
 from pallas_kernels import mosaic_decode
-from pallas_kernels.decode_steps import Cut
+from pallas_kernels.tiling import DecodeCut
 
 
 def inputs(batch, tokens, heads, kv_heads, head_dim, slots, seed=0):
@@ -70,7 +70,7 @@ def test_lowers_for_cuda_without_a_gpu(sizes):
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize("cut", [None, Cut(1, 8), Cut(5), Cut(3, 8, 3)], ids=str)
+@pytest.mark.parametrize("cut", [None, DecodeCut(1, 8), DecodeCut(5), DecodeCut(3, 8, 3)], ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_kernel_against_the_reference(sizes, cut):
     arguments, scale = inputs(*sizes), sizes[4] ** -0.5

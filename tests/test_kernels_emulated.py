@@ -16,9 +16,17 @@ from test_matmul_kernel import (
 )
 
 import pallas_kernels as pk
-from pallas_kernels import decode_steps, matmul_steps, matvec_steps, mosaic_decode, mosaic_matmul, mosaic_matvec
-from pallas_kernels.decode_steps import Cut
-from pallas_kernels.tiling import Streaming, Tiling
+from pallas_kernels import (
+    decode_steps,
+    matmul_steps,
+    matvec_steps,
+    merge_steps,
+    mosaic_decode,
+    mosaic_matmul,
+    mosaic_matvec,
+    warp_slots,
+)
+from pallas_kernels.tiling import DecodeCut, Streaming, Tiling
 
 
 @pytest.mark.parametrize(
@@ -40,7 +48,7 @@ def test_matvec(m, n, k, group_size, scale_dtype, cut):
     x, x_scale = random_tokens(m + 1, m, k)
     tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
     bias = jnp.asarray(np.random.default_rng(5).normal(size=n) * 100, jnp.float32)
-    with emulated(mosaic_matvec, matvec_steps, matmul_steps):
+    with emulated(mosaic_matvec, matvec_steps, warp_slots, matmul_steps):
         [y] = rounded_matvec(
             x, x_scale, [tiles], [jnp.float32(0.5)], [bias],
             sizes=(n,), group_size=group_size, scale_dtype=scale_dtype, cut=cut,
@@ -64,7 +72,7 @@ def test_matvec_of_several_weights(m, sizes, k, cut, biased):
     weights, dense = several_weights(sizes, k, biased)
     expected = [product(x, x_scale, *of_weight) for of_weight in dense]
     tiles, tensor_scales, biases, _ = zip(*weights, strict=True)
-    with emulated(mosaic_matvec, matvec_steps, matmul_steps):
+    with emulated(mosaic_matvec, matvec_steps, warp_slots, matmul_steps):
         results = rounded_matvec(
             x, x_scale, tiles, tensor_scales, biases, sizes=sizes, group_size=128, scale_dtype=E4M3,
             out_dtype=jnp.float32 if m == 3 else BF16, cut=cut,
@@ -147,7 +155,7 @@ def test_residual(m, n, k, how, monkeypatch):
         with emulated(mosaic_matmul, matmul_steps):
             [y] = mosaic_matmul.matmul(*arguments, residual, **settings, tiling=how)
     else:
-        with emulated(mosaic_matvec, matvec_steps, matmul_steps):
+        with emulated(mosaic_matvec, matvec_steps, warp_slots, matmul_steps):
             [y] = rounded_matvec(*arguments, residual, **settings, cut=how)
     total = expected + np.asarray(residual, np.float64)
     # Half a unit of bf16's eight bits of the product, and of the sum.
@@ -158,12 +166,20 @@ def test_residual(m, n, k, how, monkeypatch):
 @pytest.mark.parametrize(
     ("tokens", "heads", "kv_heads", "head_dim", "slots", "positions", "cut"),
     [
-        (1, 2, 2, 64, 64, [0, 63, 31], Cut(1)),
-        (1, 9, 3, 64, 200, [199, 128], Cut(1, 8, 3)),  # a query group of three, slots that are no multiple of a tile
-        (1, 8, 1, 128, 320, [300], Cut(3, depth=4)),  # splits of which one has less to do
-        (1, 4, 1, 128, 512, [5], Cut(4)),  # and of which three have nothing
-        (1, 2, 1, 64, 2304, [2300], Cut(18)),  # more splits than are merged at once
-        (2, 16, 2, 128, 160, [[150, 151]], Cut(2, 8)),  # two tokens: sixteen rows
+        (1, 2, 2, 64, 64, [0, 63, 31], DecodeCut(1)),
+        (
+            1,
+            9,
+            3,
+            64,
+            200,
+            [199, 128],
+            DecodeCut(1, 8, 3),
+        ),  # a query group of three, slots that are no multiple of a tile
+        (1, 8, 1, 128, 320, [300], DecodeCut(3, depth=4)),  # splits of which one has less to do
+        (1, 4, 1, 128, 512, [5], DecodeCut(4)),  # and of which three have nothing
+        (1, 2, 1, 64, 2304, [2300], DecodeCut(18)),  # more splits than are merged at once
+        (2, 16, 2, 128, 160, [[150, 151]], DecodeCut(2, 8)),  # two tokens: sixteen rows
         (3, 4, 4, 64, 256, [[0, 1, 2], [253, 254, 255]], None),
     ],
 )
@@ -181,7 +197,7 @@ def test_decode_attention(tokens, heads, kv_heads, head_dim, slots, positions, c
     # What stands behind the last token was never written, or by a longer sequence before.
     behind = jnp.arange(slots) > positions.max(1)[:, None, None]
     unwritten = [jnp.where(behind, jnp.nan, part) if part.ndim == 3 else part for part in cache]
-    with emulated(mosaic_decode, decode_steps, matmul_steps):
+    with emulated(mosaic_decode, decode_steps, merge_steps, warp_slots, matmul_steps):
         actual = mosaic_decode.decode_attention(
             q8, q_scale, *unwritten, positions, softmax_scale=head_dim**-0.5, out_dtype=jnp.float32, cut=cut
         )
@@ -199,7 +215,10 @@ def test_a_missing_barrier_is_a_race(monkeypatch):
     monkeypatch.setattr(Block, "barrier", lambda self: None)
     values, scales = random_weight(0, 64, 256, 128, E4M3)
     tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
-    with emulated(mosaic_matvec, matvec_steps, matmul_steps), pytest.raises(RaceError, match="another warp"):
+    with (
+        emulated(mosaic_matvec, matvec_steps, warp_slots, matmul_steps),
+        pytest.raises(RaceError, match="another warp"),
+    ):
         rounded_matvec(
             *random_tokens(1, 2, 256), [tiles], [jnp.float32(1)], [None], sizes=(64,), group_size=128, scale_dtype=E4M3
         )

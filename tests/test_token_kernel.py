@@ -9,7 +9,16 @@ from test_matmul_kernel import BF16, E4M3, frobenius, on_hopper, product, severa
 from test_row_kernels import exact, norm, silu
 
 import pallas_kernels as pk
-from pallas_kernels import dispatch, matmul_steps, matvec_steps, mosaic_matvec, row_steps, token_steps, weight_layout
+from pallas_kernels import (
+    dispatch,
+    matmul_steps,
+    matvec_steps,
+    mosaic_matvec,
+    row_steps,
+    token_steps,
+    warp_slots,
+    weight_layout,
+)
 
 
 def source_of(kind, k, seed=0, m=1):
@@ -65,7 +74,7 @@ def alone(source, weights, residual, **settings):
 
 @pytest.mark.parametrize("case", CASES)
 def test_on_the_emulated_multiprocessor(case):
-    with emulated(mosaic_matvec, matvec_steps, matmul_steps, token_steps, row_steps):
+    with emulated(mosaic_matvec, matvec_steps, warp_slots, matmul_steps, token_steps, row_steps):
         check(alone, *case)
 
 
@@ -77,7 +86,7 @@ def test_in_parts(case, m):
 
 def test_a_zero_token_gives_the_bias():
     weights, dense = several_weights((64,), 128, (0,))
-    with emulated(mosaic_matvec, matvec_steps, matmul_steps, token_steps, row_steps):
+    with emulated(mosaic_matvec, matvec_steps, warp_slots, matmul_steps, token_steps, row_steps):
         [y] = alone(pk.Unrounded(jnp.zeros((1, 128), BF16)), weights, None, group_size=128, scale_dtype=E4M3)
     np.testing.assert_array_equal(np.asarray(y[0]), np.asarray(dense[0][-1].astype(BF16)))
 
