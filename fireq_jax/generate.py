@@ -14,7 +14,6 @@ from fireq_jax.kv_cache import KVCache
 from fireq_jax.llama import Llama
 from fireq_jax.quantize import cache_kind
 from fireq_jax.sampling import Sampling, sample
-from pallas_kernels.tiling import DECODE_SLOTS
 
 Prompts = Sequence[Sequence[int]] | Sequence[int] | np.ndarray | jax.Array
 GREEDY = Sampling()
@@ -75,8 +74,7 @@ def generate(
       key: PRNG key; required unless sampling is greedy.
       prompt_lengths: ``[batch]`` int, real tokens per row of an array of prompts; None if there is no padding.
       eos_token_ids: tokens that end a sequence; None takes the config's, ``()`` never stops.
-      cache_capacity: cache slots per sequence, rounded up to a multiple of 8; None takes what prompts and new tokens
-        need.
+      cache_capacity: cache slots per sequence; None takes what prompts and new tokens need.
 
     Returns:
       A :class:`Generation`.
@@ -162,9 +160,6 @@ def _prepare(
         raise ValueError(
             f"the longest prompt has {longest} tokens, {max_new_tokens=} more make {needed}: beyond {cache_capacity=}"
         )
-    rounded = -(-cache_capacity // DECODE_SLOTS) * DECODE_SLOTS
-    if rounded <= config.max_positions:  # the Hopper kernel takes no other numbers of slots
-        cache_capacity = rounded
     eos = tuple(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
     return _Run(tokens, lengths, key, eos, cache_capacity)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from fireq_jax.config import LlamaConfig
 from pallas_kernels import write_rows
+from pallas_kernels.tiling import DECODE_SLOTS
 
 
 @partial(
@@ -21,8 +22,8 @@ class Int4LayerCache:
     """Keys and values of one layer as int4: ``k ≈ k_codes · k_scales``, one scale per token and kv head.
 
     Attributes:
-      k_codes: ``[batch, kv heads, capacity, head_dim / 2]`` uint8, packed int4.
-      k_scales: ``[batch, kv heads, capacity]`` bf16.
+      k_codes: ``[batch, kv heads, slots, head_dim / 2]`` uint8, packed int4.
+      k_scales: ``[batch, kv heads, slots]`` bf16.
       v_codes: as k_codes.
       v_scales: as k_scales.
     """
@@ -34,8 +35,8 @@ class Int4LayerCache:
 
     @classmethod
     def zeros(cls, config: LlamaConfig, batch: int, capacity: int) -> "Int4LayerCache":
-        """An empty cache."""
-        rows = (batch, config.num_kv_heads, capacity)
+        """An empty cache; of as many slots as the Hopper kernel takes, the next multiple of 8."""
+        rows = (batch, config.num_kv_heads, -(-capacity // DECODE_SLOTS) * DECODE_SLOTS)
 
         def empty() -> tuple[jax.Array, jax.Array]:
             return jnp.zeros((*rows, config.head_dim // 2), jnp.uint8), jnp.zeros(rows, jnp.bfloat16)
@@ -114,7 +115,7 @@ class KVCache:
         Args:
           config: the model's sizes.
           batch: sequences.
-          capacity: tokens per sequence.
+          capacity: tokens per sequence, in an INT4 cache rounded up to a multiple of 8.
           kind: "int4", or "float" for ``dtype``.
           dtype: of a float cache.
 
@@ -141,5 +142,5 @@ class KVCache:
 
 def cache_bytes_per_token(config: LlamaConfig, kind: CacheKind, dtype: Any = jnp.bfloat16) -> int:
     """Bytes that one token of one sequence takes in all layers of a cache."""
-    shapes = jax.eval_shape(lambda: KVCache.zeros(config, 1, 1, kind, dtype).layers)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    shapes = jax.eval_shape(lambda: empty_layer_cache(config, 1, DECODE_SLOTS, kind, dtype))
+    return config.num_layers * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)) // DECODE_SLOTS

@@ -214,12 +214,11 @@ def test_draws_follow_the_distribution():
     assert chisquare(counts, probabilities * counts.sum()).pvalue > 1e-6
 
 
-def test_the_cache_has_a_multiple_of_eight_slots():
-    """The Hopper kernel for decoding needs that; a model with another number of positions has what it has."""
-    from fireq_jax.generate import _prepare
-
-    def slots(wanted, positions):
-        model = fireq_jax.Llama(fireq_jax.LlamaConfig(16, 32, 64, 1, 2, 1, 16, positions))
-        return _prepare(model, {}, [[1, 2]], 3, fireq_jax.Sampling(), None, None, (), wanted).capacity
-
-    assert [slots(7, 128), slots(8, 128), slots(None, 128), slots(None, 65)] == [8, 8, 72, 65]
+@pytest.mark.parametrize(("capacity", "slots"), [(1, 8), (8, 8), (65, 72)])
+def test_the_int4_cache_has_a_multiple_of_eight_slots(capacity, slots):
+    """The Hopper kernel for decoding takes no others, also where a model's positions are no such number."""
+    config = fireq_jax.LlamaConfig(16, 32, 64, 1, 2, 1, 16, 65)
+    cache = fireq_jax.KVCache.zeros(config, 3, capacity)
+    assert cache.capacity == slots
+    assert {x.shape[:3] for x in jax.tree.leaves(cache.layers)} == {(3, 1, slots)}
+    assert fireq_jax.KVCache.zeros(config, 3, capacity, "float").capacity == capacity
