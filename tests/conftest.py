@@ -1,7 +1,11 @@
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
+
+# Several processes may run tests on one GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
