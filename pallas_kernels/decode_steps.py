@@ -142,14 +142,6 @@ def load_words_if(words: int, address: ir.Value, condition: ir.Value, offset: in
     )  # fmt: skip
 
 
-def _load_shared(words: int, address: ir.Value, offset: int) -> list[ir.Value]:
-    """1, 2 or 4 words of shared memory."""
-    out = ", ".join(f"${i}" for i in range(words))
-    vector, listed = (f".v{words}", f"{{{out}}}") if words > 1 else ("", out)
-    ptx = f"ld.shared{vector}.b32 {listed}, [${words}+{offset}];"
-    return hopper.asm(ptx, ",".join(["=r"] * words + ["r"]), [address], [integer(32)] * words)
-
-
 class Steps:
     """The register-level steps for one shape.
 
@@ -281,7 +273,7 @@ class Steps:
             mine = arith.addi(arith.muli(g, i32(row_bytes)), arith.muli(t, i32(row_bytes // 4)))
             address = arith.addi(place, mine)
             for block in range(4):
-                keys += _load_shared(self.words, address, 8 * block * row_bytes)
+                keys += hopper.load_shared(address, 8 * block * row_bytes, self.words)
             # Of two neighbouring slots odd lanes take the second one first: fewer lanes meet in a bank.
             odd = arith.andi(t, i32(1))
             mine = arith.addi(arith.muli(t, i32(2 * row_bytes)), arith.muli(g, i32(row_bytes // 8)))
@@ -290,7 +282,7 @@ class Steps:
             other = arith.addi(address, arith.muli(arith.xori(odd, i32(1)), i32(row_bytes)))
             for offset in (0, 8, 16, 24):
                 for first in (nearer, other):
-                    values += _load_shared(self.words // 2, first, offset * row_bytes)
+                    values += hopper.load_shared(first, offset * row_bytes, self.words // 2)
             address = arith.addi(place, arith.muli(g, i32(2)))
             for array in range(2):
                 for block in range(4):

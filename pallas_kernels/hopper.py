@@ -132,11 +132,13 @@ def wait_for_phase(barrier: ir.Value, parity: ir.Value) -> None:
     )
 
 
-def load_shared_x4(address: ir.Value, offset: int = 0) -> list[ir.Value]:
-    """Four 32-bit words at a 16-byte aligned shared address."""
+def load_shared(address: ir.Value, offset: int = 0, words: int = 4) -> list[ir.Value]:
+    """1, 2 or 4 32-bit words at a shared address that is aligned to all of them."""
     word = ir.IntegerType.get_signless(32)
-    ptx = f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];"
-    return asm(ptx, "=r,=r,=r,=r,r", [address], [word] * 4)
+    out = ", ".join(f"${i}" for i in range(words))
+    vector, listed = (f".v{words}", f"{{{out}}}") if words > 1 else ("", out)
+    ptx = f"ld.shared{vector}.b32 {listed}, [${words}+{offset}];"
+    return asm(ptx, ",".join(["=r"] * words + ["r"]), [address], [word] * words)
 
 
 def wait_for_wgmma(in_flight: int, registers: Sequence[ir.Value], keep: Sequence[ir.Value] = ()) -> list[ir.Value]:

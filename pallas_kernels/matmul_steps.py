@@ -112,7 +112,7 @@ class Steps:
             share = arith.addi(arith.muli(warpgroup.registers.item(), i32(SHARES)), warp)
             share = arith.addi(hopper.shared_address(stage), arith.muli(share, i32(self.share_bytes)))
             address = arith.addi(share, arith.muli(lane, i32(16)))
-            words = hopper.load_shared_x4(address) + hopper.load_shared_x4(address, 512)
+            words = hopper.load_shared(address) + hopper.load_shared(address, 512)
             size = jnp.dtype(self.scale_dtype).itemsize
             address = arith.addi(share, arith.muli(arith.shrui(lane, i32(2)), i32(2 * size)))
             scales = [

@@ -133,7 +133,7 @@ class Steps:
             hopper.wait_for_phase(self.slots.barrier(arrivals, slot), parity.registers.item())
             place = self.slots.place(slots, slot)
             address = arith.addi(place, arith.muli(lane, i32(16)))
-            codes = hopper.load_shared_x4(address) + hopper.load_shared_x4(address, 512)
+            codes = hopper.load_shared(address) + hopper.load_shared(address, 512)
             size = jnp.dtype(self.scale_dtype).itemsize
             address = arith.addi(place, arith.muli(arith.shrui(lane, i32(2)), i32(2 * size)))
             scales = []
@@ -255,11 +255,11 @@ class Steps:
                     for block in range(self.blocks_of_tokens):
                         if self.cut.halves:
                             if u % 2 == 0:
-                                loaded[block] = hopper.load_shared_x4(inputs[block], 32 * u)
+                                loaded[block] = hopper.load_shared(inputs[block], 32 * u)
                             x = loaded[block][2 * (u % 2) : 2 * (u % 2) + 2]
                         else:
                             if u % 4 == 0:
-                                loaded[block] = hopper.load_shared_x4(inputs[block], 4 * u)
+                                loaded[block] = hopper.load_shared(inputs[block], 4 * u)
                             x = to_halves(loaded[block][u % 4])
                         part[4 * block : 4 * block + 4] = hopper.asm(
                             "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "

@@ -100,7 +100,7 @@ def make_combine(shape: DecodeShape, out_dtype: Any) -> Operation:
 
     def body(partial: Any, y: Any) -> None:
         row = jax.lax.axis_index("row")
-        zeros = jnp.zeros((hopper.WARPGROUP * 3,), jnp.float32)
+        zeros = jnp.zeros(ops.row_type.shape, jnp.float32)
         state = ops.start()(plgpu.layout_cast(zeros, ops.row))
         state = jax.lax.fori_loop(
             0, -(-shape.cut.splits // AT_ONCE), lambda i, state: ops.collect()(state, partial, row, i * AT_ONCE), state

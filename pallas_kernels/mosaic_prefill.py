@@ -37,7 +37,7 @@ from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS
 
 WARPGROUPS = 2  # that compute; a third one copies
 TILE = WARPGROUPS * ROWS
-STAGES = 2  # blocks of keys, and of values, that shared memory holds
+STAGES = 2  # blocks of keys, of values, and tiles' queries that shared memory holds
 # Pairs of blocks of keys whose outputs the tensor core adds up: it cuts off what is below 2^-13 of the sum so far,
 # always towards zero. Their sums are added in float32, in shared memory.
 HELD_PAIRS = 4
@@ -114,11 +114,8 @@ def make_kernel(shape: PrefillShape, softmax_scale: float) -> Operation:
             return Tile(sequence, head, jax.lax.div(head, jnp.int32(s.heads // s.kv_heads)), start, first_row, count)
 
         def slot(number: Any) -> Any:
-            """Where a block of keys is, or one of values; all of a thread block's are counted."""
-            return jnp.bitwise_and(number, 1)
-
-        def place_of_queries(i: Any) -> Any:
-            return jnp.bitwise_and(i, 1)
+            """Where a block of keys is, one of values, or a tile's queries; all of a thread block's are counted."""
+            return jnp.bitwise_and(number, STAGES - 1)
 
         @pl.when(warpgroup == WARPGROUPS)
         def produce() -> None:
@@ -136,9 +133,9 @@ def make_kernel(shape: PrefillShape, softmax_scale: float) -> Operation:
                 copy(number, k8.at[tile.sequence, at, tile.kv_head], k_smem, k_full, k_empty)
 
             def begin_tile(i: Any, number: Any) -> None:
-                tile, place = tile_of(i), place_of_queries(i)
+                tile, place = tile_of(i), slot(i)
 
-                @pl.when(i > 1)
+                @pl.when(i >= STAGES)
                 def reuse() -> None:
                     plgpu.barrier_wait(q_empty.at[place])
 
@@ -186,16 +183,16 @@ def make_kernel(shape: PrefillShape, softmax_scale: float) -> Operation:
                 return ops.load_rows()(q_scale, lengths, tile.sequence, tile.head, row, tile.start)
 
             def queries_of(i: Any) -> Any:
-                return q_smem.at[place_of_queries(i), pl.ds(warpgroup * ROWS, ROWS)]
+                return q_smem.at[slot(i), pl.ds(warpgroup * ROWS, ROWS)]
 
-            def score(into: Any, i: Any, number: Any) -> Any:
+            def score(into: Any, i: Any, place: Any) -> Any:
                 """Of a tile's rows and a block of keys that is there; left to run."""
-                return ops.score()(into, queries_of(i), k_smem.at[slot(number)])
+                return ops.score()(into, queries_of(i), k_smem.at[place])
 
-            def gather(output: Any, weights: Any, number: Any) -> Any:
-                """Plus a block's values, weighed; left to run."""
-                plgpu.barrier_wait(v_full.at[slot(number)])
-                return ops.gather()(output, weights, v_smem.at[slot(number)])
+            def gather(state: State, place: Any) -> Any:
+                """The output with the last weighed block's values; left to run."""
+                plgpu.barrier_wait(v_full.at[place])
+                return ops.gather()(state.output, state.weights, v_smem.at[place])
 
             def give_back(number: Any, condition: Any) -> None:
                 """A block of keys."""
@@ -228,12 +225,10 @@ def make_kernel(shape: PrefillShape, softmax_scale: float) -> Operation:
 
                 def step(j: Any, state: State, place: Any, is_last: bool = False) -> State:
                     """Weighs a block that has been scored, beside products with the one after and the one before it."""
-                    scores = state.spare
-                    plgpu.barrier_wait(v_full.at[place])  # what lies between the two is in the other place
-                    output = ops.gather()(state.output, state.weights, v_smem.at[place])
+                    scores, output = state.spare, gather(state, place)  # what lies between is in the other place
                     if not is_last:
                         plgpu.barrier_wait(k_full.at[place])
-                        scores = ops.score()(scores, queries_of(i), k_smem.at[place])
+                        scores = score(scores, i, place)
                     following = scales_of(tile, j + 1)
                     weighed, maxima, sums, shrink, flag = ops.weigh()(
                         state.scores, factors, state.scales, state.following, state.maxima, state.sums, y_smem
@@ -244,9 +239,7 @@ def make_kernel(shape: PrefillShape, softmax_scale: float) -> Operation:
                     plgpu.barrier_arrive(v_empty.at[place])
                     weights = ops.round_weights()(weighed)
                     output, since = ops.shrink()(output, shrink, flag), ops.grow()(state.since, shrink)
-                    return State(
-                        scores, weighed, weights, output, maxima, sums, state.following, following, since
-                    )  # fmt: skip
+                    return State(scores, weighed, weights, output, maxima, sums, state.following, following, since)
 
                 # The first block beside the second one's scores. Where there is none they are of whatever is in shared
                 # memory, and nobody wants them.
@@ -256,7 +249,7 @@ def make_kernel(shape: PrefillShape, softmax_scale: float) -> Operation:
                 def arrived() -> None:
                     plgpu.barrier_wait(k_full.at[slot(done + 1)])
 
-                spare = score(zeros("scores"), i, done + 1)
+                spare = score(zeros("scores"), i, slot(done + 1))
                 weighed, maxima, sums, *_ = ops.weigh()(
                     scores, factors, in_use, in_use, ops.start()(zeros("pair")), zeros("pair"), y_smem
                 )
@@ -297,17 +290,17 @@ def make_kernel(shape: PrefillShape, softmax_scale: float) -> Operation:
                 )  # fmt: skip
 
                 # The last values beside the next tile's first scores.
-                plgpu.barrier_arrive(q_empty.at[place_of_queries(i)])
+                plgpu.barrier_arrive(q_empty.at[slot(i)])
 
                 @pl.when(more)
                 def next_arrived() -> None:
-                    plgpu.barrier_wait(q_full.at[place_of_queries(i + 1)])
+                    plgpu.barrier_wait(q_full.at[slot(i + 1)])
                     plgpu.barrier_wait(k_full.at[slot(end)])
 
                 following_tile = tile_of(jnp.minimum(i + 1, mine - 1))
                 rows, *next_scales = rows_of(following_tile), scales_of(following_tile, 0), scales_of(following_tile, 1)
-                scores = score(zeros("scores"), i + 1, end)
-                output = gather(state.output, state.weights, end - 1)
+                scores = score(zeros("scores"), i + 1, slot(end))
+                output = gather(state, slot(end - 1))
                 scores, output = ops.wait()(scores, output, state.weights)
                 plgpu.barrier_arrive(v_empty.at[slot(end - 1)])
                 give_back(end, more)
@@ -319,7 +312,7 @@ def make_kernel(shape: PrefillShape, softmax_scale: float) -> Operation:
             first = tile_of(zero)
             plgpu.barrier_wait(q_full.at[0])
             plgpu.barrier_wait(k_full.at[0])
-            scores, _ = ops.wait()(score(zeros("scores"), zero, zero), zeros("output"), zeros("weights", jnp.int32))
+            scores, _ = ops.wait()(score(zeros("scores"), zero, 0), zeros("output"), zeros("weights", jnp.int32))
             plgpu.barrier_arrive(k_empty.at[0])
             carry = (zero, scores, rows_of(first), scales_of(first, 0), scales_of(first, 1))
             jax.lax.fori_loop(0, mine, attend, carry)
@@ -330,17 +323,12 @@ def make_kernel(shape: PrefillShape, softmax_scale: float) -> Operation:
         body,
         out_type=jax.ShapeDtypeStruct((s.batch, s.tokens, s.heads, s.head_dim), jnp.bfloat16),
         scratch_types=[
-            plgpu.SMEM((2, TILE, s.head_dim), jnp.float8_e4m3fn, transforms=ops.key_swizzle),
+            plgpu.SMEM((STAGES, TILE, s.head_dim), jnp.float8_e4m3fn, transforms=ops.key_swizzle),
             plgpu.SMEM((STAGES, s.keys, s.head_dim), jnp.float8_e4m3fn, transforms=ops.key_swizzle),
             plgpu.SMEM((STAGES, s.head_dim, s.keys), jnp.float8_e4m3fn, transforms=ops.value_swizzle),
             plgpu.SMEM((WARPGROUPS, chunks, ROWS, 64), jnp.bfloat16, transforms=ops.output_swizzle),
             plgpu.SMEM((WARPGROUPS, s.head_dim * ROWS), jnp.float32),
-            plgpu.Barrier(num_barriers=2),
-            plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=2),
-            copied,
-            used,
-            copied,
-            used,
+            *[copied, used] * 3,
         ],
         grid=(blocks,),
         grid_names=("block",),

@@ -355,7 +355,7 @@ class Steps:
         def add(_: Any, output: Any, factors: Any, held: Any) -> Any:
             registers, factors = hopper.unpack(output), hopper.unpack(factors)
             for i, place in self._held(held):
-                for j, word in enumerate(hopper.load_shared_x4(*place)):
+                for j, word in enumerate(hopper.load_shared(*place)):
                     before = arith.bitcast(ir.F32Type.get(), word)
                     registers[i + j] = hopper.multiply_add(before, factors[(i + j) % 4 // 2], registers[i + j])
             return hopper.pack(registers)

@@ -42,7 +42,6 @@ def test_smollm2_on_a_gpu_beside_the_cpu(smollm2_tokenizer):
         on_cpu = fireq_jax.generate(reference, rows, prompts, **options).to_lists()
 
     length = max(map(len, prompts)) + STEPS
-    length += -length % 8
     sequences = np.zeros((len(prompts), length), np.int32)
     for i, (prompt, tokens) in enumerate(zip(prompts, on_cpu, strict=True)):
         sequences[i, : len(prompt) + STEPS] = [*prompt, *tokens]
