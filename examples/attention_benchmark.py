@@ -148,7 +148,9 @@ def rounding_bytes(heads: Heads, tokens: int) -> int:
 def prompt_case(heads: Heads, batch: int, tokens: int) -> dict[str, Any]:
     q, k, v = inputs(heads, batch, tokens)
     q8, q_scale = jax.jit(pk.quantize_fp8)(q)
-    (k8, k_scale), (v8, v_scale) = (jax.jit(pk.quantize_blocks)(x) for x in (k, v))
+    (k8, k_scale), (v8, v_scale) = (
+        jax.jit(pk.quantize_blocks)(x, largest) for x, largest in ((k, pk.KEY_MAX), (v, pk.E4M3_MAX))
+    )
     lengths = jnp.full(batch, tokens, jnp.int32)
     arguments = (q8, q_scale, k8, k_scale, jax.jit(pk.transpose_values)(v8), v_scale, lengths)
     attend = jax.jit(functools.partial(pk.prefill_attention, softmax_scale=heads.size**-0.5))

@@ -76,6 +76,22 @@ class FloatLayerCache:
             write_rows(self.v, v.astype(self.v.dtype), starts, lengths),
         )
 
+    def filled(self, k: jax.Array, v: jax.Array) -> "FloatLayerCache":
+        """Writes the first tokens of all sequences, padding included, which later tokens overwrite.
+
+        A copy, where :meth:`append` is a scatter, which XLA is slow at on a GPU.
+
+        Args:
+          k: ``[batch, t, kv heads, head_dim]`` keys, already rotated; what the cache has no slots for is left out.
+          v: values.
+        """
+
+        def fill(cache: jax.Array, rows: jax.Array) -> jax.Array:
+            rows = rows[:, : cache.shape[2]].swapaxes(1, 2).astype(cache.dtype)
+            return jax.lax.dynamic_update_slice(cache, rows, (0, 0, 0, 0))
+
+        return FloatLayerCache(fill(self.k, k), fill(self.v, v))
+
 
 LayerCache = Int4LayerCache | FloatLayerCache
 CacheKind = Literal["int4", "float"]

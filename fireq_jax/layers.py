@@ -308,7 +308,9 @@ class Attention(nn.Module):
         q, k = pallas_kernels.apply_ropes(q, k, *rope, scale, offset)
         self.sow("statistics", "queries", q)
         self.sow("statistics", "keys", k)
-        updated = None if cache is None else cache.append(k, v, starts, lengths)
+        updated = None
+        if cache is not None:  # an empty one if this is a prompt
+            updated = cache.filled(k, v) if mode == "prefill" else cache.append(k, v, starts, lengths)
         if updated is None or mode == "prefill":
             out = self._float_attention(q, k, v, None)
         else:

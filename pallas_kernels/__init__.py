@@ -20,6 +20,7 @@ from pallas_kernels.dispatch import (
 from pallas_kernels.packing import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
 from pallas_kernels.reference import (
     E4M3_MAX,
+    KEY_MAX,
     Numerics,
     apply_ropes,
     dequantize_int4,
@@ -39,6 +40,7 @@ __all__ = [
     "E4M3_MAX",
     "INT4_MAX",
     "INT4_MIN",
+    "KEY_MAX",
     "Numerics",
     "Rounded",
     "Source",

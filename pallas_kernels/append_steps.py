@@ -304,7 +304,7 @@ class BlockSteps(Steps):
 
         return cast(Operation, grow)
 
-    def share_scale(self) -> Operation:
+    def share_scale(self, largest: float) -> Operation:
         """``(peak, scales, scratch, block) -> factor``: one over the threads' common scale, which is written, too."""
 
         @plgpu.inline_mgpu(
@@ -313,7 +313,7 @@ class BlockSteps(Steps):
         def share(_: Any, peak: Any, scales: Any, scratch: Any, block: Any) -> Any:
             word = ir.IntegerType.get_signless(32)
             [mine] = hopper.unpack(peak)
-            scale = e4m3_scale(across_block(mine, scratch, WARPS, hopper.maximum_or_nan))
+            scale = e4m3_scale(across_block(mine, scratch, WARPS, hopper.maximum_or_nan), largest)
             # Up to a power of two; a NaN stays one.
             above = arith.addi(arith.bitcast(word, scale), i32(MANTISSA))
             above = arith.bitcast(ir.F32Type.get(), arith.andi(above, i32(~MANTISSA)))

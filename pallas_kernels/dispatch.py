@@ -547,6 +547,9 @@ def prefill_attention(
 ) -> jax.Array:
     """FP8 causal attention of a prompt; see :func:`pallas_kernels.reference.prefill_attention`.
 
+    The Hopper kernel keeps scores in float16. Keys of :func:`quantize_blocks` and :func:`rotate_and_round` allow that;
+    if keys are larger than ``KEY_MAX``, scores may be infinite and results NaN.
+
     Raises:
       ValueError: shapes or dtypes do not belong together.
       NotImplementedError: ``implementation`` does not exist, or takes no such shape or device.

@@ -147,9 +147,10 @@ def wait_for_wgmma(in_flight: int, registers: Sequence[ir.Value], keep: Sequence
     Nothing that reads ``registers`` moves before the wait, and the registers ``keep`` are not reused before it.
     """
     n = len(registers)
-    constraints = ",".join(["=f"] * n + [str(i) for i in range(n)] + ["r"] * len(keep))
+    kinds = ["=f" if register.type == ir.F32Type.get() else "=r" for register in registers]
+    constraints = ",".join(kinds + [str(i) for i in range(n)] + ["r"] * len(keep))
     operands = [*registers, *keep]
-    return asm(f"wgmma.wait_group.sync.aligned {in_flight};", constraints, operands, [ir.F32Type.get()] * n)
+    return asm(f"wgmma.wait_group.sync.aligned {in_flight};", constraints, operands, [r.type for r in registers])
 
 
 def wgmma_e4m3(
@@ -162,7 +163,7 @@ def wgmma_e4m3(
     """Issues ``acc += A · Bᵀ`` as one group: fence, a wgmma m64nNk32 per step of 32 along k, commit.
 
     Args:
-      accumulator: N / 2 float32 registers.
+      accumulator: N / 2 float32 registers, or N / 4 int32 ones of two float16 each.
       a: 4 registers of e4m3 for each step; or the descriptor of the first ``[64, 32]`` part of A, K-major.
       b_descriptor: of the first ``[N, 32]`` part of B, K-major; the others follow in the same rows.
       accumulate: int32; 0 to overwrite the accumulator instead of adding to it.
@@ -171,7 +172,9 @@ def wgmma_e4m3(
     Returns:
       The registers that the accumulator will be in; they must not be read before :func:`wait_for_wgmma`.
     """
-    r, n = len(accumulator), 2 * len(accumulator)
+    single = accumulator[0].type == ir.F32Type.get()
+    r, n = len(accumulator), (2 if single else 4) * len(accumulator)
+    kind, constraint = ("f32", "f") if single else ("f16", "r")
     in_registers = steps is None
     operands = list(cast(Sequence[ir.Value], a)) if in_registers else [cast(ir.Value, a)]
     steps = len(operands) // 4 if steps is None else steps
@@ -192,12 +195,12 @@ def wgmma_e4m3(
             lines.append(f"add.s64 e, ${a_base}, {2 * step};")
         lines.append(f"add.s64 d, ${b}, {2 * step};")
         flag = "p" if step == 0 else "q"
-        lines.append(f"wgmma.mma_async.sync.aligned.m64n{n}k32.f32.e4m3.e4m3 {registers}, {part}, d, {flag}, 1, 1;")
+        lines.append(f"wgmma.mma_async.sync.aligned.m64n{n}k32.{kind}.e4m3.e4m3 {registers}, {part}, d, {flag}, 1, 1;")
     lines.append("wgmma.commit_group.sync.aligned; }")
     kinds = ["r" if in_registers else "l"] * len(operands)
-    constraints = ",".join(["=f"] * r + [str(i) for i in range(r)] + kinds + ["l", "r"])
+    constraints = ",".join([f"={constraint}"] * r + [str(i) for i in range(r)] + kinds + ["l", "r"])
     arguments = [*accumulator, *operands, b_descriptor, accumulate]
-    return asm("\n".join(lines), constraints, arguments, [ir.F32Type.get()] * r)
+    return asm("\n".join(lines), constraints, arguments, [accumulator[0].type] * r)
 
 
 def k_major_descriptor(address: ir.Value, row_bytes: int = 128) -> ir.Value:
@@ -243,6 +246,54 @@ def to_bf16x2(low: ir.Value, high: ir.Value) -> ir.Value:
     """Rounds two float32 to a register of two bf16."""
     word = ir.IntegerType.get_signless(32)
     return pure_asm("cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], word)
+
+
+def to_f16x2(low: ir.Value, high: ir.Value) -> ir.Value:
+    """Rounds two float32 to a register of two float16."""
+    word = ir.IntegerType.get_signless(32)
+    return pure_asm("cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f", [high, low], word)
+
+
+def of_f16x2(pair: ir.Value) -> list[ir.Value]:
+    """Two float16, as float32."""
+    single = ir.F32Type.get()
+    return [
+        pure_asm(f"{{ .reg .b16 l, h; mov.b32 {{l, h}}, $1; cvt.f32.f16 $0, {part}; }}", "=f,r", [pair], single)
+        for part in "lh"
+    ]
+
+
+def f16x2(operation: str, *operands: ir.Value) -> ir.Value:
+    """An instruction on registers of two float16, such as ``fma.rn`` or ``max``."""
+    listed, constraints = ", ".join(f"${i}" for i in range(len(operands) + 1)), ",".join(["=r"] + ["r"] * len(operands))
+    return pure_asm(f"{operation}.f16x2 {listed};", constraints, operands, operands[0].type)
+
+
+def exp2_f16x2(pair: ir.Value) -> ir.Value:
+    """Two to the power of two float16.
+
+    The hardware takes one at a time. Results are put together by hand, since those of ``ex2.approx.f16x2`` are put
+    together again for each use.
+    """
+    ptx = (
+        "{ .reg .b16 l, h; .reg .b32 a, b; mov.b32 {l, h}, $1; ex2.approx.f16 l, l; ex2.approx.f16 h, h; "
+        "cvt.u32.u16 a, l; cvt.u32.u16 b, h; prmt.b32 $0, a, b, 0x5410; }"
+    )
+    return pure_asm(ptx, "=r,r", [pair], pair.type)
+
+
+def permute(a: ir.Value, b: ir.Value, selector: int) -> ir.Value:
+    """Four of the eight bytes of two registers, each chosen by four bits."""
+    return pure_asm(f"prmt.b32 $0, $1, $2, {selector:#x};", "=r,r,r", [a, b], a.type)
+
+
+def halves_to_e4m3x4(low: ir.Value, high: ir.Value) -> ir.Value:
+    """Rounds two registers of two float16 to one of e4m3."""
+    ptx = (
+        "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f16x2 l, $1; cvt.rn.satfinite.e4m3x2.f16x2 h, $2; "
+        "mov.b32 $0, {l, h}; }"
+    )
+    return pure_asm(ptx, "=r,r,r", [low, high], low.type)
 
 
 def to_e4m3x4(four: Sequence[ir.Value]) -> ir.Value:
@@ -317,7 +368,7 @@ def divide_all(values: Sequence[ir.Value], divisor: ir.Value) -> list[ir.Value]:
 def _refined_reciprocal(divisor: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Minus the divisor, and its reciprocal up to the last bit, by a step of Newton's from the hardware's."""
     negative = arith.subf(f32(0), divisor)
-    first = pure_asm("rcp.approx.ftz.f32 $0, $1;", "=f,f", [divisor], divisor.type)
+    first = approximate_reciprocal(divisor)
     error = multiply_add(negative, first, f32(1))
     return negative, multiply_add(first, error, first)
 
@@ -334,6 +385,11 @@ def reciprocal(divisor: ir.Value) -> ir.Value:
     return arith.select(negative, arith.subf(f32(0), result), result)
 
 
+def approximate_reciprocal(divisor: ir.Value) -> ir.Value:
+    """1 over a float32 up to its last bits, exact of a power of two."""
+    return pure_asm("rcp.approx.ftz.f32 $0, $1;", "=f,f", [divisor], divisor.type)
+
+
 def multiply_add(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     """The product of a and b, plus c, rounded once."""
     return pure_asm("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], a.type)
@@ -342,6 +398,11 @@ def multiply_add(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
 def exp2(value: ir.Value) -> ir.Value:
     """Two to the power of a float32."""
     return pure_asm("ex2.approx.ftz.f32 $0, $1;", "=f,f", [value], value.type)
+
+
+def block_in_cluster() -> ir.Value:
+    """The number of this block among those of its cluster."""
+    return pure_asm("mov.u32 $0, %cluster_ctarank;", "=r", [], ir.IntegerType.get_signless(32))
 
 
 def in_block(address: ir.Value, block: int) -> ir.Value:

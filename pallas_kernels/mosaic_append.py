@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper
 from pallas_kernels.append_steps import WARPS, AppendShape, BlockSteps, Steps
 from pallas_kernels.matmul_steps import Operation
-from pallas_kernels.reference import SCALE_TOKENS, Cache
+from pallas_kernels.reference import E4M3_MAX, KEY_MAX, SCALE_TOKENS, Cache
 from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS
 
 QUERIES = 8  # units of queries that the same lanes take, one after another, where a prompt has enough of them
@@ -86,7 +86,7 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
             for_units(each, first, lambda unit: ops.load(s.heads)(q, unit), store, None)
 
         def take(
-            x: Any, make: Any, codes: Any, code_scales: Any, scales: Any, store: Any, target: Any
+            x: Any, make: Any, codes: Any, code_scales: Any, scales: Any, largest: float, store: Any, target: Any
         ) -> None:  # fmt: skip
             """Appends what ``make`` makes of a block's units; of a prompt, also stores it over a common scale."""
             steps = tiles if prompt else ops
@@ -109,7 +109,7 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
 
             nothing = plgpu.layout_cast(jnp.zeros((hopper.WARPGROUP,), jnp.float32), tiles.single_layout)
             peak = for_units(SCALE_TOKENS // s.units, first, load, append, nothing)
-            shared = tiles.share_scale()(peak, scales, scratch, key_block)
+            shared = tiles.share_scale(largest)(peak, scales, scratch, key_block)
 
             def again(values: Any, first: Any, _: None) -> None:
                 store()(tiles.keep_real()(make(tiles, values, first), lengths, first), shared, target, first)
@@ -118,11 +118,11 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
 
         @pl.when(block < key_blocks)
         def keys() -> None:
-            take(k, key, k_codes, k_scales, k8_scale, tiles.store_keys, k8)
+            take(k, key, k_codes, k_scales, k8_scale, KEY_MAX, tiles.store_keys, k8)
 
         @pl.when((block >= key_blocks) & (query_block < 0))
         def values() -> None:
-            take(v, value, v_codes, v_scales, v8_scale, tiles.hold_values, tile)
+            take(v, value, v_codes, v_scales, v8_scale, E4M3_MAX, tiles.hold_values, tile)
             if prompt:
                 tiles.write_values()(tile, v8, key_block)
 

@@ -8,8 +8,10 @@ after and adds up the values of the block before, while the warpgroup weighs a b
     tensor core:   scores j+1, values j-1   | scores j+2, values j   | ...
     warpgroup:     weighs j                 | weighs j+1             | ...
 
-Queries are an operand in shared memory, weights one in registers. The scores' registers become those of the weights as
-they are, because the values lie in a matching order of keys (:func:`pallas_kernels.reference.transpose_values`).
+Queries are an operand in shared memory, weights one in registers. Scores, their powers and sums are float16, two to a
+register, which halves both registers and instructions. The registers of the scores, rounded, are those of the second
+product's operand up to the order of bytes, because the values lie in a matching order of keys
+(:func:`pallas_kernels.reference.transpose_values`).
 """
 
 import dataclasses
@@ -25,6 +27,8 @@ from pallas_kernels import hopper
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.prefill_steps import ROWS, PrefillShape, Steps
 from pallas_kernels.reference import (
+    E4M3_MAX,
+    KEY_MAX,
     Cache,
     dequantize_int4,
     expand_blocks,
@@ -62,7 +66,7 @@ class State(NamedTuple):
       spare: registers for scores.
       weights: of the last block that was weighed, as an operand.
       output: of the blocks before that.
-      maxima: of the rows.
+      offsets: of the rows' exponents.
       sums: of the weights.
       scales: of the keys and values of the last block that was weighed.
       following: of those of the next one.
@@ -73,7 +77,7 @@ class State(NamedTuple):
     spare: Any
     weights: Any
     output: Any
-    maxima: Any
+    offsets: Any
     sums: Any
     scales: Any
     following: Any
@@ -171,8 +175,8 @@ def make_kernel(shape: PrefillShape, softmax_scale: float) -> Operation:
             plgpu.set_max_registers(240, action="increase")
             held = held_smem.at[warpgroup]
 
-            def zeros(name: str, dtype: Any = jnp.float32) -> Any:
-                return plgpu.layout_cast(jnp.zeros(ops.type[name].shape, dtype), ops.layout[name])
+            def zeros(name: str) -> Any:
+                return plgpu.layout_cast(jnp.zeros(ops.type[name].shape, ops.dtype[name]), ops.layout[name])
 
             def scales_of(tile: Tile, j: Any) -> Any:
                 block_of_keys = jnp.maximum(tile.count - 1 - j, 0)
@@ -230,16 +234,18 @@ def make_kernel(shape: PrefillShape, softmax_scale: float) -> Operation:
                         plgpu.barrier_wait(k_full.at[place])
                         scores = score(scores, i, place)
                     following = scales_of(tile, j + 1)
-                    weighed, maxima, sums, shrink, flag = ops.weigh()(
-                        state.scores, factors, state.scales, state.following, state.maxima, state.sums, y_smem
+                    weights, offsets, sums, shrink, flag = ops.weigh()(
+                        state.scores, factors, state.scales, state.following, state.offsets, state.sums, y_smem
                     )
                     scores, output = ops.wait()(scores, output, state.weights)
                     if not is_last:
                         plgpu.barrier_arrive(k_empty.at[place])
                     plgpu.barrier_arrive(v_empty.at[place])
-                    weights = ops.round_weights()(weighed)
+                    weights = ops.as_operand()(weights)
                     output, since = ops.shrink()(output, shrink, flag), ops.grow()(state.since, shrink)
-                    return State(scores, weighed, weights, output, maxima, sums, state.following, following, since)
+                    return State(
+                        scores, state.scores, weights, output, offsets, sums, state.following, following, since
+                    )
 
                 # The first block beside the second one's scores. Where there is none they are of whatever is in shared
                 # memory, and nobody wants them.
@@ -249,17 +255,16 @@ def make_kernel(shape: PrefillShape, softmax_scale: float) -> Operation:
                 def arrived() -> None:
                     plgpu.barrier_wait(k_full.at[slot(done + 1)])
 
-                spare = score(zeros("scores"), i, slot(done + 1))
-                weighed, maxima, sums, *_ = ops.weigh()(
+                second = score(zeros("scores"), i, slot(done + 1))
+                weights, offsets, sums, *_ = ops.weigh()(
                     scores, factors, in_use, in_use, ops.start()(zeros("pair")), zeros("pair"), y_smem
                 )
-                scores, output = ops.wait()(spare, zeros("output"), zeros("weights", jnp.int32))
+                second, output = ops.wait()(second, zeros("output"), zeros("weights"))
                 give_back(done + 1, tile.count > 1)
                 if starts:  # a tile's rows end in two blocks of keys
-                    scores = ops.mask()(scores, limits, (tile.count - 2) * s.keys)
-                state = State(
-                    scores, weighed, ops.round_weights()(weighed), output, maxima, sums, in_use, following, ones
-                )
+                    second = ops.mask()(second, limits, (tile.count - 2) * s.keys)
+                weights = ops.as_operand()(weights)
+                state = State(second, scores, weights, output, offsets, sums, in_use, following, ones)
 
                 count = jnp.maximum(tile.count - 2, 0)  # of blocks that are neither first nor last
                 odd, pairs = jnp.bitwise_and(count, 1), jax.lax.shift_right_logical(count, 1)
@@ -312,7 +317,7 @@ def make_kernel(shape: PrefillShape, softmax_scale: float) -> Operation:
             first = tile_of(zero)
             plgpu.barrier_wait(q_full.at[0])
             plgpu.barrier_wait(k_full.at[0])
-            scores, _ = ops.wait()(score(zeros("scores"), zero, 0), zeros("output"), zeros("weights", jnp.int32))
+            scores, _ = ops.wait()(score(zeros("scores"), zero, 0), zeros("output"), zeros("weights"))
             plgpu.barrier_arrive(k_empty.at[0])
             carry = (zero, scores, rows_of(first), scales_of(first, 0), scales_of(first, 1))
             jax.lax.fori_loop(0, mine, attend, carry)
@@ -359,7 +364,7 @@ def prefill_attention(
     Args:
       q8: ``[b, t, h, d]`` e4m3; d is 64 or 128.
       q_scale: ``[b, t, h]`` float32.
-      k8: ``[b, t, kv, d]`` e4m3.
+      k8: ``[b, t, kv, d]`` e4m3, up to ``KEY_MAX``.
       k_scale: ``[b, kv, blocks of keys]`` float32.
       v8: ``[b, kv, d, t']`` e4m3, transposed.
       v_scale: as k_scale.
@@ -396,13 +401,13 @@ def behind_prefix(
     """
     t, slots = k8.shape[1], prefix[0].shape[2]
 
-    def join(new: jax.Array, codes: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def join(new: jax.Array, codes: jax.Array, scales: jax.Array, largest: float) -> tuple[jax.Array, jax.Array]:
         old = jnp.where((jnp.arange(slots) < prefix_lengths[:, None])[:, None], scales.astype(jnp.float32), 0)
         old = dequantize_int4(codes, old[..., None])
         room = jnp.pad(old, ((0, 0), (0, 0), (0, t), (0, 0)))
-        return quantize_blocks(write_rows(room, new, prefix_lengths, lengths).swapaxes(1, 2))
+        return quantize_blocks(write_rows(room, new, prefix_lengths, lengths).swapaxes(1, 2), largest)
 
-    keys, key_scale = join(k8.astype(jnp.float32) * expand_blocks(k_scale, t), *prefix[:2])
+    keys, key_scale = join(k8.astype(jnp.float32) * expand_blocks(k_scale, t), *prefix[:2], KEY_MAX)
     values = restore_values(v8, t).astype(jnp.float32) * expand_blocks(v_scale, t)
-    values, value_scale = join(values, *prefix[2:])
+    values, value_scale = join(values, *prefix[2:], E4M3_MAX)
     return keys, key_scale, transpose_values(values), value_scale

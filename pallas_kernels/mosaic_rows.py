@@ -1,7 +1,7 @@
 """Kernels that make the e4m3 activations of a product in one pass over their rows, in Pallas:Mosaic GPU.
 
 A block holds a row in its registers: it is read once and written once, whatever precedes the rounding. XLA needs a
-kernel per reduction, three to four for a norm and its rounding.
+kernel per reduction, three to four for a norm and its rounding. Of few long rows a gate's are shared by clusters.
 """
 
 import functools
@@ -16,26 +16,36 @@ from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.row_steps import MAX_WARPGROUPS, VECTOR, Steps
 from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS
 
+GATE_PARTS = 4  # blocks that share a row of a gate at most: two powers per element keep one busy
+SHARED_ELEMENTS = 2048  # of a row that a block takes at least, where several share it
+
 
 def _launch(name: str, body: Any, ops: Steps, m: int, outputs: list[tuple[tuple[int, ...], Any]]) -> Operation:
+    cluster: dict[str, Any] = {"cluster": (ops.parts,), "cluster_names": ("part",)} if ops.parts > 1 else {}
     kernel = plgpu.kernel(
         body,
         out_type=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs),
-        scratch_types=[plgpu.SMEM((ops.warps,), jnp.float32), plgpu.SMEM((ops.warps,), jnp.float32)],
+        scratch_types=[plgpu.SMEM((ops.warps + ops.parts,), jnp.float32), plgpu.SMEM((ops.warps,), jnp.float32)],
         grid=(m,),
         grid_names=("row",),
         num_threads=ops.warps // 4,
         thread_name="warpgroup",
         compiler_params=hopper.COMPILER_PARAMS,
         kernel_name=name,
+        **cluster,
     )
     return cast(Operation, kernel)
 
 
-def _steps(m: int, k: int) -> Steps:
-    """For few rows as many threads as have work, for many rows two vectors per thread."""
-    each = 1 if m <= 4 * STREAMING_MULTIPROCESSORS else 2
-    return Steps(k, min(MAX_WARPGROUPS, -(-k // (VECTOR * each * hopper.WARPGROUP))))
+def _steps(m: int, k: int, most_parts: int = 1) -> Steps:
+    """For few rows as many threads as have work, for many rows two vectors per thread.
+
+    Up to ``most_parts`` blocks share a row while there are multiprocessors for them and each has much to do.
+    """
+    each, parts = 1 if m <= 4 * STREAMING_MULTIPROCESSORS else 2, 1
+    while 2 * parts <= most_parts and 2 * parts * m <= STREAMING_MULTIPROCESSORS and k >= SHARED_ELEMENTS * 2 * parts:
+        parts *= 2
+    return Steps(k, min(MAX_WARPGROUPS, -(-k // (VECTOR * each * parts * hopper.WARPGROUP))), parts)
 
 
 def _rounded(m: int, k: int) -> list[tuple[tuple[int, ...], Any]]:
@@ -73,9 +83,11 @@ def norm_quantize(x: jax.Array, gain: jax.Array, *, eps: float) -> tuple[jax.Arr
 def gate_quantize(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, jax.Array]:
     """:func:`pallas_kernels.reference.gate_quantize` of ``[m, k]`` bf16, k a multiple of 8."""
     m, k = gate.shape
-    ops = _steps(m, k)
+    ops = _steps(m, k, GATE_PARTS)
 
     def body(gate: Any, up: Any, x8: Any, x_scale: Any, scratch: Any, _: Any) -> None:
+        if ops.parts > 1:
+            hopper.cluster_arrive()
         row = jax.lax.axis_index("row")
         ops.quantize()(ops.gate()(ops.load()(gate, row), up, row), x8, x_scale, scratch, row)
 

@@ -1,7 +1,9 @@
 """The register-level steps of prefill attention, which :mod:`pallas_kernels.mosaic_prefill` puts in order."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax.numpy as jnp
@@ -13,17 +15,22 @@ from pallas_kernels import hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.reference import SCALE_TOKENS
+from pallas_kernels.row_steps import balanced
 
 ROWS = 64  # query rows of a warpgroup
 LOG2_E = math.log2(math.e)
 # exp(score - max) is multiplied by 256 before it is rounded to e4m3, which the sum of the weights is as well.
 WEIGHT_EXPONENT = 8.0
-# A hidden key's score, and what a row's maximum begins with: so far apart that no hidden key of a row that has not seen
-# any other weighs anything, and finite, so that differences are no NaN.
-MASKED, LOWEST = -3e38, -1e25
 # A maximum may lag behind by as much, of powers of two: 2^(8 + 0.8) is not more than the largest e4m3.
 SLACK = 0.8
-SMALLEST_FACTOR = 1e-12  # under which scores are alike anyway, and MASKED would not stay below LOWEST
+# A row's offset before it has seen anything: more than any score takes away.
+NOTHING_SEEN = 60000.0
+# Of float16, twice each: minus infinity, which is a hidden key's score; what scores' factors are held between, so that
+# they and their products with it are numbers; the bits that are 0 in both.
+HIDDEN, SMALLEST_FACTORS, LARGEST_FACTORS, SIGNS = 0xFC00FC00, 0x00020002, 0x7BFF7BFF, 0x80008000
+# Registers of scores that are weighed together, and how many such groups are under way: each begins behind the end of
+# the one as many before it.
+GROUP, UNDER_WAY = 4, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +78,13 @@ class Steps:
         containers = {
             "factors": (2, jnp.float32),
             "limits": (2, jnp.int32),
-            "scores": (n // 2, jnp.float32),
+            "scores": (n // 4, jnp.int32),
             "weights": (n // 8, jnp.int32),
             "output": (d // 2, jnp.float32),
             "pair": (2, jnp.float32),
             "flag": (1, jnp.int32),
         }
+        self.dtype = {name: dtype for name, (_count, dtype) in containers.items()}
         self.layout = {name: hopper.container_layout(count) for name, (count, _) in containers.items()}
         self.type = {name: hopper.container_type(count, dtype) for name, (count, dtype) in containers.items()}
         self.key_swizzle = (cast(Any, plgpu.SwizzleTransform)(d),)
@@ -155,11 +163,11 @@ class Steps:
         return cast(Operation, load)
 
     def start(self) -> Operation:
-        """``zeros -> maxima`` of rows that have seen nothing."""
+        """``zeros -> offsets`` of rows that have seen nothing."""
 
         @plgpu.inline_mgpu(arg_types=(self.layout["pair"],), return_type=self.type["pair"])
         def begin(_: Any, zeros: Any) -> Any:
-            return hopper.pack([f32(LOWEST)] * len(hopper.unpack(zeros)))
+            return hopper.pack([f32(NOTHING_SEEN)] * len(hopper.unpack(zeros)))
 
         return cast(Operation, begin)
 
@@ -219,20 +227,26 @@ class Steps:
             column = arith.addi(first.registers.item(), arith.muli(t, i32(2)))
             last = [arith.subi(limit, column) for limit in hopper.unpack(limits)]
             hidden = []
-            for i, score in enumerate(hopper.unpack(scores)):
-                seen = arith.cmpi(arith.CmpIPredicate.sle, i32(i // 4 * 8 + i % 2), last[i % 4 // 2])
-                hidden.append(arith.select(seen, score, f32(MASKED)))
+            for i, pair in enumerate(hopper.unpack(scores)):
+                first_of_pair, limit = i32(i // 2 * 8), last[i % 2]
+                both = arith.cmpi(arith.CmpIPredicate.slt, first_of_pair, limit)
+                one = arith.cmpi(arith.CmpIPredicate.eq, first_of_pair, limit)
+                seen = arith.select(both, i32(-1), arith.select(one, i32(0xFFFF), i32(0)))
+                infinite = arith.andi(i32(HIDDEN), arith.xori(seen, i32(-1)))
+                hidden.append(arith.ori(arith.andi(pair, seen), infinite))
             return hopper.pack(hidden)
 
         return cast(Operation, hide)
 
     def weigh(self) -> Operation:
-        """``(scores, factors, scales before, scales, maxima, sums, scratch) -> (weights, maxima, sums, shrink, flag)``.
+        """``(scores, factors, scales before, scales, offsets, sums, scratch)``: a block's weights.
 
-        The weights are float32. Scales are those of the keys and values of the block before and of this one. ``shrink``
-        brings the output so far to the new maxima and to this block's scale of values; it is 1 in all of a warp's rows
-        where ``flag`` is 0. A row's maximum is that of its scores up to ``SLACK``: it follows only a score further
-        above. ``scratch`` is any shared memory; it stays as it is.
+        Gives ``(weights, offsets, sums, shrink, flag)``. A weight is two to the power of its score times the row's
+        factor, plus the row's offset: 8 minus the maximum. That is done in float16; weights come out in e4m3, in the
+        scores' order. Scales are those of the keys and values of the block before and of this one. ``shrink`` brings
+        the output so far to the new offsets and to this block's scale of values; it is 1 in all of a warp's rows where
+        ``flag`` is 0. A row's maximum is that of its scores up to ``SLACK``: it follows only a score further above.
+        ``scratch`` is any shared memory; it stays as it is.
         """
 
         @plgpu.inline_mgpu(
@@ -242,76 +256,107 @@ class Steps:
                 *[self.layout["pair"]] * 4,
                 plgpu.RefType(self.output_swizzle),
             ),
-            return_type=(self.type["scores"], *[self.type["pair"]] * 3, self.type["flag"]),
+            return_type=(self.type["weights"], *[self.type["pair"]] * 3, self.type["flag"]),
         )
         def weigh(
-            _: Any, scores: Any, factors: Any, before: Any, now: Any, maxima: Any, sums: Any, scratch: Any
+            _: Any, scores: Any, factors: Any, before: Any, now: Any, offsets: Any, sums: Any, scratch: Any
         ) -> Any:
-            registers = hopper.unpack(scores)
+            scores, old, sums = hopper.unpack(scores), hopper.unpack(offsets), hopper.unpack(sums)
             (_key_scale, value_before), (key_scale, value_scale) = hopper.unpack(before), hopper.unpack(now)
-            factors = [arith.mulf(factor, key_scale) for factor in hopper.unpack(factors)]
-            if self.shape.cached:  # only then a row's first block may be hidden from it
-                factors = [hopper.maximum(factor, f32(SMALLEST_FACTOR)) for factor in factors]
-            maxima, sums = hopper.unpack(maxima), hopper.unpack(sums)
-            [change_of_unit] = hopper.divide_all([value_before], value_scale)
-            rows = [[i for i in range(len(registers)) if i % 4 // 2 == half] for half in range(2)]
-            here = []
-            for mine, factor in zip(rows, factors, strict=True):
-                # Three short chains rather than a long one.
-                chains = [registers[i] for i in mine[:3]]
-                for j, i in enumerate(mine[3:]):
-                    chains[j % 3] = hopper.maximum(chains[j % 3], registers[i])
-                largest = hopper.maximum(hopper.maximum(chains[0], chains[1]), chains[2])
-                here.append(arith.mulf(hopper.across_lanes(largest, hopper.maximum, 4), factor))
-            peaks = []
-            for peak, largest in zip(maxima, here, strict=True):
-                above = arith.cmpf(arith.CmpFPredicate.OGT, largest, arith.addf(peak, f32(SLACK)))
-                peaks.append(arith.select(above, largest, peak))
-            weights, totals, shrink = list(registers), [], []
-            for half, mine in enumerate(rows):
-                # 2^(score · factor - peak + 8)
-                offset = arith.subf(f32(WEIGHT_EXPONENT), peaks[half])
-                change = hopper.exp2(arith.subf(maxima[half], peaks[half]))
+            factors = hopper.to_f16x2(*(arith.mulf(factor, key_scale) for factor in hopper.unpack(factors)))
+            factors = hopper.f16x2("max", factors, i32(SMALLEST_FACTORS))
+            factors = hopper.f16x2("min", factors, i32(LARGEST_FACTORS))
+            new_pair = self._offsets(scores, factors, old)
+            new = hopper.of_f16x2(new_pair)
+            weights, totals = self._weights(scores, factors, new_pair)
+            # Exact of powers of two, as scales are.
+            change_of_unit = arith.mulf(value_before, hopper.approximate_reciprocal(value_scale))
+            shrink, grown = [], []
+            for half in range(2):
+                change = hopper.exp2(arith.subf(new[half], old[half]))
                 shrink.append(arith.mulf(change, change_of_unit))
-                parts = [f32(0)] * 3
-                for j, i in enumerate(mine):
-                    weights[i] = hopper.exp2(hopper.multiply_add(registers[i], factors[half], offset))
-                    parts[j % 3] = arith.addf(parts[j % 3], weights[i])
-                total = arith.addf(arith.addf(parts[0], parts[1]), parts[2])
-                totals.append(hopper.multiply_add(sums[half], change, total))
+                grown.append(hopper.multiply_add(sums[half], change, totals[half]))
                 # ptxas would move all of this behind the next wait for the tensor core, which is what it must overlap.
                 # It does not move a store there, and this one is never made: no sum is that large.
                 hopper.asm(
                     "{ .reg .pred p; setp.gt.f32 p, $1, 0f7F000000; @p st.shared.f32 [$0], $1; }", "r,f",
-                    [hopper.shared_address(scratch), total], [],
+                    [hopper.shared_address(scratch), grown[half]], [],
                 )  # fmt: skip
             flag = hopper.asm(
                 "{ .reg .pred p, q; setp.neu.f32 p, $1, 0f3F800000; setp.neu.f32 q, $2, 0f3F800000; or.pred p, p, q; "
                 "vote.sync.any.pred q, p, 0xffffffff; selp.b32 $0, 1, 0, q; }", "=r,f,f",
                 shrink, [ir.IntegerType.get_signless(32)],
             )  # fmt: skip
-            return tuple(map(hopper.pack, (weights, peaks, totals, shrink, flag)))
+            return tuple(map(hopper.pack, (weights, new, grown, shrink, flag)))
 
         return cast(Operation, weigh)
 
-    def round_weights(self) -> Operation:
-        """``weights as float32 -> weights`` in e4m3, as the register operand of the second product.
+    def _offsets(self, scores: Sequence[ir.Value], factors: ir.Value, old: Sequence[ir.Value]) -> ir.Value:
+        """Of both rows, as two float16: the old ones where no score is further above the maximum than ``SLACK``."""
+        larger = functools.partial(hopper.f16x2, "max")
+        # The hardware compares three at once.
+        threes = [[functools.reduce(larger, row[i : i + 3]) for i in range(0, len(row), 3)]
+                  for row in (scores[::2], scores[1::2])]  # fmt: skip
+        first, second = (balanced(row, larger) for row in threes)  # a row's even columns, and its odd ones
+        largest = larger(hopper.permute(first, second, 0x5410), hopper.permute(first, second, 0x7632))
+        largest = hopper.across_lanes(largest, larger, 4)
+        new = []
+        for offset, score, factor in zip(old, hopper.of_f16x2(largest), hopper.of_f16x2(factors), strict=True):
+            peak = arith.mulf(score, factor)
+            above = arith.cmpf(arith.CmpFPredicate.OGT, arith.addf(peak, offset), f32(WEIGHT_EXPONENT + SLACK))
+            # Less by what rounding to float16 may add, lest a weight of a large score be too large for e4m3.
+            magnitude = hopper.pure_asm("abs.f32 $0, $1;", "=f,f", [peak], peak.type)
+            following = arith.subf(f32(WEIGHT_EXPONENT), peak)
+            following = hopper.multiply_add(magnitude, f32(-(2.0**-11)), following)
+            new.append(arith.select(above, following, offset))
+        return hopper.to_f16x2(*new)
+
+    def _weights(
+        self, scores: Sequence[ir.Value], factors: ir.Value, offsets: ir.Value
+    ) -> tuple[list[ir.Value], list[ir.Value]]:
+        """In e4m3, and the float32 sums of both rows' columns.
+
+        ptxas would compute all powers first and do everything else behind them, which makes the warp wait for one unit
+        after the other. So a group depends, by zeros that ptxas does not know of, on the end of an earlier one.
+        """
+        by_row = [[hopper.permute(x, x, selector) for x in (factors, offsets)] for selector in (0x1010, 0x3232)]
+        zeros = arith.andi(factors, i32(SIGNS))
+        words: list[ir.Value] = []
+        parts: list[list[ir.Value]] = [[], []]
+        for first in range(0, len(scores), GROUP):
+            powers = []
+            for i, score in enumerate(scores[first : first + GROUP]):
+                factor, offset = by_row[i % 2]
+                ended = (first - UNDER_WAY * GROUP) // 2
+                if ended >= 0:
+                    ptx = "lop3.b32 $0, $1, $2, $3, 0xEA;"  # offset | (word & zeros)
+                    offset = hopper.pure_asm(ptx, "=r,r,r,r", [words[ended + i % 2], zeros, offset], offset.type)
+                powers.append(hopper.exp2_f16x2(hopper.f16x2("fma.rn", score, factor, offset)))
+            for half, part in enumerate(parts):
+                for j, power in enumerate(powers[half::2]):
+                    if len(part) == 2:  # chains
+                        part[j] = hopper.f16x2("add.rn", power, part[j])
+                    else:
+                        part.append(power)
+            words += [hopper.halves_to_e4m3x4(*powers[i : i + 2]) for i in range(0, GROUP, 2)]
+        sums = [arith.addf(*hopper.of_f16x2(hopper.f16x2("add.rn", *part))) for part in parts]
+        return words, sums
+
+    def as_operand(self) -> Operation:
+        """``weights -> weights``, from the scores' order to that of the second product's register operand.
 
         A thread's columns 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t of each 16 become the operand's inputs 4 t to 4 t + 3:
-        values lie in that order.
+        values lie in that order. A step of its own, behind the product before: ptxas serialises wgmmas when it finds
+        the registers of an operand written while another runs.
         """
 
-        @plgpu.inline_mgpu(arg_types=(self.layout["scores"],), return_type=self.type["weights"])
-        def convert(_: Any, weights: Any) -> Any:
-            registers = hopper.unpack(weights)
-            packed = []
-            for block in range(0, len(registers), 8):  # 16 columns
-                for half in range(2):
-                    four = [registers[block + 4 * j + 2 * half + e] for j in range(2) for e in range(2)]
-                    packed.append(hopper.to_e4m3x4(four))
-            return hopper.pack(packed)
+        @plgpu.inline_mgpu(arg_types=(self.layout["weights"],), return_type=self.type["weights"])
+        def arrange(_: Any, weights: Any) -> Any:
+            words = hopper.unpack(weights)
+            pairs = [words[i : i + 2] for i in range(0, len(words), 2)]  # of 16 columns; both rows in a word
+            return hopper.pack([hopper.permute(a, b, selector) for a, b in pairs for selector in (0x5410, 0x7632)])
 
-        return cast(Operation, convert)
+        return cast(Operation, arrange)
 
     def shrink(self) -> Operation:
         """``(output, shrink, flag) -> output``: a thread's rows, each times its factor, unless the flag is 0."""

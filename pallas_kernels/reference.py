@@ -17,6 +17,9 @@ from pallas_kernels.weight_layout import from_tiles
 
 E4M3 = jnp.float8_e4m3fn
 E4M3_MAX = 448.0
+# Of a prompt's keys in e4m3: a score, the sum of 128 products with a query of up to 448, is at most 50176, a float16.
+# Steps between keys are then no smaller than 1/448 of a block's largest one; those of int8 are 1/127.
+KEY_MAX = 0.875
 # Probabilities are in [0, 1], where e4m3 has few values left; times 256 they use its normal range.
 PROBABILITY_SCALE = 256.0
 # Codes and scales of keys, codes and scales of values, as :func:`decode_attention` takes them.
@@ -344,7 +347,7 @@ def rotate_and_append(
     return *quantize_fp8(q), append_int4(cache, k, v, starts, lengths)
 
 
-def quantize_blocks(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def quantize_blocks(x: jax.Array, largest: float = KEY_MAX) -> tuple[jax.Array, jax.Array]:
     """A prompt's keys or values in e4m3, with a scale per head and block of ``SCALE_TOKENS`` tokens.
 
     Scales are those of :func:`quantize_fp8`, rounded up to powers of two: e4m3 keeps its relative precision, and blocks
@@ -352,6 +355,8 @@ def quantize_blocks(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Args:
       x: ``[b, t, kv, d]`` float.
+      largest: that a block's magnitudes are scaled to at most. ``KEY_MAX`` is what :func:`prefill_attention` needs of
+        keys; values may take all of ``E4M3_MAX``.
 
     Returns:
       ``[b, t, kv, d]`` e4m3 and ``[b, kv, ceil(t / SCALE_TOKENS)]`` float32.
@@ -359,7 +364,7 @@ def quantize_blocks(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     b, t, kv, d = x.shape
     blocks = jnp.pad(x, ((0, 0), (0, -t % SCALE_TOKENS), (0, 0), (0, 0))).reshape(b, -1, SCALE_TOKENS, kv, d)
     blocks = blocks.astype(jnp.float32)
-    scale = _absmax_scale(jnp.max(jnp.abs(blocks), axis=(2, 4), keepdims=True), E4M3_MAX)
+    scale = _absmax_scale(jnp.max(jnp.abs(blocks), axis=(2, 4), keepdims=True), largest)
     bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
     above = jax.lax.bitcast_convert_type((bits + MANTISSA) & ~MANTISSA, jnp.float32)
     scale = jnp.where(jnp.isnan(scale), scale, above)
@@ -414,7 +419,7 @@ def rotate_and_round(
     # The scales of a block must not depend on the padding behind it.
     real = (jnp.arange(q.shape[1]) < lengths[:, None])[..., None, None]
     k8, k_scale = quantize_blocks(jnp.where(real, k, 0))
-    v8, v_scale = quantize_blocks(jnp.where(real, v, 0))
+    v8, v_scale = quantize_blocks(jnp.where(real, v, 0), E4M3_MAX)
     prompt = (*quantize_fp8(q), k8, k_scale, transpose_values(v8), v_scale)
     return prompt, append_int4(cache, k, v, starts, lengths)
 
@@ -531,7 +536,7 @@ def prefill_attention(
     Args:
       q8: ``[b, t, h, d]`` e4m3, already rotated.
       q_scale: ``[b, t, h]`` float32.
-      k8: ``[b, t, kv, d]`` e4m3.
+      k8: ``[b, t, kv, d]`` e4m3, up to ``KEY_MAX``.
       k_scale: ``[b, kv, ceil(t / SCALE_TOKENS)]`` float32.
       v8: ``[b, kv, d, t']`` e4m3, from :func:`transpose_values`.
       v_scale: as k_scale.

@@ -20,12 +20,15 @@ MAX_WARPGROUPS = 8
 
 
 class Steps:
-    """The steps for rows of k elements, one row per block; a thread holds every so manieth vector of the row."""
+    """The steps for rows of k elements, one per block or cluster; a thread holds every so manieth vector of a row.
 
-    def __init__(self, k: int, warpgroups: int) -> None:
-        self.k, self.warps = k, 4 * warpgroups
+    A row that a cluster of ``parts`` blocks shares may be gated and rounded, but not normalised.
+    """
+
+    def __init__(self, k: int, warpgroups: int, parts: int = 1) -> None:
+        self.k, self.warps, self.parts = k, 4 * warpgroups, parts
         self.threads = 32 * self.warps
-        self.vectors = -(-k // (VECTOR * self.threads))  # of a thread
+        self.vectors = -(-k // (VECTOR * self.threads * parts))  # of a thread
         scalar = plgpu.Layout.WG_SPLAT(())
         self.scalar = scalar
         count = VECTOR * self.vectors
@@ -34,9 +37,10 @@ class Steps:
 
     def _places(self) -> list[tuple[ir.Value, ir.Value]]:
         """The column of each of a thread's vectors, and whether the row has it."""
-        columns = [
-            arith.muli(arith.addi(utils.thread_idx(), i32(i * self.threads)), i32(VECTOR)) for i in range(self.vectors)
-        ]
+        thread, everywhere = utils.thread_idx(), self.threads * self.parts
+        if self.parts > 1:
+            thread = arith.addi(thread, arith.muli(hopper.block_in_cluster(), i32(self.threads)))
+        columns = [arith.muli(arith.addi(thread, i32(i * everywhere)), i32(VECTOR)) for i in range(self.vectors)]
         return [(c, arith.cmpi(arith.CmpIPredicate.ult, c, i32(self.k))) for c in columns]
 
     def _address(self, ref: Any, row: ir.Value | None, column: ir.Value, size: int) -> ir.Value:
@@ -97,7 +101,7 @@ class Steps:
         )
         def quantize(_: Any, values: Any, x8: Any, x_scale: Any, scratch: Any, row: Any) -> Any:
             word, row = ir.IntegerType.get_signless(32), row.registers.item()
-            packed, scale = rounded_to_e4m3(hopper.unpack(values), scratch, self.warps)
+            packed, scale = rounded_to_e4m3(hopper.unpack(values), scratch, self.warps, self.parts)
             self._write(x8, row, packed)
             place = hopper.global_address(x_scale, 4, (row, 1))
             first = arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), i32(0))
@@ -133,9 +137,17 @@ def gated(gates: Sequence[ir.Value], ups: Sequence[ir.Value]) -> list[ir.Value]:
     return results
 
 
-def rounded_to_e4m3(registers: Sequence[ir.Value], scratch: Any, warps: int) -> tuple[list[ir.Value], ir.Value]:
-    """Words of four e4m3 and their scale, for a row that a block's threads hold."""
-    scale = e4m3_scale(across_block(largest_magnitude(registers), scratch, warps, hopper.maximum_or_nan))
+def rounded_to_e4m3(
+    registers: Sequence[ir.Value], scratch: Any, warps: int, parts: int = 1
+) -> tuple[list[ir.Value], ir.Value]:
+    """Words of four e4m3 and their scale, for a row that the threads of a block, or of a cluster's blocks, hold.
+
+    ``scratch`` has a word of shared memory per warp and, in a cluster, one more per block.
+    """
+    peak = across_block(largest_magnitude(registers), scratch, warps, hopper.maximum_or_nan)
+    if parts > 1:
+        peak = across_cluster(peak, scratch, 4 * warps, parts, hopper.maximum_or_nan)
+    scale = e4m3_scale(peak)
     quotients = hopper.divide_all(registers, scale)
     packed = [hopper.to_e4m3x4(quotients[i : i + 4]) for i in range(0, len(quotients), 4)]
     return packed, scale
@@ -167,9 +179,9 @@ def largest_magnitude(registers: Sequence[ir.Value]) -> ir.Value:
     return balanced(magnitudes, hopper.maximum_or_nan)
 
 
-def e4m3_scale(peak: ir.Value) -> ir.Value:
-    """``peak / 448``, or 1 if that is 0."""
-    scale = hopper.divide(peak, f32(E4M3_MAX))
+def e4m3_scale(peak: ir.Value, largest: float = E4M3_MAX) -> ir.Value:
+    """``peak / largest``, or 1 if that is 0."""
+    scale = hopper.divide(peak, f32(largest))
     return arith.select(arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0)), f32(1), scale)
 
 
@@ -188,6 +200,25 @@ def across_block(value: ir.Value, scratch: Any, warps: int, combine: Any) -> ir.
     )  # fmt: skip
     hopper.block_barrier()
     values = [hopper.asm(f"ld.shared.f32 $0, [$1+{4 * w}];", "=f,r", [base], [value.type])[0] for w in range(warps)]
+    return balanced(values, combine)
+
+
+def across_cluster(value: ir.Value, scratch: Any, offset: int, parts: int, combine: Any) -> ir.Value:
+    """Combines a float32 of every block of a cluster, whose blocks have all arrived at its barrier when they began.
+
+    Behind so many bytes of ``scratch`` there is a word of shared memory per block, which is used once.
+    """
+    thread, word = utils.thread_idx(), ir.IntegerType.get_signless(32)
+    mine = arith.addi(hopper.shared_address(scratch), i32(offset))
+    place = arith.addi(mine, arith.muli(hopper.block_in_cluster(), i32(4)))
+    sends = arith.extui(word, arith.cmpi(arith.CmpIPredicate.ult, thread, i32(parts)))
+    hopper.asm("barrier.cluster.wait.acquire;", "", [], [])
+    hopper.asm(  # a thread tells a block
+        "{ .reg .pred p; .reg .b32 a; setp.ne.b32 p, $3, 0; @p mapa.shared::cluster.u32 a, $0, $1; "
+        "@p st.shared::cluster.f32 [a], $2; }", "r,r,f,r", [place, thread, value, sends], [],
+    )  # fmt: skip
+    hopper.asm("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;", "", [], [])
+    values = [hopper.asm(f"ld.shared.f32 $0, [$1+{4 * i}];", "=f,r", [mine], [value.type])[0] for i in range(parts)]
     return balanced(values, combine)
 
 

@@ -258,7 +258,10 @@ class Barrier:
 
 
 class Product:
-    """A group of wgmma: ``accumulator [+]= A · Bᵀ`` of e4m3, 64 rows; A in registers or, with ``steps``, in memory."""
+    """A group of wgmma: ``accumulator [+]= A · Bᵀ`` of e4m3, 64 rows; A in registers or, with ``steps``, in memory.
+
+    Accumulators are float32 or, two to a register, float16.
+    """
 
     def __init__(self, block, accumulator, a, descriptor, accumulate, steps=None):
         self.block, self.before, self.a, self.descriptor, self.steps = block, accumulator, a, descriptor, steps
@@ -269,7 +272,8 @@ class Product:
         e4m3 = ml_dtypes.float8_e4m3fn
         thread = np.arange(128)
         row, t = thread // 32 * 16 + thread % 32 // 4, thread % 4
-        steps, columns = self.steps or len(self.a) // 4, 2 * len(self.before)
+        single = self.before[0].type == F32
+        steps, columns = self.steps or len(self.a) // 4, (2 if single else 4) * len(self.before)
 
         def in_memory(descriptor, rows):
             base, row_bytes = descriptor
@@ -286,6 +290,11 @@ class Product:
                     left[row + 8 * (i % 2), i // 4 * 32 + i % 4 // 2 * 16 + 4 * t + byte] = values[:, byte]
         right = in_memory(self.descriptor, columns)
         product = left.astype(np.float64) @ right.astype(np.float64).T
+        if not single:
+            assert not self.accumulate
+            pairs = product.reshape(64, columns // 8, 4, 2).astype(np.float16).view(U32)[..., 0]
+            self.result = [Register(pairs[row + 8 * (j % 2), j // 2, t]) for j in range(len(self.before))]
+            return
         self.result = []
         for j, register in enumerate(self.before):
             value = product[row + 8 * (j % 4 // 2), j // 4 * 8 + 2 * t + j % 2]
@@ -492,9 +501,14 @@ class Machine:
             assign(arguments[0], value(arguments[1]).astype(B16))
         elif opcode == "cvt.f32.f16":
             assign(arguments[0], names[arguments[1]].view(np.float16).astype(F32))
-        elif opcode == "cvt.rn.bf16x2.f32":
-            high, low = (value(a, F32).astype(ml_dtypes.bfloat16).view(B16).astype(U32) for a in arguments[1:])
+        elif opcode in ("cvt.rn.bf16x2.f32", "cvt.rn.f16x2.f32"):
+            half = np.float16 if kind[2] == "f16x2" else ml_dtypes.bfloat16
+            with np.errstate(over="ignore"):
+                high, low = (value(a, F32).astype(half).view(B16).astype(U32) for a in arguments[1:])
             assign(arguments[0], high << U32(16) | low)
+        elif opcode == "cvt.rn.satfinite.e4m3x2.f16x2":
+            pair = np.clip(value(arguments[1]).view(np.float16).astype(F32), -448, 448)
+            names[arguments[0]] = pair.astype(ml_dtypes.float8_e4m3fn).view(B16)
         elif opcode == "cvt.rn.bf16.f32":
             names[arguments[0]] = value(arguments[1], F32).astype(ml_dtypes.bfloat16).view(B16)
         elif kind[0] == "lop3":
@@ -512,7 +526,10 @@ class Machine:
         elif kind[-1] in ("f16x2", "bf16x2"):
             half = np.float16 if kind[-1] == "f16x2" else ml_dtypes.bfloat16
             a, *others = (value(x).view(B16).view(half).astype(np.float64) for x in arguments[1:])
-            exact = a + others[0] if kind[0] == "add" else a * others[0] + others[1]
+            operation = {
+                "add": np.add, "max": np.fmax, "min": np.fmin, "fma": lambda x, y, z: x * y + z,
+            }[kind[0]]  # fmt: skip
+            exact = operation(a, *others)
             assign(arguments[0], exact.astype(half).view(B16).view(U32))
         elif kind[0] == "max":  # of a NaN and a number, with .NaN NaN, else the number
             larger = np.maximum if "NaN" in kind else np.fmax
@@ -536,6 +553,10 @@ class Machine:
                 for a in arguments[1:]
             )
             names[arguments[0]] = high << B16(8) | low
+        elif opcode == "ex2.approx.f16":
+            with np.errstate(under="ignore", over="ignore"):
+                power = np.exp2(names[arguments[1]].view(np.float16).astype(F32))
+                names[arguments[0]] = power.astype(np.float16).view(B16)
         elif kind[0] == "ex2":
             with np.errstate(under="ignore", over="ignore"):
                 assign(arguments[0], np.exp2(value(arguments[1], F32)))

@@ -160,22 +160,23 @@ def int4_cache(rng, b, kv, s, d):
     return pk.pack_int4(jnp.asarray(codes)), jnp.asarray(scales), values.transpose(0, 2, 1, 3)
 
 
-def in_blocks(values):
+def in_blocks(values, largest=pk.KEY_MAX):
     """e4m3 keys or values with a scale per 128 tokens, and what they stand for."""
-    x8, scale = pk.quantize_blocks(jnp.asarray(values, jnp.float32))
+    x8, scale = pk.quantize_blocks(jnp.asarray(values, jnp.float32), largest)
     scales = np.asarray(scale, np.float64).repeat(128, 2)[:, :, : values.shape[1]].swapaxes(1, 2)
     return x8, scale, np.asarray(x8, np.float64) * scales[..., None]
 
 
-def test_blocks_of_tokens_have_scales_of_their_own():
+@pytest.mark.parametrize("largest", [pk.KEY_MAX, pk.E4M3_MAX])
+def test_blocks_of_tokens_have_scales_of_their_own(largest):
     values = np.random.default_rng(0).normal(size=(2, 300, 3, 16))
     values[:, 128:256] *= 1000
     values[1, 256:, 2] = 0
-    x8, scale, back = in_blocks(values)
+    x8, scale, back = in_blocks(values, largest)
     assert (x8.shape, scale.shape) == ((2, 300, 3, 16), (2, 3, 3))
     absmax = np.stack([np.abs(values[:, i : i + 128]).max((1, 3)) for i in (0, 128, 256)], 2)
     np.testing.assert_array_equal(
-        scale, np.where(absmax > 0, 2.0 ** np.ceil(np.log2(np.maximum(absmax, 1e-30) / 448)), 1)
+        scale, np.where(absmax > 0, 2.0 ** np.ceil(np.log2(np.maximum(absmax, 1e-30) / largest)), 1)
     )
     # Half a unit of e4m3's four bits, or of its smallest subnormal.
     steps = np.asarray(scale).repeat(128, 2)[:, :, :300].swapaxes(1, 2)[..., None]
@@ -212,9 +213,10 @@ def test_rounded_prompts_are_the_parts_they_are_made_of():
         np.testing.assert_array_equal(actual, expected)
     _, rotated = pk.apply_ropes(q, k, *tables, scale)
     for i in range(b):
-        for fresh, x8, found in ((rotated, k8, k_scale), (v, reference.restore_values(v8, t), v_scale)):
+        keys = rotated, k8, k_scale, pk.KEY_MAX
+        for fresh, x8, found, largest in (keys, (v, reference.restore_values(v8, t), v_scale, pk.E4M3_MAX)):
             kept = np.asarray(fresh, np.float32)[i : i + 1, : lengths[i]]
-            _, expected, back = in_blocks(kept)
+            _, expected, back = in_blocks(kept, largest)
             np.testing.assert_allclose(found[i], expected[0], rtol=FLOAT32)
             scales = np.asarray(found[i], np.float64).repeat(128, 1)[:, :t].T[..., None]
             actual = np.asarray(x8[i], np.float64) * scales

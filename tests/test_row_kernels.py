@@ -56,7 +56,8 @@ def check_all(m, k, gain_dtype):
 
 @pytest.mark.parametrize("gain_dtype", [BF16, jnp.float32])
 @pytest.mark.parametrize(("m", "k"), SIZES)
-def test_on_the_emulated_multiprocessor(m, k, gain_dtype):
+def test_on_the_emulated_multiprocessor(m, k, gain_dtype, monkeypatch):
+    monkeypatch.setattr(mosaic_rows, "GATE_PARTS", 1)  # clusters are not emulated
     with emulated(mosaic_rows, row_steps):
         check_all(m, k, gain_dtype)
 
@@ -64,7 +65,7 @@ def test_on_the_emulated_multiprocessor(m, k, gain_dtype):
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("gain_dtype", [BF16, jnp.float32])
-@pytest.mark.parametrize(("m", "k"), [*SIZES, (16, 576), (1000, 4096), (2048, 11008)])
+@pytest.mark.parametrize(("m", "k"), [*SIZES, (16, 576), (33, 14336), (66, 5120), (1000, 4096), (2048, 11008)])
 def test_on_a_gpu(m, k, gain_dtype):
     check_all(m, k, gain_dtype)
 
