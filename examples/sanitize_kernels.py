@@ -5,12 +5,14 @@ python examples/sanitize_kernels.py --commit HASH
 
 import argparse
 import os
-import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +23,14 @@ from fireq_jax.benchmark import SIZES, random_params
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "sanitizer.json"
 TOOLS = ("memcheck", "racecheck", "synccheck")
-# Batch sizes and prompt lengths: one sequence (products that round a token themselves), a few, and a prompt of several
-# tiles behind which a second one continues.
-CASES = [(1, 3), (5, 40), (2, 300)]
+# Batch sizes and prompt lengths: one sequence, whose products round a token themselves, and prompts of several tiles;
+# each is continued by a token and by another prompt.
+CASES = [(1, 3), (3, 150)]
 
 
 def run_kernels() -> None:
-    """Prompts, tokens behind them, and prompts behind those, of two layers through all kernels."""
-    model = fireq_jax.Llama(SIZES["toy"])
+    """Prompts, tokens behind them, and prompts behind those, of one layer through all kernels."""
+    model = fireq_jax.Llama(replace(SIZES["toy"], num_layers=1))
     params = fireq_jax.quantize(random_params(model.config), "rtn")
     apply = jax.jit(model.apply, static_argnames=("method", "continued"))
     for batch, length in CASES:
@@ -40,6 +42,21 @@ def run_kernels() -> None:
         more, cache = apply(weights, tokens[:, :1], cache, method="decode")
         last, cache = apply(weights, tokens, lengths, cache, method="prefill", continued=True)
         assert all(bool(jnp.all(jnp.isfinite(x))) for x in (logits, more, last))
+
+
+def examine(tool: str) -> dict[str, Any]:
+    """Runs the kernels under one of the sanitizer's tools."""
+    began = time.perf_counter()
+    command = ["compute-sanitizer", "--tool", tool, "--kernel-name", "kernel_substring=mosaic_gpu_kernel"]
+    done = subprocess.run(
+        [*command, sys.executable, __file__, "--run"], capture_output=True, text=True, check=False,
+        env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+    )  # fmt: skip
+    lines = (done.stdout + done.stderr).splitlines()
+    verdicts = [line.strip("= ") for line in lines if "SUMMARY" in line]
+    if done.returncode or not verdicts:
+        print(tool, *lines[-30:], sep="\n")
+    return {"exit status": done.returncode, "verdicts": verdicts, "seconds": time.perf_counter() - began}
 
 
 def main() -> None:
@@ -59,20 +76,11 @@ def main() -> None:
         "cases": CASES,
         "tools": {},
     }
-    for tool in TOOLS:
-        began = time.perf_counter()
-        command = ["compute-sanitizer", "--tool", tool, "--kernel-name", "kernel_substring=mosaic_gpu_kernel"]
-        done = subprocess.run(
-            [*command, sys.executable, __file__, "--run"], capture_output=True, text=True, check=False,
-            env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-        )  # fmt: skip
-        lines = (done.stdout + done.stderr).splitlines()
-        verdicts = [line.strip("= ") for line in lines if re.search(r"SUMMARY", line)]
-        results["tools"][tool] = {
-            "exit status": done.returncode, "verdicts": verdicts, "seconds": time.perf_counter() - began,
-        }  # fmt: skip
-        print(tool, results["tools"][tool], *(lines[-20:] if done.returncode or not verdicts else ()), sep="\n")
-        write_json(args.out, results)
+    with ThreadPoolExecutor(len(TOOLS)) as pool:
+        for tool, found in zip(TOOLS, pool.map(examine, TOOLS), strict=True):
+            results["tools"][tool] = found
+            print(tool, found)
+            write_json(args.out, results)
 
 
 if __name__ == "__main__":

@@ -292,7 +292,11 @@ class Product:
         product = left.astype(np.float64) @ right.astype(np.float64).T
         if not single:
             assert not self.accumulate
-            pairs = product.reshape(64, columns // 8, 4, 2).astype(np.float16).view(U32)[..., 0]
+            total = np.zeros_like(product)
+            for i in range(0, 32 * steps, 32):  # every wgmma rounds what it accumulates
+                part = left[:, i : i + 32].astype(np.float64) @ right[:, i : i + 32].astype(np.float64).T
+                total = (total + part).astype(np.float16).astype(np.float64)
+            pairs = total.astype(np.float16).reshape(64, columns // 8, 4, 2).view(U32)[..., 0]
             self.result = [Register(pairs[row + 8 * (j % 2), j // 2, t]) for j in range(len(self.before))]
             return
         self.result = []
