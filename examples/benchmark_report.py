@@ -109,6 +109,14 @@ def operators_table(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def decode_part(results: dict[str, Any]) -> list[str]:
+    about = (
+        "A loop on the device, greedy choice included. Bytes are those of all weights but the input embedding, and of "
+        "the caches."
+    )
+    return ["### Decoding", about, decode_table(results)]
+
+
 def feed_forward_part(results: dict[str, Any]) -> list[str]:
     about = "Norm, gate and up, SiLU, down, residual sum and all roundings."
     return ["### Feed-forward block", about, feed_forward_table(results)]
@@ -131,12 +139,8 @@ def page(results: dict[str, Any]) -> str:
         "Before anything is timed, logits of two layers are compared with the bf16 model's: the kernels are "
         f"{far['kernels']:.4f} away (relative Frobenius norm), the reference implementation of the same roundings "
         f"{far['reference']:.4f}. Weights without structure lose much in 4 bits; the numbers must agree.",
-        "### Prefill",
-        prefill_table(results),
-        "### Decoding",
-        "A loop on the device, greedy choice included. Bytes are those of all weights but the input embedding, and of "
-        "the caches.",
-        decode_table(results),
+        *(["### Prefill", prefill_table(results)] if results["prefill"] else []),
+        *(decode_part(results) if results["decode"] else []),
         *(feed_forward_part(results) if results["feed_forward"] else []),
         *(operators_part(results) if any(any(kinds.values()) for kinds in results["operators"].values()) else []),
     ]
