@@ -17,6 +17,9 @@ Layer = dict[str, Any]
 # input; gets the block, the half, the names, E[x̂ x̂ᵀ] and E[x x̂ᵀ], returns the block with those weights replaced.
 RoundReaders = Callable[[Layer, str, tuple[str, ...], jax.Array, jax.Array], Layer]
 
+# Windows whose moments are summed in one product: `best` takes a sixth less time on two cores than one by one.
+TOGETHER = 8
+
 
 class Streams:
     """Hidden states of a text in a float model and in the quantised model that is being made of it.
@@ -54,8 +57,12 @@ class Streams:
         seen = [inputs for _, inputs in passes]
 
         def rounded(layer: Layer, half: str, names: tuple[str, ...], place: str, rows: list[jax.Array]) -> Layer:
-            sums = [_moments(inputs[place], x) for inputs, x in zip(seen, rows, strict=True)]
-            hessian, cross = (sum(parts) / self._tokens for parts in zip(*sums, strict=True))
+            k = seen[0][place].shape[1]
+            sums = jnp.zeros((k, k)), jnp.zeros((k, k))
+            for first in range(0, len(rows), TOGETHER):
+                together = slice(first, first + TOGETHER)
+                sums = _add_moments(sums, [inputs[place] for inputs in seen[together]], rows[together])
+            hessian, cross = (total / self._tokens for total in sums)
             return round_readers(layer, half, names, hessian, cross)
 
         x = self._quantized
@@ -127,12 +134,18 @@ def _float_block(config: LlamaConfig, layer: Layer, x: jax.Array) -> tuple[jax.A
     return out, block_inputs(state)
 
 
-@jax.jit
-def _moments(x: jax.Array, quantized_x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``[t, k]`` twice -> sums of x̂ x̂ᵀ and x x̂ᵀ."""
-    rows = _rows(quantized_x)
+@partial(jax.jit, donate_argnums=0)
+def _add_moments(
+    sums: tuple[jax.Array, jax.Array], x: list[jax.Array], quantized_x: list[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Adds those of some windows, ``[t, k]`` and any shape of as many elements, to the sums of x̂ x̂ᵀ and x x̂ᵀ."""
+    quantized, exact = jnp.concatenate([_rows(row) for row in quantized_x]), jnp.concatenate(x)
+    hessian, cross = sums
     highest = jax.lax.Precision.HIGHEST
-    return jnp.matmul(rows.T, rows, precision=highest), jnp.matmul(x.T, rows, precision=highest)
+    return (
+        hessian + jnp.matmul(quantized.T, quantized, precision=highest),
+        cross + jnp.matmul(exact.T, quantized, precision=highest),
+    )
 
 
 @partial(jax.jit, static_argnums=0)
