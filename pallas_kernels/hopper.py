@@ -320,7 +320,7 @@ def exchange(register: ir.Value, distance: int) -> ir.Value:
 def across_lanes(
     value: ir.Value, combine: Callable[[ir.Value, ir.Value], ir.Value], lanes: int = 32, apart: int = 1
 ) -> ir.Value:
-    """A float32 of each of as many neighbouring lanes, combined; all of them get the result.
+    """A register of each of as many neighbouring lanes, combined; all of them get the result.
 
     If they are some lanes ``apart``, that many times ``lanes`` are meant, and each result is of every so manieth one.
     """

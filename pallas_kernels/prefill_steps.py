@@ -25,9 +25,10 @@ WEIGHT_EXPONENT = 8.0
 SLACK = 0.8
 # A row's offset before it has seen anything: more than any score takes away.
 NOTHING_SEEN = 60000.0
-# Of float16, twice each: minus infinity, which is a hidden key's score; what scores' factors are held between, so that
-# they and their products with it are numbers; the bits that are 0 in both.
-HIDDEN, SMALLEST_FACTORS, LARGEST_FACTORS, SIGNS = 0xFC00FC00, 0x00020002, 0x7BFF7BFF, 0x80008000
+# Of float16, twice each: minus infinity, which is a hidden key's score; what scores' factors are held between, 2^-23
+# and 20; the bits that are 0 in both. Products with infinity must be no NaN, the largest score's offset must be finite.
+# A factor of 20 goes with scores of thousands of powers of two, of which the largest wins either way.
+HIDDEN, SMALLEST_FACTORS, LARGEST_FACTORS, SIGNS = 0xFC00FC00, 0x00020002, 0x4D004D00, 0x80008000
 # Registers of scores that are weighed together, and how many such groups are under way: each begins behind the end of
 # the one as many before it.
 GROUP, UNDER_WAY = 4, 3

@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from emulated_gpu import Block, RaceError, emulated
+from emulated_gpu import emulated
+from emulated_memory import Block, RaceError
 from test_matmul_kernel import (
     BF16,
     E4M3,

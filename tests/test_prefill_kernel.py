@@ -63,6 +63,7 @@ def oracle(q8, q_scale, k8, k_scale, v8, v_scale, lengths, starts=None, *, round
         k, v = repeated(k8), repeated(reference.restore_values(v8, k8.shape[1]))
         q = np.asarray(q8[i, :n], np.float64)
         factors = half(np.asarray(q_scale[i, :n], np.float64).T[..., None] * key_scale * d**-0.5 * np.log2(np.e))
+        factors = np.minimum(factors, 20) if rounded else factors
         scores = np.zeros((heads, n, k.shape[0]))
         for at in range(0, d, 32):  # the tensor core rounds after as many products
             scores = half(scores + np.einsum("thd,shd->hts", q[..., at : at + 32], k[..., at : at + 32], optimize=True))
@@ -183,6 +184,14 @@ def test_an_empty_sequence_gives_finite_rows():
     assert np.all(np.isfinite(np.asarray(y, np.float32)))
 
 
+@pytest.mark.parametrize("spread", [1e2, 1e4])
+def test_large_queries_on_the_emulated_multiprocessor(spread):
+    """The largest score takes all, or two that tie nearly share; float16 must not overflow."""
+    arguments = inputs(1, 200, 2, 1, 128, [200], spread=spread)
+    with emulated(mosaic_prefill, prefill_steps):
+        check(arguments, mosaic_prefill.prefill_attention, EXACT, LARGE_WORST_ROW)
+
+
 def test_the_emulation_sees_what_was_not_waited_for(monkeypatch):
     """Without its wait for the tensor core, and without that for a copy."""
     arguments = inputs(1, 200, 1, 1, 64, [200])
@@ -257,6 +266,16 @@ def test_hard_inputs_against_the_reference(kind):
     kernel = functools.partial(pk.prefill_attention, implementation="mosaic_gpu")
     tolerances = (EXACT, LARGE_WORST_ROW) if kind == "large" else (GPU_TOLERANCE, GPU_WORST_ROW)
     check((q8, q_scale, k8, *rest), kernel, *tolerances)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_huge_queries_give_finite_rows():
+    """A last bit of such a score decides between keys, so that no more can be asked."""
+    y = pk.prefill_attention(
+        *inputs(1, 300, 2, 1, 128, [300], spread=1e4), softmax_scale=128**-0.5, implementation="mosaic_gpu"
+    )
+    assert np.all(np.isfinite(np.asarray(y, np.float32)))
 
 
 @pytest.mark.gpu
