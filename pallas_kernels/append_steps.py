@@ -358,7 +358,6 @@ class BlockSteps(Steps):
             arg_types=(self.layout, self.single_layout, plgpu.RefType(), self.scalar), return_type=()
         )  # fmt: skip
         def hold(_: Any, values: Any, factor: Any, tile: Any, first: Any) -> Any:
-            word = ir.IntegerType.get_signless(32)
             _rest, number = self._position(first)
             number = arith.andi(number, i32(SCALE_TOKENS - 1))
             second = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(number, i32(1)), i32(0))
@@ -376,7 +375,7 @@ class BlockSteps(Steps):
             base = arith.addi(hopper.shared_address(tile), arith.addi(arith.muli(row, i32(SCALE_TOKENS)), place))
             for i in range(0, EACH, 2):
                 selector = 0x5140 + 0x2222 * (i // 2)
-                pairs = hopper.pure_asm(f"prmt.b32 $0, $1, $2, {selector:#x};", "=r,r,r", [even, odd], word)
+                pairs = hopper.permute(even, odd, selector)
                 hopper.asm(
                     "{ .reg .b16 l, h; mov.b32 {l, h}, $1; "
                     f"st.shared.b16 [$0+{i * SCALE_TOKENS}], l; st.shared.b16 [$0+{(i + 1) * SCALE_TOKENS}], h; }}",

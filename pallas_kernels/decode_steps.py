@@ -209,9 +209,7 @@ class Steps:
                         convert = "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.rn.f16x2.e4m3x2 $0, l; }"
                         pair = hopper.pure_asm(convert, "=r,r", [pair], word)
                         if i % 2:  # whose codes come times 16
-                            sixteenth = "fma.rn.f16x2 $0, $1, $2, $3;"
-                            operands = [pair, i32(0x2C002C00), i32(0)]
-                            pair = hopper.pure_asm(sixteenth, "=r,r,r,r", operands, word)
+                            pair = hopper.f16x2("fma.rn", pair, i32(0x2C002C00), i32(0))
                         pairs.append(pair)
                     for e in range(2):
                         eight = [i32(0x80088008)] * 2 + [i32(0x80808080)] * 2  # minus

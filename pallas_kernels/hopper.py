@@ -287,6 +287,11 @@ def permute(a: ir.Value, b: ir.Value, selector: int) -> ir.Value:
     return pure_asm(f"prmt.b32 $0, $1, $2, {selector:#x};", "=r,r,r", [a, b], a.type)
 
 
+def and_or(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """``a & b | c``, in one instruction."""
+    return pure_asm("lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [a, b, c], a.type)
+
+
 def halves_to_e4m3x4(low: ir.Value, high: ir.Value) -> ir.Value:
     """Rounds two registers of two float16 to one of e4m3."""
     ptx = (
@@ -340,6 +345,11 @@ def maximum_or_nan(a: ir.Value, b: ir.Value) -> ir.Value:
     return pure_asm("max.NaN.f32 $0, $1, $2;", "=f,f,f", [a, b], a.type)
 
 
+def magnitude(value: ir.Value) -> ir.Value:
+    """A float32 without its sign."""
+    return pure_asm("abs.f32 $0, $1;", "=f,f", [value], value.type)
+
+
 def divide(a: ir.Value, b: ir.Value) -> ir.Value:
     """The quotient, correctly rounded."""
     return pure_asm("div.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], a.type)
@@ -350,10 +360,9 @@ def divide_all(values: Sequence[ir.Value], divisor: ir.Value) -> list[ir.Value]:
 
     The remainder of a quotient's first approximation corrects it (Markstein, IBM J. Res. Dev. 34, 1990).
     """
-    single = divisor.type
-    magnitude = pure_asm("abs.f32 $0, $1;", "=f,f", [divisor], single)
+    size = magnitude(divisor)
     # A small divisor's reciprocal would overflow.
-    small = arith.cmpf(arith.CmpFPredicate.OGT, f32(2.0**-32), magnitude)
+    small = arith.cmpf(arith.CmpFPredicate.OGT, f32(2.0**-32), size)
     enlarge = arith.select(small, f32(2.0**100), f32(1))
     divisor = arith.mulf(divisor, enlarge)
     negative, inverse = _refined_reciprocal(divisor)
@@ -378,9 +387,7 @@ def reciprocal(divisor: ir.Value) -> ir.Value:
 
     Of smaller ones than 2^-126 it is that of 2^-126, which is finite.
     """
-    single = divisor.type
-    magnitude = maximum(pure_asm("abs.f32 $0, $1;", "=f,f", [divisor], single), f32(2.0**-126))
-    _, result = _refined_reciprocal(magnitude)
+    _, result = _refined_reciprocal(maximum(magnitude(divisor), f32(2.0**-126)))
     negative = arith.cmpf(arith.CmpFPredicate.OGT, f32(0), divisor)
     return arith.select(negative, arith.subf(f32(0), result), result)
 

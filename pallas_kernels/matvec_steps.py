@@ -435,8 +435,6 @@ def decode_to_halves(word: ir.Value) -> list[ir.Value]:
     for shift in (8, 0):  # inputs 0 and 2, then 1 and 3 of four
         for source in (word, rotated):
             shifted = arith.shli(source, i32(shift)) if shift else source
-            bits = hopper.pure_asm(
-                "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [shifted, i32(0x87008700), i32(0x00800080)], word_type
-            )
-            operand.append(hopper.pure_asm("add.rn.f16x2 $0, $1, $2;", "=r,r,r", [bits, i32(0x80808080)], word_type))
+            bits = hopper.and_or(shifted, i32(0x87008700), i32(0x00800080))
+            operand.append(hopper.f16x2("add.rn", bits, i32(0x80808080)))
     return operand

@@ -306,9 +306,9 @@ class Steps:
             peak = arith.mulf(score, factor)
             above = arith.cmpf(arith.CmpFPredicate.OGT, arith.addf(peak, offset), f32(WEIGHT_EXPONENT + SLACK))
             # Less by what rounding to float16 may add, lest a weight of a large score be too large for e4m3.
-            magnitude = hopper.pure_asm("abs.f32 $0, $1;", "=f,f", [peak], peak.type)
+            size = hopper.magnitude(peak)
             following = arith.subf(f32(WEIGHT_EXPONENT), peak)
-            following = hopper.multiply_add(magnitude, f32(-(2.0**-11)), following)
+            following = hopper.multiply_add(size, f32(-(2.0**-11)), following)
             new.append(arith.select(above, following, offset))
         return hopper.to_f16x2(*new)
 
@@ -330,8 +330,7 @@ class Steps:
                 factor, offset = by_row[i % 2]
                 ended = (first - UNDER_WAY * GROUP) // 2
                 if ended >= 0:
-                    ptx = "lop3.b32 $0, $1, $2, $3, 0xEA;"  # offset | (word & zeros)
-                    offset = hopper.pure_asm(ptx, "=r,r,r,r", [words[ended + i % 2], zeros, offset], offset.type)
+                    offset = hopper.and_or(words[ended + i % 2], zeros, offset)
                 powers.append(hopper.exp2_f16x2(hopper.f16x2("fma.rn", score, factor, offset)))
             for half, part in enumerate(parts):
                 for j, power in enumerate(powers[half::2]):

@@ -132,7 +132,7 @@ def gated(gates: Sequence[ir.Value], ups: Sequence[ir.Value]) -> list[ir.Value]:
     for gate, up in zip(gates, ups, strict=True):
         power = arith.mulf(gate, f32(-1 / math.log(2)))
         sigmoid = arith.addf(hopper.exp2(power), f32(1))
-        sigmoid = hopper.pure_asm("rcp.approx.ftz.f32 $0, $1;", "=f,f", [sigmoid], gate.type)
+        sigmoid = hopper.approximate_reciprocal(sigmoid)
         results.append(arith.mulf(arith.mulf(gate, sigmoid), up))
     return results
 
@@ -174,9 +174,7 @@ def to_words(values: Sequence[ir.Value]) -> list[ir.Value]:
 
 def largest_magnitude(registers: Sequence[ir.Value]) -> ir.Value:
     """Of a thread's float32 registers, or NaN if one is."""
-    single = ir.F32Type.get()
-    magnitudes = [hopper.pure_asm("abs.f32 $0, $1;", "=f,f", [r], single) for r in registers]
-    return balanced(magnitudes, hopper.maximum_or_nan)
+    return balanced([hopper.magnitude(r) for r in registers], hopper.maximum_or_nan)
 
 
 def e4m3_scale(peak: ir.Value, largest: float = E4M3_MAX) -> ir.Value:
