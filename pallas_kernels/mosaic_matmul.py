@@ -250,12 +250,12 @@ def make_kernel(
                 def other_team() -> None:
                     for h in range(t.halves):
                         ops.send(h, within_block=True)(accumulators[h], unit, received.at[t.split - 1, side])
-                    ops.meet()(side)
+
+                ops.meet()(side)
 
             def first_team() -> None:
                 sums, in_unit = accumulators, unit
                 if t.teams > 1:
-                    ops.meet()(side)
                     sums, in_unit = gathered(sums, in_unit, t.split - 1, t.teams - 1), ones
                 if t.split == 1:
                     write(sums, in_unit)

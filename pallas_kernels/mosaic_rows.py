@@ -16,6 +16,7 @@ from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.row_steps import MAX_WARPGROUPS, VECTOR, Steps
 from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS
 
+LONG_ROW = 8192  # elements
 GATE_PARTS = 4  # blocks that share a row of a gate at most: two powers per element keep one busy
 SHARED_ELEMENTS = 2048  # of a row that a block takes at least, where several share it
 
@@ -38,11 +39,13 @@ def _launch(name: str, body: Any, ops: Steps, m: int, outputs: list[tuple[tuple[
 
 
 def _steps(m: int, k: int, most_parts: int = 1) -> Steps:
-    """For few rows as many threads as have work, for many rows two vectors per thread.
+    """For few rows as many threads as have work, for many rows two vectors per thread, or three of long ones.
 
     Up to ``most_parts`` blocks share a row while there are multiprocessors for them and each has much to do.
     """
-    each, parts = 1 if m <= 4 * STREAMING_MULTIPROCESSORS else 2, 1
+    each, parts = 3 if k > LONG_ROW else 2, 1
+    if m <= 4 * STREAMING_MULTIPROCESSORS:
+        each = 1
     while 2 * parts <= most_parts and 2 * parts * m <= STREAMING_MULTIPROCESSORS and k >= SHARED_ELEMENTS * 2 * parts:
         parts *= 2
     return Steps(k, min(MAX_WARPGROUPS, -(-k // (VECTOR * each * parts * hopper.WARPGROUP))), parts)

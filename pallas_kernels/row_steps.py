@@ -126,14 +126,21 @@ def normalized(
     return [value for w in to_words(scaled) for value in from_bf16x2(w)]
 
 
-def gated(gates: Sequence[ir.Value], ups: Sequence[ir.Value]) -> list[ir.Value]:
-    """``silu(gate) · up`` in float32."""
-    results = []
-    for gate, up in zip(gates, ups, strict=True):
-        power = arith.mulf(gate, f32(-1 / math.log(2)))
-        sigmoid = arith.addf(hopper.exp2(power), f32(1))
-        sigmoid = hopper.approximate_reciprocal(sigmoid)
-        results.append(arith.mulf(arith.mulf(gate, sigmoid), up))
+def gated(gates: Sequence[ir.Value], others: Sequence[ir.Value]) -> list[ir.Value]:
+    """``silu(gate) · other`` in float32, of an even number of pairs.
+
+    Two neighbours share a reciprocal, which takes as long as a power; so powers are held below the root of the largest
+    float32, where the sigmoid is less than any rounding of results. A NaN stays where it is.
+    """
+    results, steepness, largest = [], f32(-1 / math.log(2)), f32(60)
+    for i in range(0, len(gates), 2):
+        powers = []
+        for gate in gates[i : i + 2]:
+            exponent = arith.minnumf(arith.mulf(gate, steepness), largest)
+            powers.append(arith.addf(hopper.exp2(exponent), f32(1)))
+        inverse = hopper.approximate_reciprocal(arith.mulf(*powers))
+        for gate, other, power in zip(gates[i : i + 2], others[i : i + 2], reversed(powers), strict=True):
+            results.append(arith.mulf(arith.mulf(gate, arith.mulf(inverse, power)), other))
     return results
 
 

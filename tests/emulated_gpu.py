@@ -63,7 +63,7 @@ def emulated(*modules):
         addi=binary(np.add), subi=binary(np.subtract), muli=binary(np.multiply), andi=binary(np.bitwise_and),
         ori=binary(np.bitwise_or), xori=binary(np.bitwise_xor), shli=binary(np.left_shift),
         shrui=binary(np.right_shift), divui=binary(np.floor_divide), remui=binary(np.remainder),
-        minui=binary(np.minimum),
+        minui=binary(np.minimum), minnumf=binary(np.fmin),
         minsi=binary(lambda a, b: np.minimum(signed(a), signed(b)).view(a.dtype)),
         maxsi=binary(lambda a, b: np.maximum(signed(a), signed(b)).view(a.dtype)),
         addf=binary(np.add), subf=binary(np.subtract), mulf=binary(np.multiply),

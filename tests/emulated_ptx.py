@@ -193,16 +193,20 @@ class Machine:
             names[arguments[0]] = value(arguments[1], F32).astype(ml_dtypes.bfloat16).view(B16)
         elif kind[0] == "lop3":
             a, b, c = (value(x) for x in arguments[1:4])
-            table = {0xEA: (a & b) | c, 0x6A: (a & b) ^ c}
+            table = {0xEA: (a & b) | c, 0x6A: (a & b) ^ c, 0xE4: (a & c) | (b & ~c)}
             assign(arguments[0], table[int(arguments[4], 0)])
         elif kind[0] == "prmt":
             source = np.stack([value(arguments[1]), value(arguments[2])], axis=1).view(np.uint8)
             selector, thread = value(arguments[3]), np.arange(self.block.threads)
             picked = [source[thread, selector >> U32(4 * i) & U32(7)] for i in range(4)]
             assign(arguments[0], np.stack(picked, axis=1).copy().view(U32)[:, 0])
-        elif opcode == "shf.r.wrap.b32":
+        elif opcode in ("and.b32", "add.u32"):
+            operation = {"and": np.bitwise_and, "add": np.add}[kind[0]]
+            assign(arguments[0], operation(value(arguments[1]), value(arguments[2])))
+        elif opcode in ("shf.r.wrap.b32", "shf.l.wrap.b32"):
             low, high, shift = value(arguments[1]), value(arguments[2]), int(arguments[3])
-            assign(arguments[0], low >> U32(shift) | high << U32(32 - shift))
+            down = shift if kind[1] == "r" else 32 - shift
+            assign(arguments[0], low >> U32(down) | high << U32(32 - down))
         elif kind[-1] in ("f16x2", "bf16x2"):
             half = np.float16 if kind[-1] == "f16x2" else ml_dtypes.bfloat16
             a, *others = (value(x).view(B16).view(half).astype(np.float64) for x in arguments[1:])
