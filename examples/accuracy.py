@@ -73,6 +73,8 @@ RECIPES = [
     ("best, keys searched", replace(P["best"], keys="search", values="none"), 1),
     ("fireq, folded", replace(P["fireq"], numerics="folded"), 1),
     ("fireq_bf16", P["fireq_bf16"], 1),
+    ("rtn, lm_head", replace(P["rtn"], lm_head=True), 1),
+    ("best, lm_head", replace(P["best"], lm_head=True), 1),
 ]
 
 
@@ -139,7 +141,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         return fireq_jax.calibrate(model, params, draw(sources, seed), window=CALIBRATION_WINDOW)
 
     for name, recipe, draws in RECIPES:
-        for seed in range(draws):
+        if args.only and name not in args.only:
+            continue
+        for seed in range(min(draws, args.draws)):
             if time.perf_counter() - began > args.seconds:
                 continue
             reads_data = recipe.needs_calibration or (recipe.keys != "none" and recipe.name != "data_free")
@@ -147,10 +151,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             start = time.perf_counter()
             quantized = jax.block_until_ready(fireq_jax.quantize(params, recipe, calibration=statistics))
             record(name, seed, quantized, time.perf_counter() - start)
-    with fp8_inputs():
-        record("A8", 0, with_rounded_inputs(params), 0.0)
+    if not args.only or "A8" in args.only:
+        with fp8_inputs():
+            record("A8", 0, with_rounded_inputs(params), 0.0)
     return {
-        "command": "python examples/accuracy.py texts.json",
+        "command": "python examples/accuracy.py texts.json" + "".join(f" --only {name!r}" for name in args.only or []),
         "commit": args.commit or git_commit(),
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
@@ -182,6 +187,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a GGUF file or a folder; the embedded model if left out")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after this time")
+    parser.add_argument("--only", action="append", help="a row to measure, instead of all; may be repeated")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="calibration draws of a row at most")
     parser.add_argument("--commit", help="to record, where there is no git")
     args = parser.parse_args()
     # float32 products on a GPU would otherwise run in tf32.

@@ -22,13 +22,10 @@ def _mosaic_matmul(
     x_scale: jax.Array,
     weights: Sequence["TiledWeight"],
     residual: jax.Array | None,
-    *,
-    out_dtype: Any,
     **options: Any,
 ) -> tuple[jax.Array, ...]:
     from pallas_kernels import mosaic_matmul
 
-    del out_dtype  # bf16, or the kernel is not selected
     tiles, tensor_scales, biases, sizes = zip(*weights, strict=True)
     return mosaic_matmul.matmul(x8, x_scale, tiles, tensor_scales, biases, residual, sizes=sizes, **options)
 
@@ -242,12 +239,10 @@ def _tiled_refusals(m: int, sizes: Sequence[int], k: int, share: int, out_dtype:
         reason = f"n={odd[0]} is no multiple of {weight_layout.TILE_N}"
     elif m == 0:
         reason = "there are no tokens"
-    many = few = reason
     dtype = jnp.dtype(out_dtype)
-    if dtype != jnp.bfloat16:
-        many = f"out_dtype={dtype.name} is not bfloat16"
     if dtype not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
-        few = f"out_dtype={dtype.name} is not bfloat16 or float32"
+        reason = f"out_dtype={dtype.name} is not bfloat16 or float32"
+    many = few = reason
     if few is None and choose_streaming(m, n, k, share) is None:
         few = f"{m} tokens by {n} outputs by {k} inputs do not suit the kernel for few tokens"
     return _named({"mosaic_gpu": many, "mosaic_gpu_matvec": few})
@@ -296,8 +291,8 @@ def int4_fp8_matmuls_tiled(
       group_size: inputs that share a weight scale: 32, 64 or 128, a divisor of k.
       scale_dtype: of the scales in the tiles, e4m3 or bf16.
       out_dtype: dtype of the results.
-      implementation: "mosaic_gpu" (Hopper GPUs, n a multiple of 64, bf16 results), "mosaic_gpu_matvec" (the same for up
-        to 8 tokens, and up to 16 of small weights; float32 results, too), "reference", or None.
+      implementation: "mosaic_gpu" (Hopper GPUs, n a multiple of 64, bf16 or float32 results), "mosaic_gpu_matvec" (the
+        same for up to 8 tokens, and up to 16 of small weights), "reference", or None.
 
     Returns:
       ``[m, n]`` per weight.
@@ -317,7 +312,8 @@ def int4_fp8_matmuls_tiled(
     settings = {"group_size": group_size, "scale_dtype": jnp.dtype(scale_dtype), "out_dtype": out_dtype}
     refusals = _tiled_refusals(m, [weight.outputs for weight in weights], k, share, out_dtype)
     if residual is not None and residual.dtype != jnp.bfloat16:
-        refusals.setdefault("mosaic_gpu_matvec", f"the residual is {residual.dtype}, not bfloat16")
+        for name in ("mosaic_gpu", "mosaic_gpu_matvec"):
+            refusals.setdefault(name, f"the residual is {residual.dtype}, not bfloat16")
     products: tuple[jax.Array, ...] = select(op, implementation, refusals)(
         x8, x_scale, weights, residual, **settings
     )  # fmt: skip

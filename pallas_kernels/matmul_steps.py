@@ -208,11 +208,7 @@ class Steps:
             arg_types=(self.scalar, self.scalar, *[plgpu.RefType()] * len(self.sizes)), return_type=self.type["pair"]
         )
         def load(_: Any, weight: Any, start: Any, *biases: Any) -> Any:
-            thread = hopper.thread_in_warpgroup()
-            row = arith.addi(
-                arith.muli(arith.shrui(thread, i32(5)), i32(16)), arith.andi(arith.shrui(thread, i32(2)), i32(7))
-            )
-            row = arith.addi(row, start.registers.item())
+            row = arith.addi(self._output(), start.registers.item())
             pair, outputs = [], self._of_weight(weight, [i32(n) for n in self.sizes])
             for offset in (0, 8):
                 output = arith.addi(row, i32(offset))
@@ -236,27 +232,16 @@ class Steps:
             return_type=(),
         )  # fmt: skip
         def write(_: Any, accumulator: Any, scales: Any, factors: Any, y: Any, *bias: Any) -> Any:
-            registers = by_row(hopper.unpack(accumulator), hopper.unpack(scales))
-            factors = hopper.unpack(factors)
             thread = hopper.thread_in_warpgroup()
             lane, warp = arith.andi(thread, i32(31)), arith.shrui(thread, i32(5))
-            column = arith.muli(arith.andi(lane, i32(3)), i32(2))
             # Where the lane's row of eight outputs goes, in a matrix of 128-byte rows with the 128-byte swizzle.
             token = arith.addi(arith.andi(lane, i32(7)), arith.muli(arith.shrui(lane, i32(4)), i32(8)))
             chunk = arith.addi(arith.muli(warp, i32(2)), arith.andi(arith.shrui(lane, i32(3)), i32(1)))
             chunk = arith.xori(chunk, arith.andi(lane, i32(7)))
             address = arith.addi(arith.muli(token, i32(128)), arith.muli(chunk, i32(16)))
             address = arith.addi(hopper.shared_address(y), address)
-            packed = []
-            for j in range(self.half // 8):
-                first = half * self.half + 8 * j
-                pair = [hopper.shuffle(factors[first // 32], arith.addi(column, i32(first % 32 + c))) for c in range(2)]
-                for o in range(2):
-                    part = registers[4 * j + 2 * o : 4 * j + 2 * o + 2]
-                    part = [arith.mulf(r, s) for r, s in zip(part, pair, strict=True)]
-                    if has_bias:
-                        part = [arith.addf(r, hopper.unpack(bias[0])[o]) for r in part]
-                    packed.append(hopper.to_bf16x2(*part))
+            results = self._results(half, accumulator, scales, factors, *bias)
+            packed = [hopper.to_bf16x2(*results[i : i + 2]) for i in range(0, len(results), 2)]
             for j in range(0, self.half // 8, 2):
                 offset = (half * self.half + 8 * j) * 128
                 place, results = arith.addi(address, i32(offset)), packed[2 * j : 2 * j + 4]
@@ -270,6 +255,63 @@ class Steps:
             return ()
 
         return cast(Operation, write)
+
+    def _results(
+        self, half: int, accumulator: Any, scales: Any, factors: Any, bias: Any | None = None
+    ) -> list[ir.Value]:
+        """A half's results: per 8 tokens, of which a thread has two neighbours, of its first output and its second."""
+        registers = by_row(hopper.unpack(accumulator), hopper.unpack(scales))
+        factors, results = hopper.unpack(factors), []
+        column = arith.muli(arith.andi(hopper.thread_in_warpgroup(), i32(3)), i32(2))
+        for j in range(self.half // 8):
+            first = half * self.half + 8 * j
+            pair = [hopper.shuffle(factors[first // 32], arith.addi(column, i32(first % 32 + c))) for c in range(2)]
+            results += [arith.mulf(r, s) for r, s in zip(registers[4 * j : 4 * j + 4], 2 * pair, strict=True)]
+        if bias is not None:
+            offsets = hopper.unpack(bias)
+            results = [arith.addf(r, offsets[i % 4 // 2]) for i, r in enumerate(results)]
+        return results
+
+    def store_float32(self, half: int, has_bias: bool, outputs: int) -> Operation:
+        """``(accumulator, scales, factors, first token, first output, y[, bias]) -> ()``: a half's results, in float32.
+
+        They go to global memory at once, eight neighbouring outputs of a token from eight lanes.
+        """
+
+        @plgpu.inline_mgpu(
+            arg_types=(
+                self.layout["accumulator"], self.layout["pair"], self.layout["factors"], self.scalar, self.scalar,
+                plgpu.RefType(), *[self.layout["pair"]] * has_bias,
+            ),
+            return_type=(),
+        )  # fmt: skip
+        def write(
+            _: Any, accumulator: Any, scales: Any, factors: Any, tokens: Any, start: Any, y: Any, *bias: Any
+        ) -> Any:
+            lane = arith.andi(hopper.thread_in_warpgroup(), i32(31))
+            output = arith.addi(start.registers.item(), self._output())
+            token = arith.addi(tokens.registers.item(), arith.muli(arith.andi(lane, i32(3)), i32(2)))
+            word, below = ir.IntegerType.get_signless(32), arith.CmpIPredicate.slt
+            for i, result in enumerate(self._results(half, accumulator, scales, factors, *bias)):
+                its_token = arith.addi(token, i32(i // 4 * 8 + i % 2))
+                its_output = arith.addi(output, i32(i % 4 // 2 * 8))
+                exists = arith.andi(
+                    arith.extui(word, arith.cmpi(below, its_token, i32(self.m))),
+                    arith.extui(word, arith.cmpi(below, its_output, i32(outputs))),
+                )
+                hopper.asm(
+                    "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }", "l,f,r",
+                    [hopper.global_address(y, 4, (its_token, outputs), (its_output, 1)), result, exists], [],
+                )  # fmt: skip
+            return ()
+
+        return cast(Operation, write)
+
+    def _output(self) -> ir.Value:
+        """The first of a thread's two outputs in its warpgroup's tile; the second one is 8 behind it."""
+        thread = hopper.thread_in_warpgroup()
+        warp, row = arith.shrui(thread, i32(5)), arith.andi(arith.shrui(thread, i32(2)), i32(7))
+        return arith.addi(arith.muli(warp, i32(16)), row)
 
     def meet(self) -> Operation:
         """``(pair) -> ()``: waits for both of two warpgroups, with a barrier that nothing else uses."""

@@ -31,8 +31,9 @@ def make_kernel(
     has_bias: bool,
     t: Tiling,
     has_residual: bool = False,
+    out_dtype: Any = jnp.bfloat16,
 ) -> Operation:
-    """The kernel for one shape: ``(x8, x_scale, *tiles, *tensor_scales [1], *biases [n] if any) -> *y [m, n]`` bf16.
+    """The kernel for one shape: ``(x8, x_scale, *tiles, *tensor_scales [1], *biases [n] if any) -> *y [m, n]``.
 
     Behind ``x_scale`` comes the residual, if there is one.
     """
@@ -217,7 +218,18 @@ def make_kernel(
 
             _, _, unit, _, accumulators = jax.lax.fori_loop(0, chains, next_chain, carry)
 
-            def write(accumulators: Any, unit: Any) -> None:
+            def write_float32(accumulators: Any, unit: Any) -> None:
+                offsets = [ops.load_bias()(weight, output, *biases)] if has_bias else []
+
+                def write_results(i: int) -> None:
+                    for h in range(t.halves):
+                        ops.store_float32(h, has_bias, sizes[i])(
+                            accumulators[h], unit, factors, token * t.tokens + h * ops.half, output, y[i], *offsets
+                        )
+
+                for_weight(weight, write_results)
+
+            def write_bfloat16(accumulators: Any, unit: Any) -> None:
                 if residual_here is None:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 else:
@@ -233,6 +245,7 @@ def make_kernel(
 
                     for_weight(weight, copy_results)
 
+            write = write_bfloat16 if out_dtype == jnp.bfloat16 else write_float32
             if parts == 1:
                 write(accumulators, unit)
                 return
@@ -306,7 +319,7 @@ def make_kernel(
     cluster_axis: dict[str, Any] = {"cluster": (cluster,), "cluster_names": ("peer",)} if cluster > 1 else {}
     kernel = plgpu.kernel(
         body,
-        out_type=tuple(jax.ShapeDtypeStruct((m, n), jnp.bfloat16) for n in sizes),
+        out_type=tuple(jax.ShapeDtypeStruct((m, n), out_dtype) for n in sizes),
         scratch_types=scratch,
         grid=(blocks,),
         grid_names=("block",),
@@ -319,7 +332,7 @@ def make_kernel(
     return cast(Operation, kernel)
 
 
-@functools.partial(jax.jit, static_argnames=("sizes", "group_size", "scale_dtype", "tiling"))
+@functools.partial(jax.jit, static_argnames=("sizes", "group_size", "scale_dtype", "out_dtype", "tiling"))
 def matmul(
     x8: jax.Array,
     x_scale: jax.Array,
@@ -331,6 +344,7 @@ def matmul(
     sizes: tuple[int, ...],
     group_size: int,
     scale_dtype: Any,
+    out_dtype: Any = jnp.bfloat16,
     tiling: Tiling | None = None,
 ) -> tuple[jax.Array, ...]:
     """``y[m, n] = x_scale[m] · tensor_scale · Σ_k x8[m, k] · W[n, k] + bias[n]`` of several W, with exact group scales.
@@ -345,10 +359,12 @@ def matmul(
       sizes: outputs n of each weight, multiples of 64.
       group_size: 32, 64 or 128, a divisor of k.
       scale_dtype: of the group scales in ``tiles``, e4m3 or bf16.
+      out_dtype: bf16, or float32 if there is no residual.
       tiling: chosen by :func:`choose_tiling` if None.
 
     Returns:
-      Per weight ``[m, n]`` bf16. Sums run in the tensor core's accumulators, which keep fewer bits than float32.
+      Per weight ``[m, n]`` of ``out_dtype``. Sums run in the tensor core's accumulators, which keep fewer bits than
+      float32.
     """
     m, k = x8.shape
     if tiling is None:
@@ -357,7 +373,7 @@ def matmul(
         tiling = choose_tiling(m, whole_blocks, k, 4 * rows * columns)
     has_bias = any(bias is not None for bias in biases)
     has_residual = residual is not None
-    kernel = make_kernel(m, sizes, k, group_size, jnp.dtype(scale_dtype), has_bias, tiling, has_residual)
+    kernel = make_kernel(m, sizes, k, group_size, jnp.dtype(scale_dtype), has_bias, tiling, has_residual, out_dtype)
     beside = [] if residual is None else [residual]
     return tuple(kernel(x8, x_scale, *beside, *tiles, *as_vectors(sizes, tensor_scales, biases)))
 

@@ -98,15 +98,18 @@ def test_matmul(m, n, k, group_size, scale_dtype, how):
     x, x_scale = random_tokens(m + 1, m, k)
     tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
     bias = jnp.asarray(np.random.default_rng(5).normal(size=n) * 100, jnp.float32)
-    with emulated(mosaic_matmul, matmul_steps):
-        [y] = mosaic_matmul.matmul(
-            x, x_scale, [tiles], [jnp.float32(0.5)], [bias],
-            sizes=(n,), group_size=group_size, scale_dtype=scale_dtype, tiling=how,
-        )  # fmt: skip
     expected = product(x, x_scale, values, scales, 0.5, bias)
-    # Half a unit of bf16's eight bits; sums are kept in units of the current group's scale and multiplied by ratios,
-    # float32 roundings that grow with the ratio of neighbouring scales.
-    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-5 * np.abs(expected).max())
+    for out_dtype, rounding in ((BF16, 2**-8), (jnp.float32, 0)):
+        with emulated(mosaic_matmul, matmul_steps):
+            [y] = mosaic_matmul.matmul(
+                x, x_scale, [tiles], [jnp.float32(0.5)], [bias],
+                sizes=(n,), group_size=group_size, scale_dtype=scale_dtype, out_dtype=out_dtype, tiling=how,
+            )  # fmt: skip
+        assert y.dtype == out_dtype
+        # Half a unit of bf16's eight bits; sums are kept in units of the current group's scale and multiplied by
+        # ratios, float32 roundings that grow with the ratio of neighbouring scales.
+        tolerance = {"rtol": rounding, "atol": 1e-5 * np.abs(expected).max()}
+        np.testing.assert_allclose(np.asarray(y, np.float64), expected, **tolerance)
 
 
 @pytest.mark.parametrize(

@@ -137,8 +137,8 @@ def test_refuses_what_does_not_belong_together(changes, message):
 def test_named_kernel_is_refused_where_it_cannot_run():
     with pytest.raises(NotImplementedError, match="no multiple of 64"):
         call(n=96, implementation="mosaic_gpu")
-    with pytest.raises(NotImplementedError, match="out_dtype=float32"):
-        call(out_dtype=jnp.float32, implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="out_dtype=float16"):
+        call(out_dtype=jnp.float16, implementation="mosaic_gpu")
     with pytest.raises(NotImplementedError, match="no 'triton' implementation"):
         call(implementation="triton")
     with pytest.raises(NotImplementedError, match="17 tokens are more than 16|no Hopper GPU"):
@@ -339,9 +339,11 @@ def test_several_weights_agree_with_float32(m, sizes):
     results = pk.int4_fp8_matmuls_tiled(
         x, x_scale, weights, group_size=128, scale_dtype=E4M3, out_dtype=jnp.float32
     )  # fmt: skip
+    # Of float32 sums, or of the tensor core's with about 14 bits: no term of these 1024 is left with fewer than 2^-13.
+    tolerance = 1e-6 if m <= 4 else 1e-3
     for y, exact in zip(results, expected, strict=True):
         assert y.dtype == jnp.float32
-        assert frobenius(y, exact) < 1e-6  # of float32 sums
+        assert frobenius(y, exact) < tolerance
 
 
 @pytest.mark.gpu
