@@ -134,7 +134,8 @@ def page(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     far = results["distances_from_bf16"]
     parts = [
-        f"{results['sizes']}, random weights, recipe `{results['recipe']}`, {results['device']}; {versions}; "
+        f"{results['sizes']}, random weights, recipe `{results['recipe']}`"
+        f"{' with an INT4 output projection' * results.get('lm_head', False)}, {results['device']}; {versions}; "
         f"commit {results['commit']}: `{results['command']}`.",
         "Before anything is timed, logits of two layers are compared with the bf16 model's: the kernels are "
         f"{far['kernels']:.4f} away (relative Frobenius norm), the reference implementation of the same roundings "

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from fireq_jax import torch_benchmark
-from fireq_jax.config import LlamaConfig, RopeConfig
+from fireq_jax.config import LlamaConfig, RopeConfig, resolve_recipe
 from fireq_jax.kv_cache import KVCache, cache_bytes_per_token
 from fireq_jax.layers import DecoderBlock
 from fireq_jax.llama import Llama
@@ -54,6 +54,7 @@ def run_benchmark(
     name: str,
     *,
     recipe: str = "rtn",
+    lm_head: bool = False,
     feed_forward: Sequence[int] = (),
     prefill: Sequence[tuple[int, int]] = (),
     decode: Sequence[tuple[int, int]] = (),
@@ -69,6 +70,7 @@ def run_benchmark(
     Args:
       name: a key of ``SIZES``.
       recipe: a preset that needs no calibration.
+      lm_head: whether the output projection is quantised, too.
       feed_forward: numbers of tokens at which a feed-forward block (norm, MLP, residual sum) is measured.
       prefill: pairs of batch size and prompt length.
       decode: pairs of batch size and context length.
@@ -102,7 +104,8 @@ def run_benchmark(
     model = Llama(config)
     progress("making weights")
     params: dict[str, Params] = {"bf16": random_params(config)}
-    params["int4"] = jax.block_until_ready(quantize(params["bf16"], recipe))
+    settings = replace(resolve_recipe(recipe), lm_head=lm_head)
+    params["int4"] = jax.block_until_ready(quantize(params["bf16"], settings))
     progress("checking against the reference implementation")
     distances = distances_from_float(model, params["int4"], params["bf16"])
     if not distances["kernels"] <= CHECKED_TO * distances["reference"]:
@@ -114,6 +117,7 @@ def run_benchmark(
         "sizes": name,
         "config": asdict(config),
         "recipe": recipe,
+        "lm_head": lm_head,
         "device": jax.devices()[0].device_kind,
         "versions": {package: version(package) for package in ("jax", "jaxlib", "flax")},
         "distances_from_bf16": distances,
@@ -152,7 +156,7 @@ def run_benchmark(
         result["feed_forward"].append({"tokens": tokens} | _by_kind("microseconds", seconds, 1e6))
         save(result)
     for batch, length in prefill:
-        case = {"batch": batch, "length": length}
+        case: dict[str, Any] = {"batch": batch, "length": length}
         result["prefill"].append(case | _as_case(measured("prefill", _prefill_call, batch, length)))
         save(result)
     for batch, context in decode:
@@ -160,9 +164,9 @@ def run_benchmark(
             kind: step_bytes(p, result["cache_bytes_per_token"][kind], batch, context + new_tokens / 2)
             for kind, p in params.items()
         }
-        settings: dict[str, Any] = {"batch": batch, "context": context, "new_tokens": new_tokens, "bytes": needed}
+        case = {"batch": batch, "context": context, "new_tokens": new_tokens, "bytes": needed}
         found = measured("decode", functools.partial(_decode_call, new_tokens=new_tokens), batch, context)
-        result["decode"].append(settings | _as_case(found))
+        result["decode"].append(case | _as_case(found))
         save(result)
     for batch, context in decode[: int(operators)]:
         progress(f"kernels of decode {batch} x {context}")

@@ -305,6 +305,7 @@ def bench(
         str, typer.Option(help="llama-2-7b, llama-2-13b, llama-3-8b, llama-3.2-1b, llama-3.2-3b or toy.")
     ] = "llama-3-8b",
     recipe: Annotated[str, typer.Option(help="Preset that needs no calibration.")] = "rtn",
+    lm_head: Annotated[bool, typer.Option(help="Also quantise the output projection.")] = False,
     feed_forward: Annotated[str, typer.Option(help="Numbers of tokens, such as 1,16,1024.")] = "1,4,16,16384",
     prefill: Annotated[
         str, typer.Option(help="Batch sizes and prompt lengths, such as 1x2048,16x1024.")
@@ -325,7 +326,8 @@ def bench(
         sizes, feed_forward, prefill, decode, new_tokens = "toy", "1,8", "1x32,2x16", "1x16,2x16", 32
     tokens = [count for (count,) in _numbers("--feed-forward", feed_forward, 1)]
     prompts, contexts = _numbers("--prefill", prefill, 2), _numbers("--decode", decode, 2)
-    command = f"fireq-jax bench --sizes {sizes} --recipe {recipe} --feed-forward {feed_forward} --prefill {prefill}"
+    command = f"fireq-jax bench --sizes {sizes} --recipe {recipe}{' --lm-head' * lm_head}"
+    command += f" --feed-forward {feed_forward} --prefill {prefill}"
     command += f" --decode {decode} --new-tokens {new_tokens}{' --fp8' * fp8}{' --torch' * torch}"
 
     def save(result: dict[str, Any]) -> None:
@@ -335,8 +337,9 @@ def bench(
 
     with notes.status("starting ...") as status:
         result = run_benchmark(
-            sizes, recipe=recipe, feed_forward=tokens, prefill=prompts, decode=contexts, new_tokens=new_tokens,
-            fp8=fp8, with_torch=torch, progress=lambda what: status.update(f"{what} ..."), save=save,
+            sizes, recipe=recipe, lm_head=lm_head, feed_forward=tokens, prefill=prompts, decode=contexts,
+            new_tokens=new_tokens, fp8=fp8, with_torch=torch, save=save,
+            progress=lambda what: status.update(f"{what} ..."),
         )  # fmt: skip
     table = Table(title=f"{sizes}, {result['recipe']}, on {result['device']}; bf16 through the same code")
     for column in ("", "INT4/FP8", "bf16", "speed"):
