@@ -139,8 +139,10 @@ def run_benchmark(
         for kind, p in params.items():
             progress(f"{kind}: {what} {' x '.join(map(str, case))}")
             call = call_of(model, p, *case)
+            began = time.perf_counter()
             compiled = call.compile()
-            found[kind] = call.measure(compiled)
+            compile_seconds = time.perf_counter() - began
+            found[kind] = call.measure(compiled)._replace(compile_seconds=compile_seconds)
             if what == "prefill" and case == tuple(prefill[0]) and operators:
                 result["operators"].setdefault(f"prefill {case[0]} x {case[1]}", {})[kind] = kernel_times(
                     call.bound(compiled)
@@ -187,10 +189,12 @@ class Measured(NamedTuple):
     Attributes:
       seconds: None if the device's memory does not suffice.
       memory_bytes: that its arguments, results and temporary arrays take together on the device.
+      compile_seconds: that tracing and compiling it took, where that was timed.
     """
 
     seconds: float | None
     memory_bytes: int
+    compile_seconds: float = 0.0
 
 
 class _Call(NamedTuple):
@@ -307,7 +311,8 @@ def _seconds(call: Callable[[], Any], repeats: int = 3) -> float:
 def _as_case(measured: Mapping[str, Measured]) -> dict[str, Any]:
     seconds = {kind: found.seconds for kind, found in measured.items()}
     return _by_kind("milliseconds", seconds, 1e3) | {
-        "memory_bytes": {kind: found.memory_bytes for kind, found in measured.items()}
+        "memory_bytes": {kind: found.memory_bytes for kind, found in measured.items()},
+        "compile_seconds": {kind: found.compile_seconds for kind, found in measured.items()},
     }
 
 

@@ -50,6 +50,7 @@ def test_smoke(monkeypatch, capsys, tmp_path, report):
         assert case["bytes"]["bf16"] == 2 * (floats - 256 * 128) + cache
         # The loop's caches, or those it is given, are there beside the weights.
         assert case["memory_bytes"]["bf16"] > 2 * floats
+        assert min(case["compile_seconds"].values()) > 0
     assert "decode, 2 x 16, per token" in out
     assert f"{result['prefill'][0]['milliseconds']['int4']:.1f}" in report.page(result)
 
