@@ -155,7 +155,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         with fp8_inputs():
             record("A8", 0, with_rounded_inputs(params), 0.0)
     return {
-        "command": "python examples/accuracy.py texts.json" + "".join(f" --only {name!r}" for name in args.only or []),
+        "command": "python examples/accuracy.py texts.json"
+        + f" --draws {args.draws}" * (args.draws != DRAWS)
+        + "".join(f" --only {name!r}" for name in args.only or []),
         "commit": args.commit or git_commit(),
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
@@ -187,7 +189,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a GGUF file or a folder; the embedded model if left out")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after this time")
-    parser.add_argument("--only", action="append", help="a row to measure, instead of all; may be repeated")
+    rows = [*(name for name, _, _ in RECIPES), "A8"]
+    parser.add_argument("--only", action="append", choices=rows, help="a row to measure, not all; may be repeated")
     parser.add_argument("--draws", type=int, default=DRAWS, help="calibration draws of a row at most")
     parser.add_argument("--commit", help="to record, where there is no git")
     args = parser.parse_args()

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -105,12 +106,8 @@ def prompt(batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int, pr
 
 def cached(batch: int, context: int, heads: int, kv_heads: int, head_dim: int) -> Case:
     q8, q_scale = pk.quantize_fp8(normal(0, batch, 1, heads, head_dim))
-    arrays = (
-        q8,
-        q_scale,
-        *empty_cache(batch, kv_heads, context, head_dim),
-        jnp.full((batch, 1), context - 2, jnp.int32),
-    )
+    position = jnp.full((batch, 1), context - 2, jnp.int32)
+    arrays = (q8, q_scale, *empty_cache(batch, kv_heads, context, head_dim), position)
     return lambda *a: pk.decode_attention(*a, softmax_scale=head_dim**-0.5, implementation="mosaic_gpu"), arrays
 
 
@@ -149,26 +146,27 @@ def examine(name: str, tool: str) -> dict[str, Any]:
     """Launches a case under one of the sanitizer's tools."""
     began = time.perf_counter()
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    # XLA's own kernels, which a joined prefix takes, are not examined: the sanitizer needs minutes for them.
+    # XLA's own kernels, which a joined prefix takes, are not ours to examine.
     which = ["--kernel-name", "kernel_substring=mosaic_gpu_kernel", "--show-backtrace", "device"]
-    command = [sanitizer, "--tool", tool, *which, sys.executable, __file__, "--case", name]
-    done = None
-    for _ in range(TRIES):
-        try:
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=SECONDS,
-                env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-            )  # fmt: skip
-            break
-        except subprocess.TimeoutExpired:
-            continue
-    if done is None:
-        return {"exit status": None, "verdicts": [], "seconds": time.perf_counter() - began}
-    lines = done.stdout.splitlines()
+    done = run_in_time([sanitizer, "--tool", tool, *which, sys.executable, __file__, "--case", name])
+    lines = [] if done is None else done.stdout.splitlines()
     verdicts = [line.strip("= ") for line in lines if "SUMMARY" in line]
-    if done.returncode or not all(" 0 errors" in v or " 0 hazards" in v for v in verdicts):
+    status = None if done is None else done.returncode
+    if status or not verdicts or not all(" 0 errors" in v or " 0 hazards" in v for v in verdicts):
         print(name, tool, *lines[:40], sep="\n", flush=True)
-    return {"exit status": done.returncode, "verdicts": verdicts, "seconds": time.perf_counter() - began}
+    return {"exit status": status, "verdicts": verdicts, "seconds": time.perf_counter() - began}
+
+
+def run_in_time(command: list[str]) -> "subprocess.CompletedProcess[str] | None":
+    """Runs a command, again where it does not end in time; None if it never does."""
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    for _ in range(TRIES):
+        with suppress(subprocess.TimeoutExpired):
+            return subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=SECONDS,
+                env=environment,
+            )  # fmt: skip
+    return None
 
 
 def main() -> None:

@@ -319,10 +319,7 @@ class BlockSteps(Steps):
             above = arith.bitcast(ir.F32Type.get(), arith.andi(above, i32(~MANTISSA)))
             scale = arith.select(arith.cmpf(arith.CmpFPredicate.OEQ, scale, scale), above, scale)
             first = arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), i32(0))
-            hopper.asm(
-                "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }", "l,f,r",
-                [hopper.global_address(scales, 4, (block.registers.item(), 1)), scale, arith.extui(word, first)], [],
-            )  # fmt: skip
+            hopper.store_float_if(hopper.global_address(scales, 4, (block.registers.item(), 1)), scale, first)
             return hopper.pack([hopper.reciprocal(scale)])
 
         return cast(Operation, share)

@@ -108,6 +108,14 @@ def global_address(ref: ir.Value, element_bytes: int, *index: tuple[ir.Value | i
     return address
 
 
+def store_float_if(address: ir.Value, value: ir.Value, condition: ir.Value) -> None:
+    """Writes a float32 to global memory where the condition, a bit, holds."""
+    asm(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }", "l,f,r",
+        [address, value, arith.extui(ir.IntegerType.get_signless(32), condition)], [],
+    )  # fmt: skip
+
+
 def load_global_x4(address: ir.Value, condition: ir.Value, offset: int = 0, read_only: bool = True) -> list[ir.Value]:
     """Four 32-bit words at a 16-byte aligned global address, zeros where the condition does not hold.
 

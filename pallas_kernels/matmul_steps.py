@@ -291,18 +291,16 @@ class Steps:
             lane = arith.andi(hopper.thread_in_warpgroup(), i32(31))
             output = arith.addi(start.registers.item(), self._output())
             token = arith.addi(tokens.registers.item(), arith.muli(arith.andi(lane, i32(3)), i32(2)))
-            word, below = ir.IntegerType.get_signless(32), arith.CmpIPredicate.slt
+            below = arith.CmpIPredicate.slt
             for i, result in enumerate(self._results(half, accumulator, scales, factors, *bias)):
                 its_token = arith.addi(token, i32(i // 4 * 8 + i % 2))
                 its_output = arith.addi(output, i32(i % 4 // 2 * 8))
                 exists = arith.andi(
-                    arith.extui(word, arith.cmpi(below, its_token, i32(self.m))),
-                    arith.extui(word, arith.cmpi(below, its_output, i32(outputs))),
+                    arith.cmpi(below, its_token, i32(self.m)), arith.cmpi(below, its_output, i32(outputs))
                 )
-                hopper.asm(
-                    "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }", "l,f,r",
-                    [hopper.global_address(y, 4, (its_token, outputs), (its_output, 1)), result, exists], [],
-                )  # fmt: skip
+                hopper.store_float_if(
+                    hopper.global_address(y, 4, (its_token, outputs), (its_output, 1)), result, exists
+                )
             return ()
 
         return cast(Operation, write)

@@ -107,8 +107,7 @@ class MergeSteps:
     ) -> None:
         """A split's result of a row, whose first thread brings its maximum and sum, too."""
         place = arith.addi(target, arith.extui(integer(64), arith.muli(element, i32(4))))
-        store = "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }"
-        hopper.asm(store, "l,f,r", [place, out, arith.extui(integer(32), exists)], [])
+        hopper.store_float_if(place, out, exists)
         leads = arith.andi(exists, arith.cmpi(arith.CmpIPredicate.eq, element, i32(0)))
         behind = 4 * self.shape.head_dim
         hopper.asm(

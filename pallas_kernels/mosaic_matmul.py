@@ -218,13 +218,16 @@ def make_kernel(
 
             _, _, unit, _, accumulators = jax.lax.fori_loop(0, chains, next_chain, carry)
 
+            def offsets() -> list[Any]:
+                return [ops.load_bias()(weight, output, *biases)] if has_bias else []
+
             def write_float32(accumulators: Any, unit: Any) -> None:
-                offsets = [ops.load_bias()(weight, output, *biases)] if has_bias else []
+                added = offsets()
 
                 def write_results(i: int) -> None:
                     for h in range(t.halves):
                         ops.store_float32(h, has_bias, sizes[i])(
-                            accumulators[h], unit, factors, token * t.tokens + h * ops.half, output, y[i], *offsets
+                            accumulators[h], unit, factors, token * t.tokens + h * ops.half, output, y[i], *added
                         )
 
                 for_weight(weight, write_results)
@@ -234,9 +237,9 @@ def make_kernel(
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 else:
                     plgpu.barrier_wait(residual_here.at[side])
-                offsets = [ops.load_bias()(weight, output, *biases)] if has_bias else []
+                added = offsets()
                 for h in range(t.halves):
-                    ops.store(h, has_bias, has_residual)(accumulators[h], unit, factors, y_smem.at[side], *offsets)
+                    ops.store(h, has_bias, has_residual)(accumulators[h], unit, factors, y_smem.at[side], *added)
                     plgpu.commit_smem()
                     done, tokens = y_smem.at[side, pl.ds(h * ops.half, ops.half)], token * t.tokens + h * ops.half
 

@@ -100,15 +100,12 @@ class Steps:
             arg_types=(self.layout, plgpu.RefType(), plgpu.RefType(), plgpu.RefType(), self.scalar), return_type=()
         )
         def quantize(_: Any, values: Any, x8: Any, x_scale: Any, scratch: Any, row: Any) -> Any:
-            word, row = ir.IntegerType.get_signless(32), row.registers.item()
+            row = row.registers.item()
             packed, scale = rounded_to_e4m3(hopper.unpack(values), scratch, self.warps, self.parts)
             self._write(x8, row, packed)
             place = hopper.global_address(x_scale, 4, (row, 1))
             first = arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), i32(0))
-            hopper.asm(
-                "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }", "l,f,r",
-                [place, scale, arith.extui(word, first)], [],
-            )  # fmt: skip
+            hopper.store_float_if(place, scale, first)
             return ()
 
         return cast(Operation, quantize)
