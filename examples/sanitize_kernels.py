@@ -46,7 +46,9 @@ def rows(name: str, m: int, k: int) -> Case:
     return lambda *a: operation(*a, **options, implementation="mosaic_gpu"), (normal(0, m, k), *others)
 
 
-def product(implementation: str, m: int, sizes: tuple[int, ...], k: int, with_residual: bool = False) -> Case:
+def product(
+    implementation: str, m: int, sizes: tuple[int, ...], k: int, with_residual: bool = False, out_dtype: Any = BF16
+) -> Case:
     rng, group_size = np.random.default_rng(0), 128
     tiles = []
     for n in sizes:
@@ -58,7 +60,8 @@ def product(implementation: str, m: int, sizes: tuple[int, ...], k: int, with_re
     def multiply(x8: jax.Array, scale: jax.Array, tiles: list[jax.Array], residual: jax.Array | None) -> Any:
         weights = [pk.TiledWeight(t, jnp.float32(0.5), None, n) for t, n in zip(tiles, sizes, strict=True)]
         return pk.int4_fp8_matmuls_tiled(
-            x8, scale, weights, residual, group_size=group_size, scale_dtype=E4M3, implementation=implementation
+            x8, scale, weights, residual,
+            group_size=group_size, scale_dtype=E4M3, out_dtype=out_dtype, implementation=implementation,
         )  # fmt: skip
 
     return multiply, (x8, scale, tiles, residual)
@@ -120,9 +123,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "matvec with its norm": lambda: token(1024, 192),
     "matmul, inputs split": lambda: product("mosaic_gpu", 16, (256,), 2048, with_residual=True),
     "matmul, 64 tokens": lambda: product("mosaic_gpu", 50, (128, 64), 1024),
-    "matmul, 128 tokens, inputs split": lambda: product("mosaic_gpu", 130, (192,), 2048),
-    "matmul, shared tokens": lambda: product("mosaic_gpu", 600, (448, 128), 640),
-    "matmul, shared tokens, residual": lambda: product("mosaic_gpu", 600, (512,), 640, with_residual=True),
+    "matmul, shared tokens": lambda: product("mosaic_gpu", 600, (448, 128), 512),
+    "matmul, shared tokens, residual": lambda: product("mosaic_gpu", 600, (512,), 512, with_residual=True),
+    "matmul, divided tiles": lambda: product("mosaic_gpu", 600, (448, 128), 2048),
+    "matmul, divided tiles, residual": lambda: product("mosaic_gpu", 130, (192,), 2048, with_residual=True),
+    "matmul, divided tiles, float32": lambda: product("mosaic_gpu", 130, (192,), 2048, out_dtype=jnp.float32),
     "rotation of tokens": lambda: rotation("rotate_and_append", 3, 1, 8, 2, 128),
     "rotation of prompts": lambda: rotation("rotate_and_round", 2, 150, 4, 2, 128),
     "prefill attention": lambda: prompt(2, 300, 4, 2, 128),

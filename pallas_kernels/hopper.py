@@ -420,9 +420,20 @@ def block_in_cluster() -> ir.Value:
     return pure_asm("mov.u32 $0, %cluster_ctarank;", "=r", [], ir.IntegerType.get_signless(32))
 
 
-def in_block(address: ir.Value, block: int) -> ir.Value:
+def in_block(address: ir.Value, block: ir.Value) -> ir.Value:
     """A shared address of this block as that of the same place in another block of the cluster."""
-    return asm(f"mapa.shared::cluster.u32 $0, $1, {block};", "=r,r", [address], [address.type])[0]
+    return asm("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", [address, block], [address.type])[0]
+
+
+def send_floats(address: ir.Value, offset: int, four: Sequence[ir.Value], barrier: ir.Value) -> None:
+    """Stores four float32 in a block of the cluster, whose barrier is told of their bytes as they arrive.
+
+    That takes no fence. Both addresses are of :func:`in_block`.
+    """
+    asm(
+        f"st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [$0+{offset}], {{$1, $2, $3, $4}}, [$5];",
+        "r,f,f,f,f,r", [address, *four, barrier], [],
+    )  # fmt: skip
 
 
 def block_barrier() -> None:

@@ -11,7 +11,7 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import hopper
 from pallas_kernels.hopper import f32, i32
-from pallas_kernels.tiling import BLOCK_N, Tiling
+from pallas_kernels.tiling import BLOCK_N, WARPGROUPS, Tiling
 from pallas_kernels.weight_layout import CODE_WORDS, SHARE_N, SHARES, TILE_K, share_bytes
 
 Operation = Callable[..., Any]
@@ -78,23 +78,38 @@ def float_address(ref: ir.Value, index: ir.Value) -> ir.Value:
 
 
 class Steps:
-    """The register-level steps of one product, as functions that a Pallas kernel calls."""
+    """The register-level steps of one product, as functions that a Pallas kernel calls.
 
-    def __init__(self, m: int, sizes: Sequence[int], group_size: int, scale_dtype: Any, tiling: Tiling) -> None:
+    Args:
+      m: tokens of the product.
+      sizes: outputs of each weight.
+      group_size: inputs that share a scale.
+      scale_dtype: of these scales.
+      tiling: how the product is cut.
+      scaled_tokens: tokens whose scales a container of factors has, where those are more than the tile's.
+    """
+
+    def __init__(
+        self, m: int, sizes: Sequence[int], group_size: int, scale_dtype: Any, tiling: Tiling,
+        scaled_tokens: int | None = None,
+    ) -> None:  # fmt: skip
         self.m, self.sizes, self.tiling = m, tuple(sizes), tiling
         self.group_size, self.scale_dtype = group_size, scale_dtype
         self.groups = TILE_K // group_size
         self.half = tiling.tokens // tiling.halves
         self.registers = self.half // 2
+        self.part_registers = tiling.tokens // tiling.share // 2  # of a divided tile, for each of a cluster's blocks
+        self.part_bytes = tiling.tokens // tiling.share * BLOCK_N * 4
         self.share_bytes = share_bytes(group_size, scale_dtype)
         self.swizzle = (cast(Any, plgpu.SwizzleTransform)(128),)
         self.scalar = plgpu.Layout.WG_SPLAT(())
         containers = {
             "accumulator": (self.registers, jnp.float32),
+            "part": (self.part_registers, jnp.float32),
             "operand": (16, jnp.int32),
             "ratios": (2 * self.groups, jnp.float32),
             "pair": (2, jnp.float32),
-            "factors": (-(-tiling.tokens // 32), jnp.float32),
+            "factors": (-(-(scaled_tokens or tiling.tokens) // 32), jnp.float32),
         }
         self.layout = {name: hopper.container_layout(count) for name, (count, _) in containers.items()}
         self.type = {name: hopper.container_type(count, dtype) for name, (count, dtype) in containers.items()}
@@ -324,7 +339,8 @@ class Steps:
 
     def open_landing(self) -> Operation:
         """``(landing) -> ()``: makes the barrier at which other blocks' sums land, and announces their bytes."""
-        size = (self.tiling.split - 1) * self.tiling.tokens * BLOCK_N * 4
+        t = self.tiling
+        size = (t.split - 1) * t.tokens * BLOCK_N * 4 if t.split > 1 else (t.share - 1) * self.part_bytes
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=())
         def make(_: Any, landing: Any) -> Any:
@@ -363,17 +379,18 @@ class Steps:
             registers = by_row(hopper.unpack(accumulator), hopper.unpack(scales))
             address = arith.muli(hopper.thread_in_warpgroup(), i32(16))
             address = arith.addi(hopper.shared_address(received), address)
-            store, kinds, barriers = "st.shared.v4.f32 [$0+{}], {{$1, $2, $3, $4}};", "r,f,f,f,f", []
+            barrier = None
             if landing:
-                # What is stored like this is announced to the barrier as it arrives, which takes no fence.
-                store = (
-                    "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [$0+{}], {{$1, $2, $3, $4}}, [$5];"
-                )
-                kinds, barriers = kinds + ",r", [hopper.in_block(hopper.shared_address(landing[0]), 0)]
-                address = hopper.in_block(address, 0)
+                barrier = hopper.in_block(hopper.shared_address(landing[0]), i32(0))
+                address = hopper.in_block(address, i32(0))
             for i in range(0, self.registers, 4):
-                offset = (half * self.registers + i) * 512
-                hopper.asm(store.format(offset), kinds, [address, *registers[i : i + 4], *barriers], [])
+                offset, four = (half * self.registers + i) * 512, registers[i : i + 4]
+                if barrier is None:
+                    hopper.asm(
+                        f"st.shared.v4.f32 [$0+{offset}], {{$1, $2, $3, $4}};", "r,f,f,f,f", [address, *four], []
+                    )
+                else:
+                    hopper.send_floats(address, offset, four, barrier)
             return ()
 
         return cast(Operation, write)
@@ -389,14 +406,79 @@ class Steps:
             registers = by_row(hopper.unpack(accumulator), hopper.unpack(scales))
             address = arith.muli(hopper.thread_in_warpgroup(), i32(16))
             address = arith.addi(hopper.shared_address(received), address)
-            for sender in range(senders):
-                for i in range(0, self.registers, 4):
-                    offset = sender * self.tiling.tokens * BLOCK_N * 4 + (half * self.registers + i) * 512
-                    part = hopper.asm(
-                        f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4+{offset}];", "=f,=f,=f,=f,r",
-                        [address], [ir.F32Type.get()] * 4,
-                    )  # fmt: skip
-                    registers[i : i + 4] = [arith.addf(a, b) for a, b in zip(registers[i : i + 4], part, strict=True)]
+            apart, offset = self.tiling.tokens * BLOCK_N * 4, half * self.registers * 512
+            registers = self._add_received(registers, address, senders, apart, offset)
             return hopper.pack(registers)
 
         return cast(Operation, read)
+
+    def _part(self, accumulators: Sequence[Any], scales: Any, number: ir.Value) -> list[ir.Value]:
+        """A divided tile's sums of the tokens that the block of this number in the cluster adds up."""
+        registers = [register for accumulator in accumulators for register in hopper.unpack(accumulator)]
+        picked = registers[: self.part_registers]
+        for other in range(1, self.tiling.share):
+            here = arith.cmpi(arith.CmpIPredicate.eq, number, i32(other))
+            candidates = registers[other * self.part_registers : (other + 1) * self.part_registers]
+            picked = [arith.select(here, a, b) for a, b in zip(candidates, picked, strict=True)]
+        return by_row(picked, hopper.unpack(scales))
+
+    def _landing_place(self, stages: Any, side: Any) -> ir.Value:
+        """Where the first sender's sums for this thread land, in the place of the steps' inputs."""
+        address = arith.addi(
+            arith.muli(hopper.thread_in_warpgroup(), i32(16)),
+            arith.muli(side.registers.item(), i32(self.part_bytes // WARPGROUPS)),
+        )
+        return arith.addi(hopper.shared_address(stages), address)
+
+    def send_parts(self) -> Operation:
+        """``(side, peer, scales, stages, landing, *accumulators) -> ()``: sums for the cluster's other blocks."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(
+                self.scalar, self.scalar, self.layout["pair"], plgpu.RefType(self.swizzle), plgpu.RefType(),
+                *[self.layout["accumulator"]] * self.tiling.halves,
+            ),
+            return_type=(),
+        )  # fmt: skip
+        def write(_: Any, side: Any, peer: Any, scales: Any, stages: Any, landing: Any, *accumulators: Any) -> Any:
+            place, barrier = self._landing_place(stages, side), hopper.shared_address(landing)
+            for distance in range(1, self.tiling.share):
+                target = arith.addi(peer.registers.item(), i32(distance))
+                target = arith.andi(target, i32(self.tiling.share - 1))
+                registers = self._part(accumulators, scales, target)
+                address, there = hopper.in_block(place, target), hopper.in_block(barrier, target)
+                for i in range(0, self.part_registers, 4):
+                    hopper.send_floats(address, (distance - 1) * self.part_bytes + i * 512, registers[i : i + 4], there)
+            return ()
+
+        return cast(Operation, write)
+
+    def gather_parts(self) -> Operation:
+        """``(side, peer, scales, stages, *accumulators) -> accumulator``: this block's part of the cluster's sums."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(
+                self.scalar, self.scalar, self.layout["pair"], plgpu.RefType(self.swizzle),
+                *[self.layout["accumulator"]] * self.tiling.halves,
+            ),
+            return_type=self.type["part"],
+        )  # fmt: skip
+        def read(_: Any, side: Any, peer: Any, scales: Any, stages: Any, *accumulators: Any) -> Any:
+            registers = self._part(accumulators, scales, peer.registers.item())
+            place = self._landing_place(stages, side)
+            return hopper.pack(self._add_received(registers, place, self.tiling.share - 1, self.part_bytes))
+
+        return cast(Operation, read)
+
+    def _add_received(
+        self, registers: list[ir.Value], address: ir.Value, senders: int, apart: int, offset: int = 0
+    ) -> list[ir.Value]:
+        """Sums and those of the same thread of other blocks or teams, which lie ``apart`` bytes from one another."""
+        for sender in range(senders):
+            for i in range(0, len(registers), 4):
+                part = hopper.asm(
+                    f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4+{sender * apart + offset + i * 512}];",
+                    "=f,=f,=f,=f,r", [address], [ir.F32Type.get()] * 4,
+                )  # fmt: skip
+                registers[i : i + 4] = [arith.addf(a, b) for a, b in zip(registers[i : i + 4], part, strict=True)]
+        return registers

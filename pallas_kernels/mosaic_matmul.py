@@ -5,6 +5,7 @@ e4m3 in registers, and activations the second, read from shared memory. So it se
 ``docs/kernels.md`` says what was tried and measured.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -18,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.matmul_steps import Operation, Steps
-from pallas_kernels.tiling import BLOCK_N, STREAMING_MULTIPROCESSORS, WARPGROUPS, Tiling, choose_tiling
+from pallas_kernels.tiling import BLOCK_N, WARPGROUPS, Rounds, Tiling, choose_tiling, plan_rounds
 from pallas_kernels.weight_layout import TILE_K, TILE_N, tile_shape
 
 
@@ -48,7 +49,11 @@ def make_kernel(
     row_groups = -(-rows // t.share)
     tiles = row_groups * token_tiles
     persistent = t.persistent and parts == 1
-    blocks = min(STREAMING_MULTIPROCESSORS // t.share, tiles) if persistent else tiles
+    plan = plan_rounds(t, rows, token_tiles, steps) if persistent else Rounds(t.share, tiles, 1, 0, steps, 0)
+    blocks, steps, part_steps = plan.clusters, plan.steps, plan.part_steps
+    part = t.tokens // t.share  # tokens of a divided tile whose sums a block adds up
+    part_tiling = dataclasses.replace(t, tokens=part, halves=1)
+    part_ops = Steps(m, sizes, group_size, scale_dtype, part_tiling, scaled_tokens=t.tokens)
     cluster = t.share * t.split
 
     def of_weight(row: Any) -> tuple[Any, Any]:
@@ -68,32 +73,38 @@ def make_kernel(
                 pl.when(weight == i)(functools.partial(do, i))
 
     # The chain behind which a tile's residual is asked for: not at once, as the last tile's results may still be read.
-    chains = steps // t.unroll
-    asking = min(1, chains - 1) if persistent else -1
+    asking = min(1, min(steps, part_steps or steps) // t.unroll - 1) if persistent else -1
 
     def body(x: Any, x_scale: Any, *refs: Any) -> None:
         ends = itertools.accumulate((has_residual, weights, weights, weights * has_bias, weights), initial=0)
         residual, w, tensor_scales, biases, y = (refs[start:end] for start, end in itertools.pairwise(ends))
         x_smem, w_smem, y_smem, full, empty, *rest = refs[len(refs) - len(scratch) :]
         residual_here = rest.pop() if has_residual else None
-        received: Any = rest[0] if rest else None
-        landing: Any = rest[1] if t.split > 1 else None
+        landing: Any = rest.pop() if t.split > 1 or plan.divided else None
+        received: Any = rest.pop() if rest else None
         block, warpgroup = jax.lax.axis_index("block"), jax.lax.axis_index("warpgroup")
         peer = jax.lax.axis_index("peer") if cluster > 1 else jnp.int32(0)
         side, team = jax.lax.rem(warpgroup, jnp.int32(WARPGROUPS)), jax.lax.div(warpgroup, jnp.int32(WARPGROUPS))
         first_step = peer * (steps * t.teams) if t.split > 1 else 0
-        mine = jax.lax.div(tiles - block + blocks - 1, jnp.int32(blocks))
-        if t.split > 1:
+        if plan.divided:
+            mine = plan.whole + (block < plan.divided).astype(jnp.int32)
+        else:
+            mine = jax.lax.div(tiles - block + blocks - 1, jnp.int32(blocks))
+        if landing is not None:
             ops.open_landing()(landing)
         if cluster > 1:
             hopper.cluster_arrive()
 
-        def tile_of(i: Any) -> tuple[Any, Any]:
-            index = block + i * blocks
-            row, token = index, jnp.int32(0)
+        def is_whole(i: Any) -> Any:
+            return i < plan.whole
+
+        def tile_of(i: Any) -> tuple[Any, Any, Any, Any]:
+            """Blocks of outputs and of tokens, and the steps, of the block's tile i: the first and how many."""
+            group, beside, first, count = plan.piece(i, block, peer)
+            row, token = group, jnp.int32(0)
             if token_tiles > 1:
-                row, token = plgpu.planar_snake(index, (row_groups, token_tiles), 1, min(t.snake, token_tiles))
-            return row * t.share + (peer if t.share > 1 else 0), token
+                row, token = plgpu.planar_snake(group, (row_groups, token_tiles), 1, min(t.snake, token_tiles))
+            return row * t.share + (beside if t.share > 1 else 0), token, first, count
 
         def slot_of(i: Any, s: Any) -> Any:
             """Where step s of the block's tile i is; a team's slots are always the same ones."""
@@ -107,20 +118,28 @@ def make_kernel(
                 hopper.cluster_wait()
 
             def produce_tile(i: Any, _: None) -> None:
-                row, token = tile_of(i)
+                row, token, first, count = tile_of(i)
                 weight, row = of_weight(row)
 
                 def produce_step(s: Any, _: None) -> None:
-                    slot, at = slot_of(i, s), first_step + s
+                    slot, at = slot_of(i, s), first_step + first + s
 
                     @pl.when(i * (steps * t.teams) + s >= t.stages)
                     def reuse() -> None:
                         plgpu.barrier_wait(empty.at[slot])
 
-                    plgpu.copy_gmem_to_smem(
-                        x.at[pl.ds(token * t.tokens, t.tokens), pl.ds(at * TILE_K, TILE_K)], x_smem.at[slot],
-                        full.at[slot], collective_axes="peer" if t.share > 1 else None,
-                    )  # fmt: skip
+                    def copy_tokens(together: str | None) -> None:
+                        plgpu.copy_gmem_to_smem(
+                            x.at[pl.ds(token * t.tokens, t.tokens), pl.ds(at * TILE_K, TILE_K)], x_smem.at[slot],
+                            full.at[slot], collective_axes=together,
+                        )  # fmt: skip
+
+                    together = "peer" if t.share > 1 else None
+                    if plan.divided:
+                        pl.when(is_whole(i))(functools.partial(copy_tokens, together))
+                        pl.when(~is_whole(i))(functools.partial(copy_tokens, None))
+                    else:
+                        copy_tokens(together)
 
                     def copy_weight(i: int) -> None:
                         tiles = w[i].at[pl.ds(row * WARPGROUPS, WARPGROUPS), at]
@@ -128,7 +147,7 @@ def make_kernel(
 
                     for_weight(weight, copy_weight)
 
-                jax.lax.fori_loop(0, steps * t.teams, produce_step, None)
+                jax.lax.fori_loop(0, count * t.teams, produce_step, None)
 
             jax.lax.fori_loop(0, mine, produce_tile, None)
             if t.split > 1:
@@ -140,15 +159,18 @@ def make_kernel(
             plgpu.barrier_arrive(barrier)
 
         def compute_tile(i: Any, _: None) -> None:
-            row, token = tile_of(i)
+            row, token, _, count = tile_of(i)
             weight, row = of_weight(row)
             output = row * BLOCK_N + side * TILE_N
-            factors = ops.load_factors()(weight, token * t.tokens, x_scale, *tensor_scales)
+            first_result = token * t.tokens  # the first token of the results that this block writes
+            if plan.divided:
+                first_result += jnp.where(is_whole(i), 0, peer * part)
+            factors = ops.load_factors()(weight, first_result, x_scale, *tensor_scales)
 
             def ask_for_residual() -> None:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.copy_gmem_to_smem(
-                    residual[0].at[pl.ds(token * t.tokens, t.tokens), pl.ds(output, TILE_N)], y_smem.at[side],
+                    residual[0].at[pl.ds(first_result, t.tokens), pl.ds(output, TILE_N)], y_smem.at[side],
                     cast(Any, residual_here).at[side],
                 )  # fmt: skip
 
@@ -163,21 +185,21 @@ def make_kernel(
             def fetch(s: Any, last: Any) -> Any:
                 """Operand and scales of the team's step s; behind the last one, those of that step again."""
 
-                @pl.when(s < steps)
+                @pl.when(s < count)
                 def wait() -> None:
                     plgpu.barrier_wait(full.at[slot(s)])
 
-                return ops.load_weights()(w_smem.at[slot(jnp.minimum(s, steps - 1))], side, last)
+                return ops.load_weights()(w_smem.at[slot(jnp.minimum(s, count - 1))], side, last)
 
-            def chain(s: Any, count: int, carry: Any) -> Any:
-                """``count`` steps whose wgmmas overlap; none runs at the end.
+            def chain(s: Any, length: int, carry: Any) -> Any:
+                """``length`` steps whose wgmmas overlap; none runs at the end.
 
                 The compiler serialises wgmmas that still run where a loop begins anew, hence chains of several steps.
                 """
                 operand, ratios, unit, last, accumulators = carry
                 accumulators = list(accumulators)
                 before = operand
-                for u in range(count):
+                for u in range(length):
                     tokens = x_smem.at[slot(s + u)]
                     first = (s + u == 0).astype(jnp.int32)
                     for group in range(ops.groups):
@@ -200,7 +222,7 @@ def make_kernel(
                         before, operand, ratios = operand, following, next_ratios
                 if t.halves == 2:
                     accumulators[1] = ops.settle(0, 0, 1)(accumulators[1], ratios, before)
-                    release(empty.at[slot(s + count - 1)])
+                    release(empty.at[slot(s + length - 1)])
                 return operand, ratios, unit, last, tuple(accumulators)
 
             empty_sum = jnp.zeros((hopper.WARPGROUP * ops.registers,), jnp.float32)
@@ -216,41 +238,55 @@ def make_kernel(
                     pl.when(j == asking)(ask_for_residual)
                 return carry
 
+            chains = jax.lax.div(count, t.unroll) if plan.divided else steps // t.unroll
             _, _, unit, _, accumulators = jax.lax.fori_loop(0, chains, next_chain, carry)
 
             def offsets() -> list[Any]:
                 return [ops.load_bias()(weight, output, *biases)] if has_bias else []
 
-            def write_float32(accumulators: Any, unit: Any) -> None:
-                added = offsets()
-
-                def write_results(i: int) -> None:
-                    for h in range(t.halves):
-                        ops.store_float32(h, has_bias, sizes[i])(
-                            accumulators[h], unit, factors, token * t.tokens + h * ops.half, output, y[i], *added
-                        )
-
-                for_weight(weight, write_results)
-
-            def write_bfloat16(accumulators: Any, unit: Any) -> None:
-                if residual_here is None:
+            def write(steps: Steps, accumulators: Sequence[Any], unit: Any) -> None:
+                """Results of each part of the tokens that ``steps`` have accumulators of, from ``first_result`` on."""
+                in_bfloat16 = out_dtype == jnp.bfloat16
+                if in_bfloat16 and residual_here is None:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                else:
-                    plgpu.barrier_wait(residual_here.at[side])
+                elif in_bfloat16:
+                    plgpu.barrier_wait(cast(Any, residual_here).at[side])
                 added = offsets()
-                for h in range(t.halves):
-                    ops.store(h, has_bias, has_residual)(accumulators[h], unit, factors, y_smem.at[side], *added)
-                    plgpu.commit_smem()
-                    done, tokens = y_smem.at[side, pl.ds(h * ops.half, ops.half)], token * t.tokens + h * ops.half
+                for h, accumulator in enumerate(accumulators):
+                    tokens = first_result + h * steps.half
+                    done = y_smem.at[side, pl.ds(h * steps.half, steps.half)]
+                    if in_bfloat16:
+                        steps.store(h, has_bias, has_residual)(accumulator, unit, factors, y_smem.at[side], *added)
+                        plgpu.commit_smem()
 
-                    def copy_results(i: int, done: Any = done, tokens: Any = tokens) -> None:
-                        plgpu.copy_smem_to_gmem(done, y[i].at[pl.ds(tokens, ops.half), pl.ds(output, TILE_N)])
+                    def write_results(
+                        i: int, h: int = h, accumulator: Any = accumulator, tokens: Any = tokens, done: Any = done
+                    ) -> None:
+                        if in_bfloat16:
+                            target = y[i].at[pl.ds(tokens, steps.half), pl.ds(output, TILE_N)]
+                            plgpu.copy_smem_to_gmem(done, target)
+                        else:
+                            steps.store_float32(h, has_bias, sizes[i])(
+                                accumulator, unit, factors, tokens, output, y[i], *added
+                            )
 
-                    for_weight(weight, copy_results)
+                    for_weight(weight, write_results)
 
-            write = write_bfloat16 if out_dtype == jnp.bfloat16 else write_float32
             if parts == 1:
-                write(accumulators, unit)
+                if plan.whole:
+                    write_whole = functools.partial(write, ops, accumulators, unit)
+                    pl.when(is_whole(i))(write_whole) if plan.divided else write_whole()
+
+                def write_part() -> None:
+                    # The other blocks are done with what they read, where sums will land.
+                    hopper.cluster_arrive()
+                    hopper.cluster_wait()
+                    ops.send_parts()(side, peer, unit, x_smem.at[0], landing, *accumulators)
+                    ops.await_landing()(landing)
+                    write(part_ops, [ops.gather_parts()(side, peer, unit, x_smem.at[0], *accumulators)], ones)
+
+                if plan.divided:
+                    pl.when(~is_whole(i))(write_part)
                 return
 
             def gathered(accumulators: Any, unit: Any, first: int, senders: int) -> list[Any]:
@@ -274,7 +310,7 @@ def make_kernel(
                 if t.teams > 1:
                     sums, in_unit = gathered(sums, in_unit, t.split - 1, t.teams - 1), ones
                 if t.split == 1:
-                    write(sums, in_unit)
+                    write(ops, sums, in_unit)
                     return
 
                 @pl.when(peer > 0)
@@ -285,7 +321,7 @@ def make_kernel(
                 @pl.when(peer == 0)
                 def leader() -> None:
                     ops.await_landing()(landing)
-                    write(gathered(sums, in_unit, 0, t.split - 1), ones)
+                    write(ops, gathered(sums, in_unit, 0, t.split - 1), ones)
 
             if t.teams > 1:
                 pl.when(team == 0)(first_team)
@@ -315,7 +351,7 @@ def make_kernel(
     ]
     if parts > 1:
         scratch.append(plgpu.SMEM((t.split + t.teams - 2, WARPGROUPS, TILE_N * t.tokens), jnp.float32))
-    if t.split > 1:
+    if t.split > 1 or plan.divided:
         scratch.append(plgpu.SMEM((2,), jnp.int32))
     if has_residual:
         scratch.append(plgpu.Barrier(num_arrivals=1, num_barriers=WARPGROUPS))

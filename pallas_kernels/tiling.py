@@ -1,6 +1,11 @@
 """How the Hopper kernels are cut into pieces."""
 
 import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from pallas_kernels.weight_layout import SHARE_N, TILE_K, TILE_N
 
@@ -34,7 +39,8 @@ class Tiling:
       snake: token tiles that neighbouring blocks work on, for the L2 cache.
       split: blocks that share the inputs of a tile and add up in the first one's shared memory.
       teams: 1 or 2 pairs of warpgroups in a block that take turns at its steps and add up in shared memory.
-      share: blocks, 1 or 2, that take the same tokens and copy them once.
+      share: blocks, 1 or 2, that take the same tokens and copy them once; and the last tiles together, if there are too
+        few for all blocks (:func:`plan_rounds`).
       persistent: a block per multiprocessor that works through many tiles, instead of a block per tile.
     """
 
@@ -56,9 +62,77 @@ class Tiling:
             self.tokens * BLOCK_N * 2,
             (self.split + self.teams - 2) * self.tokens * BLOCK_N * 4,
             2 * (self.stages + 1) * 8,
-            8 if self.split > 1 else 0,
+            8 if self.split > 1 or self.share > 1 else 0,
         ]
         return sum(-(-size // 1024) * 1024 for size in arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """What the blocks of a product do one after another.
+
+    A group is as many tiles, of neighbouring outputs and the same tokens, as a cluster has blocks.
+
+    Attributes:
+      share: blocks of a cluster.
+      clusters: of blocks; or blocks, where nothing is shared.
+      whole: rounds in which each block has a tile of its own; of the last one some may be left without if nothing is
+        divided.
+      divided: tiles behind these, one for each of that many clusters, whose blocks take a part of the inputs each.
+      steps: of 128 inputs, of a whole tile.
+      part_steps: of each block, of a divided tile.
+    """
+
+    share: int
+    clusters: int
+    whole: int
+    divided: int
+    steps: int
+    part_steps: int
+
+    def piece(self, i: Any, cluster: Any, peer: Any) -> tuple[Any, Any, Any, Any]:
+        """What a block does in a round.
+
+        Args:
+          i: the round's number.
+          cluster: the cluster's number.
+          peer: the block's number in it.
+
+        Returns:
+          The group of the block's tile, the tile's number there, the first of the tile's steps that the block takes,
+          and how many these are.
+        """
+        group = cluster + i * self.clusters
+        if not self.divided:
+            return group, peer, 0, self.steps
+        whole = i < self.whole
+        return (
+            jnp.where(whole, group, self.whole * self.clusters + jax.lax.div(cluster, jnp.int32(self.share))),
+            jnp.where(whole, peer, jax.lax.rem(cluster, jnp.int32(self.share))),
+            jnp.where(whole, 0, peer * self.part_steps),
+            jnp.where(whole, self.steps, self.part_steps),
+        )
+
+
+def plan_rounds(t: Tiling, row_blocks: int, token_tiles: int, steps: int) -> Rounds:
+    """Divides the last tiles if there are no more than clusters, and enough steps to divide.
+
+    Args:
+      t: a tiling without ``split`` and ``teams``.
+      row_blocks: blocks of outputs.
+      token_tiles: tiles of tokens.
+      steps: of 128 inputs.
+    """
+    groups = -(-row_blocks // t.share) * token_tiles
+    clusters = STREAMING_MULTIPROCESSORS // t.share if t.persistent else groups
+    whole, left = divmod(groups, clusters)
+    divided = left * t.share
+    part_steps = -(-steps // (t.share * t.unroll)) * t.unroll
+    if t.share == 1 or not t.persistent or not 0 < divided <= clusters or part_steps >= steps:
+        return Rounds(t.share, min(clusters, groups), -(-groups // clusters), 0, steps, 0)
+    # Chains of equal length; inputs behind the last one are read as zeros.
+    whole_steps = -(-steps // t.unroll) * t.unroll
+    return Rounds(t.share, clusters if whole else divided, whole, divided, whole_steps, part_steps)
 
 
 def choose_tiling(m: int, n: int, k: int, tile_bytes: int) -> Tiling:
@@ -75,14 +149,29 @@ def choose_tiling(m: int, n: int, k: int, tile_bytes: int) -> Tiling:
         tiling = Tiling(tokens, stages, halves=1, unroll=2, split=split, persistent=False)
         if tokens >= 16 and split == 4:  # two teams in each of two blocks add up faster than four blocks
             tiling = dataclasses.replace(tiling, stages=6 if tokens == 64 else 8, split=2, teams=2)
-    elif m <= 512 and blocks * -(-m // 256) < 96:
-        split = 2 if steps >= 16 and blocks * -(-m // 128) < 96 else 1
-        tiling = Tiling(128, 5 if split == 2 else 6, split=split)
     else:
-        tiling = Tiling(256, 4, share=2 if blocks > 1 and m > 256 else 1)
+        tiling = min(MANY_TOKENS, key=lambda t: estimated_microseconds(t, m, n, k))
     while tiling.shared_memory(tile_bytes) > SHARED_MEMORY and tiling.stages > 2:
         tiling = dataclasses.replace(tiling, stages=tiling.stages - tiling.teams)
     return tiling
+
+
+# Tilings for more than 64 tokens, in order of preference.
+MANY_TOKENS = [Tiling(tokens, stages, share=share) for tokens, stages in ((256, 4), (128, 6)) for share in (1, 2)]
+STEP_MICROSECONDS = {256: 0.8, 128: 0.5}  # of a tile of so many tokens
+DIVIDING_MICROSECONDS = 3  # that it takes to bring the parts of a tile together
+
+
+def estimated_microseconds(t: Tiling, m: int, n: int, k: int) -> float:
+    """What rounds of such tiles take, but for what all tilings have in common."""
+    row_blocks, token_tiles = -(-n // BLOCK_N), -(-m // t.tokens)
+    if row_blocks < t.share:
+        return math.inf
+    plan = plan_rounds(t, row_blocks, token_tiles, -(-k // TILE_K))
+    steps = plan.whole * plan.steps + plan.part_steps
+    # Copying tokens once for two blocks saves power, but has them wait for each other.
+    sharing = 1 if t.share == 1 else 1.03 if token_tiles == 1 else 0.98
+    return steps * STEP_MICROSECONDS[t.tokens] * sharing + bool(plan.divided) * DIVIDING_MICROSECONDS
 
 
 @dataclasses.dataclass(frozen=True)

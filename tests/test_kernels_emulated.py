@@ -25,6 +25,7 @@ from pallas_kernels import (
     mosaic_decode,
     mosaic_matmul,
     mosaic_matvec,
+    tiling,
     warp_slots,
 )
 from pallas_kernels.tiling import DecodeCut, Streaming, Tiling
@@ -145,7 +146,7 @@ def test_matmul_of_several_weights(m, sizes, biased, how):
     ],
 )
 def test_residual(m, n, k, how, monkeypatch):
-    monkeypatch.setattr(mosaic_matmul, "STREAMING_MULTIPROCESSORS", 2)
+    monkeypatch.setattr(tiling, "STREAMING_MULTIPROCESSORS", 2)
     x, x_scale = random_tokens(m, m, k)
     [weight], [of_weight] = several_weights((n,), k, biased=(0,))
     arguments, expected = (

@@ -157,6 +157,24 @@ def test_chosen_tilings_fit_the_device(m, n_tiles, k_groups, tile_bytes):
     assert chosen.split * chosen.share in (1, 2, 4)
 
 
+@given(st.integers(1, 9000), st.integers(1, 250), st.integers(1, 230), st.sampled_from(tiling.MANY_TOKENS))
+def test_rounds_take_every_step_of_every_tile_once(m, row_blocks, steps, how):
+    """Tiles, and pairs of whole rounds in lock step: the blocks of a cluster take as many steps in each."""
+    token_tiles = -(-m // how.tokens)
+    plan = tiling.plan_rounds(how, row_blocks, token_tiles, steps)
+    assert plan.clusters * how.share <= 132
+    groups = -(-row_blocks // how.share) * token_tiles
+    rounds = np.arange(plan.whole + bool(plan.divided))
+    i, cluster, peer = np.meshgrid(rounds, np.arange(plan.clusters), np.arange(how.share), indexing="ij")
+    exists = (i < plan.whole) & (cluster + i * plan.clusters < groups) | (i == plan.whole) & (cluster < plan.divided)
+    group, beside, first, count = (np.broadcast_to(x, i.shape)[exists] for x in plan.piece(i, cluster, peer))
+    taken = np.zeros((groups, how.share, plan.steps + how.share * how.unroll), int)
+    for piece in zip(group, beside, first, count, strict=True):
+        taken[piece[0], piece[1], piece[2] : piece[2] + piece[3]] += 1
+    np.testing.assert_array_equal(taken[:, :, :steps], 1)
+    assert taken.max() == 1
+
+
 @given(st.integers(1, 16), st.integers(1, 2004), st.integers(1, 900), st.sampled_from([1040, 1056, 1088, 1152]))
 def test_chosen_streamings_fit_the_device(m, n_tiles, k_groups, share):
     n, k = 64 * n_tiles, 32 * k_groups
@@ -189,6 +207,7 @@ LOWERED = [
     (100, 1536, 576, 32, BF16),
     (256, 4096, 4096, 128, E4M3),
     (4097, 6144, 4096, 128, BF16),
+    (1000, 6144, 4096, 128, E4M3),  # tiles that two blocks divide, behind whole ones
     (1000, 64, 128, 128, E4M3),
 ]
 
@@ -299,6 +318,8 @@ def test_kernel_against_float32(multiply, sizes):
         Tiling(64, 4, halves=2, split=2, persistent=False),
         Tiling(128, 4, halves=1, unroll=2),
         Tiling(256, 2, share=2, snake=1),
+        Tiling(128, 6, share=2),  # all tiles are divided
+        Tiling(16, 4, share=2, halves=1, unroll=2),  # some are
         Tiling(256, 4, unroll=5),
         Tiling(16, 4, halves=1, unroll=2, persistent=False, teams=2),
         Tiling(64, 6, halves=1, unroll=2, split=2, persistent=False, teams=2),
@@ -350,7 +371,15 @@ def test_several_weights_agree_with_float32(m, sizes):
 @on_hopper
 @pytest.mark.parametrize(
     ("m", "n", "k"),
-    [(2, 4096, 4096), (16, 4096, 14336), (64, 576, 1536), (200, 4096, 4096), (1000, 1088, 2048), (4097, 4096, 4096)],
+    [
+        (2, 4096, 4096),
+        (16, 4096, 14336),
+        (64, 576, 1536),
+        (200, 4096, 4096),
+        (1000, 1088, 2048),
+        (4097, 4096, 4096),
+        (1000, 6144, 4096),
+    ],
 )
 def test_residual_on_a_gpu(m, n, k):
     values, scales = random_weight(m, n, k, 128, E4M3)
@@ -368,9 +397,9 @@ def test_residual_on_a_gpu(m, n, k):
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize(("multiply", "m"), [(matmul, 200), (matvec, 5)])
-def test_thousand_launches_give_the_same(multiply, m):
-    n, k = 1024, 2048
+@pytest.mark.parametrize(("multiply", "m", "n"), [(matmul, 200, 1024), (matmul, 1000, 6144), (matvec, 5, 1024)])
+def test_thousand_launches_give_the_same(multiply, m, n):
+    k = 2048
     values, scales = random_weight(0, n, k, 128, E4M3)
     x, x_scale = random_tokens(1, m, k)
     tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
