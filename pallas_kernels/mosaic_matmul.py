@@ -182,14 +182,16 @@ def make_kernel(
             def slot(s: Any) -> Any:
                 return slot_of(i, s * t.teams + team if t.teams > 1 else s)
 
-            def fetch(s: Any, last: Any) -> Any:
-                """Operand and scales of the team's step s; behind the last one, those of that step again."""
-
-                @pl.when(s < count)
-                def wait() -> None:
-                    plgpu.barrier_wait(full.at[slot(s)])
-
-                return ops.load_weights()(w_smem.at[slot(jnp.minimum(s, count - 1))], side, last)
+            def fetch(s: Any, last: Any, ends: bool) -> Any:
+                """Operand and scales of the team's step s; behind the last one, where chains end, those of the last."""
+                at = slot(s)
+                if ends:
+                    exists = s < count
+                    pl.when(exists)(lambda: plgpu.barrier_wait(full.at[at]))
+                    at = jnp.where(exists, at, slot(s - 1))
+                else:
+                    plgpu.barrier_wait(full.at[at])
+                return ops.load_weights()(w_smem.at[at], side, last)
 
             def chain(s: Any, length: int, carry: Any) -> Any:
                 """``length`` steps whose wgmmas overlap; none runs at the end.
@@ -212,7 +214,7 @@ def make_kernel(
                             accumulators[1] = ops.multiply(1, group)(accumulators[1], operand, tokens, first)
                         following, next_ratios, next_group = operand, ratios, group + 1
                         if group == ops.groups - 1:
-                            following, next_ratios, unit, last = fetch(s + u + 1, last)
+                            following, next_ratios, unit, last = fetch(s + u + 1, last, ends=u == length - 1)
                             next_group = 0
                         accumulators[0] = ops.settle(t.halves - 1, next_group, 2)(
                             accumulators[0], next_ratios, operand, following
@@ -227,7 +229,7 @@ def make_kernel(
 
             empty_sum = jnp.zeros((hopper.WARPGROUP * ops.registers,), jnp.float32)
             empty_sum = plgpu.layout_cast(empty_sum, ops.layout["accumulator"])
-            carry = (*fetch(0, ones), (empty_sum,) * t.halves)
+            carry = (*fetch(jnp.int32(0), ones, ends=False), (empty_sum,) * t.halves)
             rest = steps % t.unroll
             if rest:
                 carry = chain(jnp.int32(0), rest, carry)
