@@ -22,7 +22,7 @@ from convert.shards import write_shards
 from convert.tensors import Table, TensorSpec, check_tensors, insert, lookup
 from fireq_jax.config import LlamaConfig, Recipe
 from fireq_jax.llama import Llama
-from fireq_jax.qtensor import Int4Weight, Layout, is_int4, to_layout
+from fireq_jax.qtensor import Fp8Weight, Int4Weight, Layout, is_int4, to_layout
 from fireq_jax.quantize import pick_group_size, recipe_of
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
@@ -79,6 +79,9 @@ def export_compressed_tensors(
     modules: dict[int, list[str]] = {}
     for name, spec in table.items():
         value = lookup(params, spec.path)
+        if isinstance(value, Fp8Weight):  # the format's e4m3 weights go with activations of the same kind
+            arrays[name] = value.dequantize(model.dtype).reshape(spec.stored_shape)
+            continue
         if not is_int4(value):
             arrays |= native.named_arrays([spec], params)
             continue
@@ -159,7 +162,7 @@ def load_compressed(
     sizes = {lookup(params, spec.path).group_size for spec in quantized.values()}
     recipe = Recipe(
         METHOD, tuple(sorted(sizes, reverse=True)), "sigma_bf16",
-        activations=activations, kv_cache="float", lm_head="lm_head.weight" in quantized,
+        activations=activations, kv_cache="float", lm_head="int4" if "lm_head.weight" in quantized else "float",
     )  # fmt: skip
     return Llama(config, dtype), params | {"recipe": recipe}
 

@@ -98,7 +98,7 @@ def quantize_checkpoint(
     with staged(target, overwrite=overwrite, resumable=True) as staging:
         copy_tokenizer(path, staging)
         checkpoint_id = _plan(staging, json.loads(json.dumps(arguments)), restart)
-        _check_space(staging, model, group_sizes)
+        _check_space(staging, model, group_sizes, recipe)
         conversion = _Conversion(staging, model, recipe, windows, checkpoint_id)
         conversion.run(progress)
         config = model.config.to_hf() | {"dtype": jnp.dtype(model.dtype).name}
@@ -137,7 +137,7 @@ class _Conversion:
             report(done)
         if done <= self._layers:
             self._quantize_layers(done - 1, report)
-        if not self._recipe.lm_head:
+        if self._recipe.lm_head == "float":
             self._copy(self._count - 1, ("final_norm", "lm_head"))
         else:
             tied = self._model.config.tie_word_embeddings
@@ -262,7 +262,7 @@ def _group_sizes(table: Table, recipe: Recipe) -> dict[str, int]:
         for name, spec in table.items()
         if spec.input_axes and spec.module != "lm_head"
     }
-    if recipe.lm_head:
+    if recipe.lm_head == "int4":
         hidden = table["model.embed_tokens.weight"].shape[1]
         sizes["lm_head"] = pick_group_size(hidden, recipe, "lm_head")
     return sizes
@@ -272,13 +272,15 @@ def _float_bytes(spec: TensorSpec, dtype: Any) -> int:
     return math.prod(spec.shape) * jnp.dtype(spec.dtype or dtype).itemsize
 
 
-def _check_space(staging: Path, model: FloatModel, group_sizes: Mapping[str, int]) -> None:
+def _check_space(staging: Path, model: FloatModel, group_sizes: Mapping[str, int], recipe: Recipe) -> None:
     """Raises OSError if the result cannot fit beside what is there already."""
     needed = 0
     for spec in model.table.values():
         elements = math.prod(spec.shape)
         group = group_sizes.get(spec.module) if spec.input_axes else None
         needed += _float_bytes(spec, model.dtype) if group is None else elements // 2 + 2 * elements // group
+    if recipe.lm_head != "float" and model.config.tie_word_embeddings:  # another copy, of a byte per element or less
+        needed += model.config.vocab_size * (model.config.hidden_size + 4)
     needed -= sum(file.stat().st_size for file in staging.glob("*.safetensors"))
     if (free := shutil.disk_usage(staging).free) < needed:
         raise OSError(f"{staging.parent} has {free:,} bytes free, the checkpoint needs {needed:,} more")

@@ -73,8 +73,9 @@ RECIPES = [
     ("best, keys searched", replace(P["best"], keys="search", values="none"), 1),
     ("fireq, folded", replace(P["fireq"], numerics="folded"), 1),
     ("fireq_bf16", P["fireq_bf16"], 1),
-    ("rtn, lm_head", replace(P["rtn"], lm_head=True), 1),
-    ("best, lm_head", replace(P["best"], lm_head=True), 1),
+    ("rtn, INT4 lm_head", replace(P["rtn"], lm_head="int4"), 1),
+    ("best, INT4 lm_head", replace(P["best"], lm_head="int4"), 1),
+    ("best, fp8 lm_head", replace(P["best"], lm_head="fp8"), 1),
 ]
 
 

@@ -130,12 +130,19 @@ def operators_part(results: dict[str, Any]) -> list[str]:
     return ["### Where the time goes", about, operators_table(results)]
 
 
+# How the output projection is kept; earlier results say only whether it is quantised.
+HEADS = {
+    False: "", "float": "", True: " with an INT4 output projection", "int4": " with an INT4 output projection",
+    "fp8": " with an output projection in e4m3",
+}  # fmt: skip
+
+
 def page(results: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     far = results["distances_from_bf16"]
     parts = [
         f"{results['sizes']}, random weights, recipe `{results['recipe']}`"
-        f"{' with an INT4 output projection' * results.get('lm_head', False)}, {results['device']}; {versions}; "
+        f"{HEADS[results.get('lm_head', False)]}, {results['device']}; {versions}; "
         f"commit {results['commit']}: `{results['command']}`.",
         "Before anything is timed, logits of two layers are compared with the bf16 model's: the kernels are "
         f"{far['kernels']:.4f} away (relative Frobenius norm), the reference implementation of the same roundings "

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ def run_benchmark(
     name: str,
     *,
     recipe: str = "rtn",
-    lm_head: bool = False,
+    lm_head: Literal["float", "fp8", "int4"] = "float",
     feed_forward: Sequence[int] = (),
     prefill: Sequence[tuple[int, int]] = (),
     decode: Sequence[tuple[int, int]] = (),
@@ -70,7 +70,7 @@ def run_benchmark(
     Args:
       name: a key of ``SIZES``.
       recipe: a preset that needs no calibration.
-      lm_head: whether the output projection is quantised, too.
+      lm_head: the recipe's output projection, see :class:`fireq_jax.config.Recipe`.
       feed_forward: numbers of tokens at which a feed-forward block (norm, MLP, residual sum) is measured.
       prefill: pairs of batch size and prompt length.
       decode: pairs of batch size and context length.

@@ -5,8 +5,9 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import typer
 from rich.console import Console
@@ -24,6 +25,7 @@ Model = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="Preset used if the model is not quantised yet.")]
+LmHead = Annotated[str, typer.Option(help="Output projection: float, fp8 or int4.")]
 Float = Annotated[bool, typer.Option("--float", help="Run the model as it is, without quantising it.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
@@ -117,6 +119,7 @@ def quantize(
         typer.Option(exists=True, dir_okay=False, help="UTF-8 text to calibrate on. Default: CPython's help topics."),
     ] = None,
     calibration_tokens: Annotated[int, typer.Option(min=512, help="Tokens of that text to use.")] = 8192,
+    lm_head: LmHead = "float",
     revision: Revision = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
     restart: Annotated[bool, typer.Option(help="Drop an interrupted conversion with other settings.")] = False,
@@ -131,13 +134,13 @@ def quantize(
 
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists already; pass --overwrite to replace it")
-    settings = resolve_recipe(recipe)
+    settings = replace(resolve_recipe(recipe), lm_head=cast(Any, lm_head))
     text = None if calibration is None else calibration.read_text("utf-8")
     if settings.refine:  # trains through the whole model
         with _stage(f"loading {source}"):
             network, params = convert.load(source, revision=revision)
             tokenizer = convert.load_tokenizer(source, revision)
-        quantized = calibrated(network, params, tokenizer, recipe, _progress, text, calibration_tokens)
+        quantized = calibrated(network, params, tokenizer, settings, _progress, text, calibration_tokens)
         with _stage(f"writing {out}"):
             convert.save(out, network, quantized, tokenizer=tokenizer, overwrite=overwrite)
         before, after = fireq_jax.parameter_bytes(params), fireq_jax.parameter_bytes(quantized)
@@ -305,7 +308,7 @@ def bench(
         str, typer.Option(help="llama-2-7b, llama-2-13b, llama-3-8b, llama-3.2-1b, llama-3.2-3b or toy.")
     ] = "llama-3-8b",
     recipe: Annotated[str, typer.Option(help="Preset that needs no calibration.")] = "rtn",
-    lm_head: Annotated[bool, typer.Option(help="Also quantise the output projection.")] = False,
+    lm_head: LmHead = "float",
     feed_forward: Annotated[str, typer.Option(help="Numbers of tokens, such as 1,16,1024.")] = "1,4,16,16384",
     prefill: Annotated[
         str, typer.Option(help="Batch sizes and prompt lengths, such as 1x2048,16x1024.")
@@ -326,7 +329,7 @@ def bench(
         sizes, feed_forward, prefill, decode, new_tokens = "toy", "1,8", "1x32,2x16", "1x16,2x16", 32
     tokens = [count for (count,) in _numbers("--feed-forward", feed_forward, 1)]
     prompts, contexts = _numbers("--prefill", prefill, 2), _numbers("--decode", decode, 2)
-    command = f"fireq-jax bench --sizes {sizes} --recipe {recipe}{' --lm-head' * lm_head}"
+    command = f"fireq-jax bench --sizes {sizes} --recipe {recipe} --lm-head {lm_head}"
     command += f" --feed-forward {feed_forward} --prefill {prefill}"
     command += f" --decode {decode} --new-tokens {new_tokens}{' --fp8' * fp8}{' --torch' * torch}"
 
@@ -337,7 +340,7 @@ def bench(
 
     with notes.status("starting ...") as status:
         result = run_benchmark(
-            sizes, recipe=recipe, lm_head=lm_head, feed_forward=tokens, prefill=prompts, decode=contexts,
+            sizes, recipe=recipe, lm_head=cast(Any, lm_head), feed_forward=tokens, prefill=prompts, decode=contexts,
             new_tokens=new_tokens, fp8=fp8, with_torch=torch, save=save,
             progress=lambda what: status.update(f"{what} ..."),
         )  # fmt: skip

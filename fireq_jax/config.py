@@ -316,7 +316,9 @@ class Recipe:
         makes up for part of their error. Takes another two passes over the calibration text.
       refine: tune norm gains and rotation scales by distillation from the float model behind everything else, three
         passes of training over the calibration text (needs a calibration).
-      lm_head: quantise the output projection as well. A tied embedding keeps its float copy for the input side.
+      lm_head: how the output projection is kept. "float"; "fp8" rounds it to e4m3 with a scale per output, its input
+        unrounded; "int4" rounds it to the nearest codes, like any other weight. A tied embedding keeps its float copy
+        for the input side.
     """
 
     name: str = "custom"
@@ -334,7 +336,7 @@ class Recipe:
     rounding: Literal["nearest", "search", "gptq"] = "nearest"
     sequential: bool = False
     refine: bool = False
-    lm_head: bool = False
+    lm_head: Literal["float", "fp8", "int4"] = "float"
 
     def __post_init__(self) -> None:
         choices = {
@@ -348,15 +350,16 @@ class Recipe:
             "keys": ("none", "fireq", "search", "hadamard"),
             "values": ("none", "hadamard"),
             "rounding": ("nearest", "search", "gptq"),
+            "lm_head": ("float", "fp8", "int4"),
         }
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name}={value!r} must be one of {', '.join(allowed)}")
-        if self.weights == "none" and (self.rounding, self.lm_head) != ("nearest", False):
-            raise ValueError("weights='none' rounds no weight; it goes with rounding='nearest' and lm_head=False")
+        if self.weights == "none" and (self.rounding, self.lm_head) != ("nearest", "float"):
+            raise ValueError("weights='none' rounds no weight; it goes with rounding='nearest' and lm_head='float'")
         if self.sequential and self.rounding != "gptq":
             raise ValueError(f"sequential=True needs rounding='gptq', not {self.rounding!r}")
-        for name in ("sequential", "refine", "lm_head"):
+        for name in ("sequential", "refine"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name}={value!r} must be True or False")
         if not isinstance(self.name, str):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fireq_jax.calibrate import calibrate
 from fireq_jax.calibration_text import calibration_tokens, default_calibration_text
-from fireq_jax.config import resolve_recipe
+from fireq_jax.config import Recipe, resolve_recipe
 from fireq_jax.evaluate import evaluate
 from fireq_jax.generate import generate
 from fireq_jax.kv_cache import cache_bytes_per_token
@@ -30,18 +30,18 @@ def calibrated(
     model: Any,
     params: dict[str, Any],
     tokenizer: Any,
-    recipe: str,
+    recipe: Recipe | str,
     progress: Callable[[str], AbstractContextManager[Callable[[int, int], None]]],
     text: str | None = None,
     count: int = 4096,
 ) -> dict[str, Any]:
-    """Quantises by a preset, calibrating first if it asks for it.
+    """Quantises by a recipe, calibrating first if it asks for it.
 
     Args:
       model: the Llama.
       params: its float parameters.
       tokenizer: its tokenizer.
-      recipe: a preset's name.
+      recipe: a recipe or a preset's name.
       progress: makes the context of a named progress bar.
       text: calibration text; None takes :func:`default_calibration_text`.
       count: tokens of it to use.

@@ -72,6 +72,22 @@ def store_scales(group_scales: jax.Array, recipe: Recipe) -> tuple[jax.Array, ja
     return stored, jnp.ldexp(jnp.float32(1.0), -exponent)
 
 
+def round_to_fp8(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rounds a weight to the nearest e4m3 with a scale per output: ``w ≈ codes · scales``.
+
+    Args:
+      w: ``[n, k]`` float.
+
+    Returns:
+      codes ``[n, k]`` e4m3 and scales ``[n]`` float32, 1 for outputs whose weights are all zero.
+    """
+    wide = w.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(wide), axis=1)
+    # A subnormal number has no reciprocal to rely on.
+    scales = jnp.where(largest > E4M3_MAX * jnp.finfo(jnp.float32).tiny, largest / E4M3_MAX, 1.0)
+    return round_to_e4m3(wide / scales[:, None]), scales
+
+
 def round_weight(w: jax.Array, group_size: int, recipe: Recipe) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rounds a weight to the nearest point of its int4 grid: ``w ≈ codes · scales · tensor_scale``.
 

@@ -145,6 +145,49 @@ class TiledInt4Weight(_Int4):
         return Int4Weight(codes, scales, self.tensor_scale, self.out_shape, self.in_shape)
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=["out_shape", "in_shape"])
+@dataclass(frozen=True)
+class Fp8Weight:
+    """A linear weight ``W[n, k] ≈ codes · scales`` in e4m3, whose input is not rounded (W8A16).
+
+    Attributes:
+      codes: ``[n, k]`` e4m3.
+      scales: ``[n]`` float32, positive: the largest magnitude of an output's weights over e4m3's largest.
+      out_shape: logical output axes, of which n is the product.
+      in_shape: logical input axes, of which k is the product.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    out_shape: tuple[int, ...]
+    in_shape: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the float weight this stands for."""
+        return (*self.out_shape, *self.in_shape)
+
+    def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
+        """The weight as an array of ``shape``; exact in float32 up to its rounding, rounded otherwise."""
+        w = self.codes.astype(jnp.float32) * self.scales[:, None]
+        return w.reshape(self.shape).astype(dtype)
+
+    def validate(self, name: str = "weight") -> None:
+        """Checks that the parts belong together.
+
+        Raises:
+          ValueError: a shape or dtype is not what the others ask for, a code is NaN, or a scale is not positive and
+            finite; the message names ``name``.
+        """
+        n, k = math.prod(self.out_shape), math.prod(self.in_shape)
+        if self.codes.shape != (n, k) or self.codes.dtype != jnp.float8_e4m3fn:
+            raise ValueError(f"{name}: codes must be float8_e4m3fn {(n, k)}, got {self.codes.dtype} {self.codes.shape}")
+        if self.scales.shape != (n,) or self.scales.dtype != jnp.float32:
+            raise ValueError(f"{name}: scales must be float32 {(n,)}, got {self.scales.dtype} {self.scales.shape}")
+        if not bool(jnp.all(jnp.isfinite(self.scales) & (self.scales > 0)) & ~jnp.any(jnp.isnan(self.codes))):
+            raise ValueError(f"{name}: a scale is not positive and finite, or a code is NaN")
+
+
 def takes_fp8(leaf: object) -> bool:
     """Whether ``leaf`` is an int4 weight whose product takes e4m3 activations."""
     return isinstance(leaf, TiledInt4Weight) or (isinstance(leaf, Int4Weight) and leaf.activations == "fp8")

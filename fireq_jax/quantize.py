@@ -16,8 +16,8 @@ import numpy as np
 from fireq_jax import smoothing
 from fireq_jax.config import LlamaConfig, Recipe, resolve_recipe
 from fireq_jax.kv_cache import CacheKind
-from fireq_jax.numerics import round_weight
-from fireq_jax.qtensor import Int4Weight, Layout, is_int4, to_layout
+from fireq_jax.numerics import round_to_fp8, round_weight
+from fireq_jax.qtensor import Fp8Weight, Int4Weight, Layout, is_int4, to_layout
 from fireq_jax.refine import refine_gains, refinement_steps
 from fireq_jax.rounding import corrected_weight, round_weight_searched, round_weights_calibrated
 from fireq_jax.streams import Streams
@@ -125,7 +125,7 @@ def quantize(
         result[name] = blocks.quantize(name, params[name], None if calibration is None else calibration[name])
         if progress is not None:
             progress(done, steps)
-    if recipe.lm_head:
+    if recipe.lm_head != "float":
         head = params["lm_head"]["kernel"] if "lm_head" in params else params["embed"]["embedding"]
         result["lm_head"] = {"kernel": quantize_head(head, recipe)}
     if recipe.refine:
@@ -190,8 +190,11 @@ class BlockQuantizer:
             self._streams.restore(state)
 
 
-def quantize_head(head: jax.Array, recipe: Recipe) -> Int4Weight:
-    """The output projection, ``[vocab, hidden]``, as int4."""
+def quantize_head(head: jax.Array, recipe: Recipe) -> Int4Weight | Fp8Weight:
+    """The output projection, ``[vocab, hidden]``, as the recipe says: in e4m3 or int4."""
+    if recipe.lm_head == "fp8":
+        codes, scales = jax.jit(round_to_fp8)(head)
+        return Fp8Weight(codes, scales, head.shape[:1], head.shape[1:])
     group_size = pick_group_size(head.shape[1], recipe, "lm_head")
     return _wrap(_round_nearest(head, group_size, recipe), head.shape, 1, recipe)
 

@@ -101,7 +101,10 @@ def test_exported_words_are_those_the_package_packs(tmp_path, tiny):
     assert f"{name}.weight" not in tensors
 
 
-@pytest.mark.parametrize("recipe", ["data_free", "rtn_bf16", fireq_jax.Recipe(lm_head=True)], ids=str)
+HEADS = [fireq_jax.Recipe(lm_head="int4"), fireq_jax.Recipe(lm_head="fp8")]
+
+
+@pytest.mark.parametrize("recipe", ["data_free", "rtn_bf16", *HEADS], ids=str)
 def test_an_export_comes_back_as_the_same_weights(tmp_path, recipe):
     model, params = convert.load(write_checkpoint(tmp_path / "in", WIDE))
     quantized = fireq_jax.quantize(params, recipe)
@@ -115,6 +118,9 @@ def test_an_export_comes_back_as_the_same_weights(tmp_path, recipe):
             for projection in projections:
                 ours, theirs = (p[block][half][projection]["kernel"] for p in (quantized, restored))
                 np.testing.assert_array_equal(ours.dequantize(), theirs.dequantize())
+    head, exported = (p["lm_head"]["kernel"] for p in (quantized, restored))
+    if isinstance(head, fireq_jax.Fp8Weight):  # as an unquantised weight
+        np.testing.assert_array_equal(exported, head.dequantize(model.dtype))
     convert.save(tmp_path / "native", again, restored)
     saved = convert.load(tmp_path / "native")[1]
     codes = [p["layers_1"]["mlp"]["up"]["kernel"].codes for p in (saved, restored)]

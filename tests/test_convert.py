@@ -293,7 +293,10 @@ def test_embedded_model_is_what_its_file_says(smollm2):
     assert len(tensor_table(model.config)) == len(tensors)
 
 
-@pytest.mark.parametrize("recipe", [None, "rtn", "rtn_bf16", fireq_jax.Recipe(lm_head=True, group_size=32)])
+HEADS = [fireq_jax.Recipe(lm_head="int4", group_size=32), fireq_jax.Recipe(lm_head="fp8")]
+
+
+@pytest.mark.parametrize("recipe", [None, "rtn", "rtn_bf16", *HEADS], ids=str)
 @pytest.mark.parametrize("variant", ["biases", "smollm2"])
 def test_checkpoints_round_trip_bit_for_bit(tmp_path, variant, recipe):
     model, params = convert.load(write_checkpoint(tmp_path / "in", VARIANTS[variant]), dtype="bfloat16")

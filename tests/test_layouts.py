@@ -44,7 +44,7 @@ def test_tiles_go_back_to_the_same_rows(model, recipe):
 
 @pytest.mark.parametrize("numerics", ["exact", "folded"])
 def test_only_weights_that_the_kernel_takes_are_tiled(model, numerics):
-    recipe = fireq_jax.Recipe(numerics=numerics, lm_head=True)
+    recipe = fireq_jax.Recipe(numerics=numerics, lm_head="int4")
     tiles = fireq_jax.quantize(model[1], recipe, layout="tiles")
     tiled = {type(x) for x in int4_leaves(tiles["layers_0"])}
     assert tiled == {fireq_jax.TiledInt4Weight if numerics == "exact" else fireq_jax.Int4Weight}

@@ -18,7 +18,8 @@ import fireq_jax
 from convert.folder import staging_path
 
 CALIBRATION = np.random.default_rng(5).integers(0, 131, 200)
-RECIPES = ["rtn", "kv4", "data_free", "fireq", "best", fireq_jax.Recipe(lm_head=True, group_size=32)]
+HEADS = [fireq_jax.Recipe(lm_head="int4", group_size=32), fireq_jax.Recipe(lm_head="fp8")]
+RECIPES = ["rtn", "kv4", "data_free", "fireq", "best", *HEADS]
 
 
 def in_memory(source, recipe):
