@@ -22,7 +22,7 @@ from convert.shards import write_shards
 from convert.tensors import Table, TensorSpec, check_tensors, insert, lookup
 from fireq_jax.config import LlamaConfig, Recipe
 from fireq_jax.llama import Llama
-from fireq_jax.qtensor import Fp8Weight, Int4Weight, Layout, is_int4, to_layout
+from fireq_jax.qtensor import ByteWeight, Int4Weight, Layout, is_int4, to_layout
 from fireq_jax.quantize import pick_group_size, recipe_of
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
@@ -79,7 +79,7 @@ def export_compressed_tensors(
     modules: dict[int, list[str]] = {}
     for name, spec in table.items():
         value = lookup(params, spec.path)
-        if isinstance(value, Fp8Weight):  # the format's e4m3 weights go with activations of the same kind
+        if isinstance(value, ByteWeight):  # the format's 8-bit weights go with activations of the same kind
             arrays[name] = value.dequantize(model.dtype).reshape(spec.stored_shape)
             continue
         if not is_int4(value):

@@ -1,8 +1,8 @@
 """This library's own checkpoints: what is in them beside a Hugging Face folder's tensors, and how it is checked.
 
 Of a quantised weight ``NAME.weight`` the parts are stored as ``NAME.codes`` (uint8, two int4 codes to a byte, the first
-in the low half), ``NAME.scales`` (e4m3 or bf16) and ``NAME.tensor_scale`` (float32); of an e4m3 output projection
-``lm_head.codes`` (e4m3) and ``lm_head.scales`` (float32). ``config.json`` has a ``fireq`` block:
+in the low half), ``NAME.scales`` (e4m3 or bf16) and ``NAME.tensor_scale`` (float32); of an output projection in bytes
+``lm_head.codes`` (int8 or e4m3) and ``lm_head.scales`` (float32). ``config.json`` has a ``fireq`` block:
 
     format_version    4
     library_version   of fireq-jax, when it was written
@@ -19,13 +19,14 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from convert.safetensors_file import StoredTensor, TensorFile
 from convert.tensors import Table, TensorSpec, check_tensors, insert, lookup, tensor_table
 from fireq_jax.config import LlamaConfig, Recipe
 from fireq_jax.llama import Llama
-from fireq_jax.qtensor import Fp8Weight, Int4Weight, Layout, is_int4, to_layout
+from fireq_jax.qtensor import ByteWeight, Int4Weight, Layout, is_int4, to_layout
 from fireq_jax.quantize import all_finite
 
 FORMAT_VERSION = 4
@@ -33,7 +34,7 @@ LAYOUT = "rows"
 ID_KEY = "fireq_checkpoint_id"
 CHECKED_ROWS = 1 << 14
 _PARTS = ("codes", "scales", "tensor_scale")
-_FP8_PARTS = _PARTS[:2]
+_BYTE_PARTS = _PARTS[:2]
 _BLOCK = ("format_version", "library_version", "checkpoint_id", "layout", "scale_dtype", "group_sizes", "recipe")
 
 
@@ -76,8 +77,8 @@ def named_arrays(specs: Iterable[TensorSpec], params: Mapping[str, Any]) -> dict
         if is_int4(value):
             rows = value.rows
             named |= {_part_name(spec.name, part): getattr(rows, part) for part in _PARTS}
-        elif isinstance(value, Fp8Weight):
-            named |= {_part_name(spec.name, part): getattr(value, part) for part in _FP8_PARTS}
+        elif isinstance(value, ByteWeight):
+            named |= {_part_name(spec.name, part): getattr(value, part) for part in _BYTE_PARTS}
         else:
             same = value.shape == spec.stored_shape  # reshaping copies
             named[spec.name] = value if same else value.reshape(spec.stored_shape)
@@ -137,7 +138,7 @@ def load_quantized(
             for n, spec in table.items()
             if spec.input_axes and (spec.module != "lm_head" or recipe.lm_head == "int4")
         }
-    head = table.get("lm_head.weight") if recipe.lm_head == "fp8" else None
+    head = table.get("lm_head.weight") if recipe.lm_head in ("int8", "fp8") else None
     floats = {name: spec for name, spec in table.items() if name not in quantized and spec is not head}
     expected: dict[str, tuple[int, ...]] = {name: spec.stored_shape for name, spec in floats.items()}
     for name, spec in quantized.items():
@@ -146,7 +147,7 @@ def load_quantized(
         expected |= dict(zip((_part_name(name, p) for p in _PARTS), ((n, k // 2), (n, k // group), ()), strict=True))
     if head is not None:
         shapes = head.stored_shape, head.stored_shape[:1]
-        expected |= dict(zip((_part_name(head.name, p) for p in _FP8_PARTS), shapes, strict=True))
+        expected |= dict(zip((_part_name(head.name, p) for p in _BYTE_PARTS), shapes, strict=True))
     check_tensors({name: x.shape for name, x in tensors.items()}, expected, [], source)
     for name in quantized:
         if (found := tensors[_part_name(name, "scales")].dtype.name) != block["scale_dtype"]:
@@ -165,8 +166,10 @@ def load_quantized(
         weight.validate(f"{source}: {name}")
         insert(params, spec.path, to_layout(weight, layout))
     if head is not None:
-        codes, scales = (to_device(tensors[_part_name(head.name, part)].read()) for part in _FP8_PARTS)
-        projection = Fp8Weight(codes, scales, head.shape[:1], head.shape[1:])
+        codes, scales = (to_device(tensors[_part_name(head.name, part)].read()) for part in _BYTE_PARTS)
+        if (codes.dtype == jnp.int8) != (recipe.lm_head == "int8"):
+            raise ValueError(f"{source}: lm_head.codes are {codes.dtype}, the recipe says {recipe.lm_head}")
+        projection = ByteWeight(codes, scales, head.shape[:1], head.shape[1:])
         projection.validate(f"{source}: {head.name}")
         insert(params, head.path, projection)
     return Llama(config, dtype), params | {"recipe": recipe}

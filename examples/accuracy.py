@@ -76,6 +76,7 @@ RECIPES = [
     ("rtn, INT4 lm_head", replace(P["rtn"], lm_head="int4"), 1),
     ("best, INT4 lm_head", replace(P["best"], lm_head="int4"), 1),
     ("best, fp8 lm_head", replace(P["best"], lm_head="fp8"), 1),
+    ("best, INT8 lm_head", replace(P["best"], lm_head="int8"), 1),
 ]
 
 

@@ -133,7 +133,7 @@ def operators_part(results: dict[str, Any]) -> list[str]:
 # How the output projection is kept; earlier results say only whether it is quantised.
 HEADS = {
     False: "", "float": "", True: " with an INT4 output projection", "int4": " with an INT4 output projection",
-    "fp8": " with an output projection in e4m3",
+    "fp8": " with an output projection in e4m3", "int8": " with an INT8 output projection",
 }  # fmt: skip
 
 

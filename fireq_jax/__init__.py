@@ -6,14 +6,14 @@ from fireq_jax.evaluate import Evaluation, evaluate
 from fireq_jax.generate import Generation, generate, generate_stream
 from fireq_jax.kv_cache import KVCache, cache_bytes_per_token
 from fireq_jax.llama import Llama
-from fireq_jax.qtensor import Fp8Weight, Int4Weight, TiledInt4Weight, to_layout
+from fireq_jax.qtensor import ByteWeight, Int4Weight, TiledInt4Weight, to_layout
 from fireq_jax.quantize import parameter_bytes, quantize, recipe_of
 from fireq_jax.sampling import Sampling
 
 __all__ = [
     "PRESETS",
+    "ByteWeight",
     "Evaluation",
-    "Fp8Weight",
     "Generation",
     "Int4Weight",
     "KVCache",

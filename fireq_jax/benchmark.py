@@ -54,7 +54,7 @@ def run_benchmark(
     name: str,
     *,
     recipe: str = "rtn",
-    lm_head: Literal["float", "fp8", "int4"] = "float",
+    lm_head: Literal["float", "int8", "fp8", "int4"] = "float",
     feed_forward: Sequence[int] = (),
     prefill: Sequence[tuple[int, int]] = (),
     decode: Sequence[tuple[int, int]] = (),

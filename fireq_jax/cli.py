@@ -25,7 +25,7 @@ Model = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repository.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="Preset used if the model is not quantised yet.")]
-LmHead = Annotated[str, typer.Option(help="Output projection: float, fp8 or int4.")]
+LmHead = Annotated[str, typer.Option(help="Output projection: float, int8, fp8 or int4.")]
 Float = Annotated[bool, typer.Option("--float", help="Run the model as it is, without quantising it.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]

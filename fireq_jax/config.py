@@ -316,9 +316,9 @@ class Recipe:
         makes up for part of their error. Takes another two passes over the calibration text.
       refine: tune norm gains and rotation scales by distillation from the float model behind everything else, three
         passes of training over the calibration text (needs a calibration).
-      lm_head: how the output projection is kept. "float"; "fp8" rounds it to e4m3 with a scale per output, its input
-        unrounded; "int4" rounds it to the nearest codes, like any other weight. A tied embedding keeps its float copy
-        for the input side.
+      lm_head: how the output projection is kept. "float"; "int8" or "fp8" (e4m3) with a scale per output, its input
+        unrounded, of which "int8" is nearer to the float weight; "int4" rounds it to the nearest codes, like any other
+        weight. A tied embedding keeps its float copy for the input side.
     """
 
     name: str = "custom"
@@ -336,7 +336,7 @@ class Recipe:
     rounding: Literal["nearest", "search", "gptq"] = "nearest"
     sequential: bool = False
     refine: bool = False
-    lm_head: Literal["float", "fp8", "int4"] = "float"
+    lm_head: Literal["float", "int8", "fp8", "int4"] = "float"
 
     def __post_init__(self) -> None:
         choices = {
@@ -350,7 +350,7 @@ class Recipe:
             "keys": ("none", "fireq", "search", "hadamard"),
             "values": ("none", "hadamard"),
             "rounding": ("nearest", "search", "gptq"),
-            "lm_head": ("float", "fp8", "int4"),
+            "lm_head": ("float", "int8", "fp8", "int4"),
         }
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pallas_kernels
 from fireq_jax.config import LlamaConfig
 from fireq_jax.kv_cache import Int4LayerCache, LayerCache
-from fireq_jax.qtensor import Fp8Weight, Int4Weight, TiledInt4Weight, is_int4, takes_fp8
+from fireq_jax.qtensor import ByteWeight, Int4Weight, TiledInt4Weight, is_int4, takes_fp8
 
 # How new tokens find keys and values:
 #   "prefill"   they are the first of their sequences and attend to each other, to unquantised or e4m3 values
@@ -20,7 +20,7 @@ from fireq_jax.qtensor import Fp8Weight, Int4Weight, TiledInt4Weight, is_int4, t
 AttentionMode = Literal["prefill", "continue", "cached"]
 
 
-Weight = jax.Array | Int4Weight | TiledInt4Weight | Fp8Weight
+Weight = jax.Array | Int4Weight | TiledInt4Weight | ByteWeight
 # What a linear layer takes: floats, or where all of its weights take e4m3 what these are made of.
 Activations = jax.Array | pallas_kernels.Source
 
@@ -121,8 +121,8 @@ def _product(
 
 def _float_product(x: jax.Array, weight: Weight, bias: jax.Array | None, out_dtype: Any) -> jax.Array:
     """``[m, k]`` times a weight in x's dtype."""
-    if isinstance(weight, Fp8Weight):
-        return _fp8_product(x, weight, bias, out_dtype)
+    if isinstance(weight, ByteWeight):
+        return _byte_product(x, weight, bias, out_dtype)
     w = weight.astype(x.dtype) if isinstance(weight, jax.Array) else weight.dequantize(x.dtype)
     # Sums are float32 in any case, but a result in float32 is one more array to write, and a kernel to round it.
     result = out_dtype if bias is None and out_dtype == x.dtype else jnp.float32
@@ -131,8 +131,8 @@ def _float_product(x: jax.Array, weight: Weight, bias: jax.Array | None, out_dty
     return (y if bias is None else y + bias.astype(jnp.float32)).astype(out_dtype)
 
 
-def _fp8_product(x: jax.Array, weight: Fp8Weight, bias: jax.Array | None, out_dtype: Any) -> jax.Array:
-    """``[m, k]`` times e4m3 codes, which XLA reads as they are and widens on the way into the product."""
+def _byte_product(x: jax.Array, weight: ByteWeight, bias: jax.Array | None, out_dtype: Any) -> jax.Array:
+    """``[m, k]`` times codes of a byte, which XLA reads as they are and widens on the way into the product."""
     contract = (((1,), (1,)), ((), ()))
     y = jax.lax.dot_general(x, weight.codes.astype(x.dtype), contract, preferred_element_type=jnp.float32)
     y = y * weight.scales

@@ -147,12 +147,12 @@ class TiledInt4Weight(_Int4):
 
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=["out_shape", "in_shape"])
 @dataclass(frozen=True)
-class Fp8Weight:
-    """A linear weight ``W[n, k] ≈ codes · scales`` in e4m3, whose input is not rounded (W8A16).
+class ByteWeight:
+    """A linear weight ``W[n, k] ≈ codes · scales`` of a byte per element, whose input is not rounded (W8A16).
 
     Attributes:
-      codes: ``[n, k]`` e4m3.
-      scales: ``[n]`` float32, positive: the largest magnitude of an output's weights over e4m3's largest.
+      codes: ``[n, k]`` int8 of -127 to 127, or e4m3.
+      scales: ``[n]`` float32, positive: the largest magnitude of an output's weights over the largest code.
       out_shape: logical output axes, of which n is the product.
       in_shape: logical input axes, of which k is the product.
     """
@@ -180,11 +180,14 @@ class Fp8Weight:
             finite; the message names ``name``.
         """
         n, k = math.prod(self.out_shape), math.prod(self.in_shape)
-        if self.codes.shape != (n, k) or self.codes.dtype != jnp.float8_e4m3fn:
-            raise ValueError(f"{name}: codes must be float8_e4m3fn {(n, k)}, got {self.codes.dtype} {self.codes.shape}")
+        if self.codes.shape != (n, k) or self.codes.dtype not in (jnp.int8, jnp.float8_e4m3fn):
+            raise ValueError(
+                f"{name}: codes must be int8 or float8_e4m3fn {(n, k)}, got {self.codes.dtype} {self.codes.shape}"
+            )
         if self.scales.shape != (n,) or self.scales.dtype != jnp.float32:
             raise ValueError(f"{name}: scales must be float32 {(n,)}, got {self.scales.dtype} {self.scales.shape}")
-        if not bool(jnp.all(jnp.isfinite(self.scales) & (self.scales > 0)) & ~jnp.any(jnp.isnan(self.codes))):
+        is_nan = jnp.isnan(self.codes) if self.codes.dtype == jnp.float8_e4m3fn else False
+        if not bool(jnp.all(jnp.isfinite(self.scales) & (self.scales > 0)) & ~jnp.any(is_nan)):
             raise ValueError(f"{name}: a scale is not positive and finite, or a code is NaN")
 
 

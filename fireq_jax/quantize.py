@@ -16,8 +16,8 @@ import numpy as np
 from fireq_jax import smoothing
 from fireq_jax.config import LlamaConfig, Recipe, resolve_recipe
 from fireq_jax.kv_cache import CacheKind
-from fireq_jax.numerics import round_to_fp8, round_weight
-from fireq_jax.qtensor import Fp8Weight, Int4Weight, Layout, is_int4, to_layout
+from fireq_jax.numerics import round_to_bytes, round_weight
+from fireq_jax.qtensor import ByteWeight, Int4Weight, Layout, is_int4, to_layout
 from fireq_jax.refine import refine_gains, refinement_steps
 from fireq_jax.rounding import corrected_weight, round_weight_searched, round_weights_calibrated
 from fireq_jax.streams import Streams
@@ -190,11 +190,11 @@ class BlockQuantizer:
             self._streams.restore(state)
 
 
-def quantize_head(head: jax.Array, recipe: Recipe) -> Int4Weight | Fp8Weight:
-    """The output projection, ``[vocab, hidden]``, as the recipe says: in e4m3 or int4."""
-    if recipe.lm_head == "fp8":
-        codes, scales = jax.jit(round_to_fp8)(head)
-        return Fp8Weight(codes, scales, head.shape[:1], head.shape[1:])
+def quantize_head(head: jax.Array, recipe: Recipe) -> Int4Weight | ByteWeight:
+    """The output projection, ``[vocab, hidden]``, as the recipe says: in int8, e4m3 or int4."""
+    if recipe.lm_head in ("int8", "fp8"):
+        codes, scales = _round_to_bytes(head, recipe.lm_head)
+        return ByteWeight(codes, scales, head.shape[:1], head.shape[1:])
     group_size = pick_group_size(head.shape[1], recipe, "lm_head")
     return _wrap(_round_nearest(head, group_size, recipe), head.shape, 1, recipe)
 
@@ -340,3 +340,4 @@ def _wrap(
 
 
 _round_nearest = jax.jit(round_weight, static_argnums=(1, 2))
+_round_to_bytes = jax.jit(round_to_bytes, static_argnums=1)

@@ -16,7 +16,7 @@ import optax
 
 from fireq_jax.config import LlamaConfig, Recipe
 from fireq_jax.layers import rope_tables
-from fireq_jax.qtensor import Fp8Weight, Int4Weight
+from fireq_jax.qtensor import ByteWeight, Int4Weight
 from pallas_kernels import apply_ropes, quantize_fp8, quantize_kv, unpack_int4
 
 Params = dict[str, Any]
@@ -169,7 +169,7 @@ def _linear(recipe: Recipe | None, params: Params, x: jax.Array) -> jax.Array:
         if recipe is not None and recipe.activations == "fp8":
             x = _as_fp8(x)
         kernel = kernel.dequantize()
-    elif isinstance(kernel, Fp8Weight):
+    elif isinstance(kernel, ByteWeight):
         kernel = kernel.dequantize()
     y = jnp.matmul(x, kernel.astype(jnp.float32).reshape(-1, x.shape[-1]).T)
     return y + params["bias"].astype(jnp.float32).reshape(-1) if "bias" in params else y

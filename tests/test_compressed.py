@@ -101,7 +101,7 @@ def test_exported_words_are_those_the_package_packs(tmp_path, tiny):
     assert f"{name}.weight" not in tensors
 
 
-HEADS = [fireq_jax.Recipe(lm_head="int4"), fireq_jax.Recipe(lm_head="fp8")]
+HEADS = [fireq_jax.Recipe(lm_head="int4"), fireq_jax.Recipe(lm_head="fp8"), fireq_jax.Recipe(lm_head="int8")]
 
 
 @pytest.mark.parametrize("recipe", ["data_free", "rtn_bf16", *HEADS], ids=str)
@@ -119,7 +119,7 @@ def test_an_export_comes_back_as_the_same_weights(tmp_path, recipe):
                 ours, theirs = (p[block][half][projection]["kernel"] for p in (quantized, restored))
                 np.testing.assert_array_equal(ours.dequantize(), theirs.dequantize())
     head, exported = (p["lm_head"]["kernel"] for p in (quantized, restored))
-    if isinstance(head, fireq_jax.Fp8Weight):  # as an unquantised weight
+    if isinstance(head, fireq_jax.ByteWeight):  # as an unquantised weight
         np.testing.assert_array_equal(exported, head.dequantize(model.dtype))
     convert.save(tmp_path / "native", again, restored)
     saved = convert.load(tmp_path / "native")[1]

@@ -293,7 +293,11 @@ def test_embedded_model_is_what_its_file_says(smollm2):
     assert len(tensor_table(model.config)) == len(tensors)
 
 
-HEADS = [fireq_jax.Recipe(lm_head="int4", group_size=32), fireq_jax.Recipe(lm_head="fp8")]
+HEADS = [
+    fireq_jax.Recipe(lm_head="int4", group_size=32),
+    fireq_jax.Recipe(lm_head="fp8"),
+    fireq_jax.Recipe(lm_head="int8"),
+]
 
 
 @pytest.mark.parametrize("recipe", [None, "rtn", "rtn_bf16", *HEADS], ids=str)

@@ -18,7 +18,11 @@ import fireq_jax
 from convert.folder import staging_path
 
 CALIBRATION = np.random.default_rng(5).integers(0, 131, 200)
-HEADS = [fireq_jax.Recipe(lm_head="int4", group_size=32), fireq_jax.Recipe(lm_head="fp8")]
+HEADS = [
+    fireq_jax.Recipe(lm_head="int4", group_size=32),
+    fireq_jax.Recipe(lm_head="fp8"),
+    fireq_jax.Recipe(lm_head="int8"),
+]
 RECIPES = ["rtn", "kv4", "data_free", "fireq", "best", *HEADS]
 
 
