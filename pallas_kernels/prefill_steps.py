@@ -32,6 +32,9 @@ HIDDEN, SMALLEST_FACTORS, LARGEST_FACTORS, SIGNS = 0xFC00FC00, 0x00020002, 0x4D0
 # Registers of scores that are weighed together, and how many such groups are under way: each begins behind the end of
 # the one as many before it.
 GROUP, UNDER_WAY = 4, 3
+# Of a group's powers, those found by a polynomial where heads are of 64: the unit for the others would be waited for,
+# as there is less for the tensor core to do.
+BY_POLYNOMIAL = (2, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,15 +229,17 @@ class Steps:
         def hide(_: Any, scores: Any, limits: Any, first: Any) -> Any:
             _row, t = self._row()
             column = arith.addi(first.registers.item(), arith.muli(t, i32(2)))
-            last = [arith.subi(limit, column) for limit in hopper.unpack(limits)]
+            # Of all that begins with the thread's first pair: bits that are seen.
+            seen = [
+                arith.muli(arith.addi(arith.subi(limit, column), i32(1)), i32(16)) for limit in hopper.unpack(limits)
+            ]
             hidden = []
             for i, pair in enumerate(hopper.unpack(scores)):
-                first_of_pair, limit = i32(i // 2 * 8), last[i % 2]
-                both = arith.cmpi(arith.CmpIPredicate.slt, first_of_pair, limit)
-                one = arith.cmpi(arith.CmpIPredicate.eq, first_of_pair, limit)
-                seen = arith.select(both, i32(-1), arith.select(one, i32(0xFFFF), i32(0)))
-                infinite = arith.andi(i32(HIDDEN), arith.xori(seen, i32(-1)))
-                hidden.append(arith.ori(arith.andi(pair, seen), infinite))
+                ptx = (
+                    f"{{ .reg .b32 bits, mask; add.s32 bits, $2, {-16 * 8 * (i // 2)}; max.s32 bits, bits, 0; "
+                    f"shl.b32 mask, 0xFFFFFFFF, bits; lop3.b32 $0, $1, {HIDDEN:#x}, mask, 0xD8; }}"
+                )
+                hidden.append(hopper.pure_asm(ptx, "=r,r,r", [pair, seen[i % 2]], pair.type))
             return hopper.pack(hidden)
 
         return cast(Operation, hide)
@@ -331,7 +336,9 @@ class Steps:
                 ended = (first - UNDER_WAY * GROUP) // 2
                 if ended >= 0:
                     offset = hopper.and_or(words[ended + i % 2], zeros, offset)
-                powers.append(hopper.exp2_f16x2(hopper.f16x2("fma.rn", score, factor, offset)))
+                exponent = hopper.f16x2("fma.rn", score, factor, offset)
+                polynomial = self.shape.head_dim == 64 and i in BY_POLYNOMIAL
+                powers.append((hopper.exp2_f16x2_by_polynomial if polynomial else hopper.exp2_f16x2)(exponent))
             for half, part in enumerate(parts):
                 for j, power in enumerate(powers[half::2]):
                     if len(part) == 2:  # chains

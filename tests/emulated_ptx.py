@@ -193,14 +193,23 @@ class Machine:
             names[arguments[0]] = value(arguments[1], F32).astype(ml_dtypes.bfloat16).view(B16)
         elif kind[0] == "lop3":
             a, b, c = (value(x) for x in arguments[1:4])
-            table = {0xEA: (a & b) | c, 0x6A: (a & b) ^ c, 0xE4: (a & c) | (b & ~c)}
+            table = {0xEA: (a & b) | c, 0x6A: (a & b) ^ c, 0xE4: (a & c) | (b & ~c), 0xD8: (a & ~c) | (b & c)}
             assign(arguments[0], table[int(arguments[4], 0)])
         elif kind[0] == "prmt":
             source = np.stack([value(arguments[1]), value(arguments[2])], axis=1).view(np.uint8)
             selector, thread = value(arguments[3]), np.arange(self.block.threads)
             picked = [source[thread, selector >> U32(4 * i) & U32(7)] for i in range(4)]
             assign(arguments[0], np.stack(picked, axis=1).copy().view(U32)[:, 0])
-        elif opcode in ("and.b32", "add.u32"):
+        elif opcode == "shl.b32":
+            bits, by = value(arguments[1]), value(arguments[2])
+            assign(arguments[0], np.where(by < 32, bits << np.minimum(by, U32(31)), U32(0)))
+        elif opcode == "max.s32":
+            larger = np.maximum(value(arguments[1], np.int32), value(arguments[2], np.int32))
+            assign(arguments[0], larger.view(U32))
+        elif opcode == "mad.lo.u32":
+            a, b, c = (value(x) for x in arguments[1:])
+            assign(arguments[0], a * b + c)
+        elif opcode in ("and.b32", "add.u32", "add.s32"):
             operation = {"and": np.bitwise_and, "add": np.add}[kind[0]]
             assign(arguments[0], operation(value(arguments[1]), value(arguments[2])))
         elif opcode in ("shf.r.wrap.b32", "shf.l.wrap.b32"):
@@ -211,7 +220,7 @@ class Machine:
             half = np.float16 if kind[-1] == "f16x2" else ml_dtypes.bfloat16
             a, *others = (value(x).view(B16).view(half).astype(np.float64) for x in arguments[1:])
             operation = {
-                "add": np.add, "max": np.fmax, "min": np.fmin, "fma": lambda x, y, z: x * y + z,
+                "add": np.add, "sub": np.subtract, "max": np.fmax, "min": np.fmin, "fma": lambda x, y, z: x * y + z,
             }[kind[0]]  # fmt: skip
             exact = operation(a, *others)
             assign(arguments[0], exact.astype(half).view(B16).view(U32))

@@ -34,12 +34,28 @@ def real(x, lengths):
     return np.concatenate([np.asarray(row[:n], np.float64) for row, n in zip(x, lengths, strict=True)])
 
 
+def powers_by_polynomial(x):
+    """What :func:`hopper.exp2_f16x2_by_polynomial` gives in float16; neighbours of the last axis are a register."""
+
+    def half(values):
+        return np.float16(values).astype(np.float64)
+
+    x = np.maximum(half(x), -11)
+    whole = half(half(x + 1536) - 1536)
+    fraction, power = half(x - whole), np.float16(0.05646)
+    for degree in (0.2426, 0.6929, 1):
+        power = np.float16(power.astype(np.float64) * fraction + half(degree))
+    bits = np.ldexp(power.astype(np.float64), whole.astype(int)).astype(np.float16).view(np.uint16)
+    bits[..., 1::2] += whole[..., ::2] < 0
+    return bits.view(np.float16).astype(np.float64)
+
+
 def oracle(q8, q_scale, k8, k_scale, v8, v_scale, lengths, starts=None, *, rounded=True):
     """Rows of real tokens in float64, but for the roundings of scores and weights unless ``rounded`` is false.
 
     Scores, their factors, offsets and weights are float16, weights are rounded to e4m3: relative to about the largest
-    score so far. Keys are gone through in blocks of 128, from that of the row itself to the first. New tokens have the
-    keys from ``starts`` on.
+    score so far. Where heads are of 64, half of the weights are polynomials' values. Keys are gone through in blocks of
+    128, from that of the row itself to the first. New tokens have the keys from ``starts`` on.
     """
     heads, d = q8.shape[2:]
 
@@ -75,7 +91,10 @@ def oracle(q8, q_scale, k8, k_scale, v8, v_scale, lengths, starts=None, *, round
                 new = half(8 - largest[..., j] - np.abs(largest[..., j]) * 2.0**-11)
             offsets[..., j] = np.where(largest[..., j] + offsets[..., j + 1] > 8 + SLACK, new, offsets[..., j + 1])
         offsets = offsets[..., :-1]
-        weights = half(np.exp2(half(scores + offsets[..., None])))
+        exponents = half(scores + offsets[..., None])
+        weights = half(np.exp2(exponents))
+        if rounded and d == 64:  # of every other eight keys
+            weights = np.where(np.arange(128) // 8 % 2, powers_by_polynomial(exponents), weights)
         e4m3 = np.asarray(pk.round_to_e4m3(jnp.asarray(weights, jnp.float32)), np.float64) if rounded else weights
         changes = np.exp2(offsets[..., :1] - offsets)
         products = (e4m3 * (changes * value_scale)[..., None]).reshape(heads, n, -1)
