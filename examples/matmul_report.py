@@ -20,6 +20,7 @@ PEAK_TFLOPS = 1979
 def cells(row: dict[str, Any]) -> list[str]:
     times = dict(row["microseconds"])
     ours, bf16 = times.pop("int4"), times.pop("bf16")
+    humming = [times.pop(name) for name in ("humming",) if name in times]
     fast = [us for name, us in times.items() if name.endswith("fast")]
     precise = [us for name, us in times.items() if not name.endswith("fast")]
     rate = 2 * row["m"] * row["n"] * row["k"] / ours / 1e6
@@ -30,7 +31,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
     return [
         f"{row['n']}x{row['k']}", str(row["m"]), f"{ours:.1f}", f"{rate:.0f}", f"{bandwidth:.2f}",
-        f"{bf16 / ours:.2f}x", ratio(precise), ratio(fast), f"{row['error']:.1e}",
+        f"{bf16 / ours:.2f}x", ratio(precise), ratio(fast), ratio(humming), f"{row['error']:.1e}",
     ]  # fmt: skip
 
 
@@ -53,6 +54,8 @@ def draw(results: dict[str, Any]) -> None:
         plot("INT4 x FP8", [(row["m"], rate(row, row["microseconds"]["int4"])) for row in rows])
         eights = [(row, [us for name, us in row["microseconds"].items() if name.startswith("fp8")]) for row in rows]
         plot("fp8, the fastest", [(row["m"], rate(row, min(times))) for row, times in eights if times])
+        of_humming = [(row, row["microseconds"].get("humming")) for row in rows]
+        plot("humming-kernels", [(row["m"], rate(row, us)) for row, us in of_humming if us])
         plot("bf16", [(row["m"], rate(row, row["microseconds"]["bf16"])) for row in rows])
         copied = [(row, row["weight_bytes"] / results["copy_bytes_per_second"] * 1e6) for row in rows]
         roofline = [(row["m"], min(PEAK_TFLOPS, rate(row, us))) for row, us in copied]
@@ -69,12 +72,13 @@ def draw(results: dict[str, Any]) -> None:
 def main() -> None:
     results = json.loads(RESULTS.read_text("utf-8"))
     header = ["n x k", "tokens", "us", "TFLOP/s", "weights TB/s", "speed to bf16", "to fp8"]
-    header += ["to fp8, fast accumulation", "error"]
+    header += ["to fp8, fast accumulation", "to humming", "error"]
     note = f" {results['note']}" if "note" in results else ""
     text = (
         f"{results['device']}, JAX {results['versions']['jax']}, torch {results['versions']['torch']}, commit "
         f'{results["commit"]}: `{results["command"]}`.{note} "fp8" is the faster of cuBLASLt\'s per-tensor and per-row '
-        f"products. The error is the relative Frobenius norm to the float32 product.\n\n"
+        f'products, "humming" the W4A8 product of humming-kernels {results.get("humming-kernels", "(not measured)")}. '
+        "The error is the relative Frobenius norm to the float32 product.\n\n"
         f"{table(header, list(map(cells, results['rows'])))}\n\n"
         "![TFLOP/s over tokens](matmul.svg)"
     )
