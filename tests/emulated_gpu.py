@@ -6,11 +6,13 @@ one after another. Shared memory is watched: a byte that one warp wrote and anot
 barrier is a race. What a copy brings is garbage until its barrier was waited for.
 
 Kernels that have barriers of Pallas run every warpgroup in a Python thread of its own. A wgmma is computed when it is
-waited for, from what shared memory holds then; reading its accumulators before is an error. Not known: clusters.
+waited for, from what shared memory holds then; reading its accumulators before is an error. The blocks of a cluster run
+together, if they have such barriers; what they copy together each copies for itself.
 
 Memory, barriers and products are in ``emulated_memory``, PTX in ``emulated_ptx``.
 """
 
+import functools
 import itertools
 import threading
 from contextlib import contextmanager
@@ -26,8 +28,11 @@ from emulated_memory import (
     PRED,
     U32,
     U64,
+    Barriers,
     BarrierSpec,
     Block,
+    Cluster,
+    ClusterBarrierSpec,
     Product,
     Register,
     Running,
@@ -82,7 +87,10 @@ def emulated(*modules):
         Value=object,
     )
     utils = SimpleNamespace(
-        thread_idx=lambda: Register(np.arange(machine.block.threads, dtype=U32)), memref_ptr=lambda ref: ref
+        thread_idx=lambda: Register(
+            np.arange(machine.block.threads, dtype=U32) + U32(128 * getattr(machine.block, "warpgroup", 0))
+        ),
+        memref_ptr=lambda ref: ref,
     )
     llvm = SimpleNamespace(ptrtoint=lambda kind, ref: Register(machine.full(ref.address, kind)))
 
@@ -130,6 +138,9 @@ def emulated(*modules):
             results.append(Register(words.reshape(-1)))
         return results
 
+    def member():
+        return machine.block.peer, machine.block.warpgroup
+
     hopper_functions = {
         "wgmma_e4m3": issue, "wait_for_wgmma": wait_for_products, "store_matrices": store_matrices,
         "load_matrices": load_matrices,
@@ -139,6 +150,10 @@ def emulated(*modules):
         "utils": utils,
         "i32": lambda value: constant(value, 32), "f32": lambda value: Register(machine.full(value, F32)),
         "pack": list, "unpack": list,
+        "cluster_arrive": lambda: machine.block.cluster.arrive(member()),
+        "cluster_arrive_done": lambda: machine.block.cluster.arrive(member()),
+        "cluster_wait": lambda: machine.block.cluster.wait(member(), machine.failures),
+        "warpgroup_barrier": lambda: None,
         "shared_address": lambda ref: Register(machine.full(ref.address, U32)),
         "to_bf16x2": lambda low, high: pure_asm("cvt.rn.bf16x2.f32 $0, $1, $2;", "", [high, low], U32),
     }  # fmt: skip
@@ -160,20 +175,26 @@ def emulated(*modules):
         dtype = F32 if values.dtype == np.float32 else U32
         return [Register(machine.full(values[0], dtype)) for _ in range(values.size // 128)]
 
-    def separately(block, warpgroups, body):
-        """Runs the warpgroups of a block side by side."""
+    def separately(blocks, warpgroups, bodies):
+        """Runs the warpgroups of a cluster's blocks side by side."""
+        cluster = Cluster(blocks, warpgroups) if len(blocks) > 1 else None
 
-        meetings = {}
-
-        def run(warpgroup):
+        def run(block, warpgroup, meetings, body):
+            block.cluster = cluster
             machine.block = Warpgroup(block, warpgroup, meetings)
             try:
                 with jax.disable_jit():
                     body()
             except BaseException as error:  # for the thread that waits for this one
                 machine.failures.append(error)
+            if cluster is not None:
+                cluster.end((block.peer, warpgroup))
 
-        threads = [threading.Thread(target=run, args=(warpgroup,)) for warpgroup in range(warpgroups)]
+        threads = [
+            threading.Thread(target=run, args=(block, warpgroup, meetings, body))
+            for block, body, meetings in zip(blocks, bodies, [{} for _ in blocks], strict=True)
+            for warpgroup in range(warpgroups)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -181,7 +202,7 @@ def emulated(*modules):
         if machine.failures:
             raise machine.failures[0]
 
-    def kernel(body, *, out_type, grid, scratch_types=(), num_threads, **_):
+    def kernel(body, *, out_type, grid, scratch_types=(), num_threads, cluster=(1,), **_):
         def launch(*arrays):
             # A reference is one to memory that the kernel changes.
             refs = [machine.publish(np.array(x[...]) if isinstance(x, jax.Ref) else np.asarray(x)) for x in arrays]
@@ -189,13 +210,20 @@ def emulated(*modules):
             types = out_type if several else (out_type,)
             outs = [machine.publish(np.zeros(t.shape, t.dtype)) for t in types]
             for index in range(grid[0]):
-                block = Block(128 * num_threads, index)
-                shared = [block.allocate(spec) for spec in scratch_types]
+                blocks = [Block(128 * num_threads, index, peer) for peer in range(cluster[0])]
+                specs = [
+                    [Barriers(spec.of(cluster[0])) for _ in blocks] if isinstance(spec, ClusterBarrierSpec) else spec
+                    for spec in scratch_types
+                ]
+                bodies = [
+                    functools.partial(body, *refs, *outs, *[block.allocate(spec) for spec in specs]) for block in blocks
+                ]
                 if any(isinstance(spec, BarrierSpec) for spec in scratch_types):
-                    separately(block, num_threads, lambda shared=shared: body(*refs, *outs, *shared))
+                    separately(blocks, num_threads, bodies)
                 else:
+                    [block], [body_of_block] = blocks, bodies
                     machine.block = block
-                    body(*refs, *outs, *shared)
+                    body_of_block()
             for array, ref in zip(arrays, refs, strict=True):
                 if isinstance(array, jax.Ref):
                     array[...] = machine.arrays[(ref.address >> 40) - 1].view(array.dtype).reshape(array.shape)
@@ -232,10 +260,11 @@ def emulated(*modules):
         window.write(machine.block.shared[places].view(source.array.dtype).reshape(window.shape))
 
     def index_of(name):
-        return jnp.int32(machine.block.warpgroup if name == "warpgroup" else machine.block.index)
+        block = machine.block
+        return jnp.int32(getattr(block, {"warpgroup": "warpgroup", "peer": "peer"}.get(name, "index")))
 
     plgpu = SimpleNamespace(
-        Barrier=BarrierSpec, ClusterBarrier=lambda **_: None,
+        Barrier=BarrierSpec, ClusterBarrier=ClusterBarrierSpec,
         planar_snake=mosaic_gpu.planar_snake, SwizzleTransform=lambda row_bytes: row_bytes,
         barrier_wait=lambda barrier: barrier.wait(machine.block.warpgroup, machine.failures),
         barrier_arrive=lambda barrier: barrier.arrive(),

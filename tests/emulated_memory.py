@@ -1,6 +1,7 @@
 """Registers, shared memory with its watch, barriers and running products of the emulated multiprocessor."""
 
 import threading
+import time
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -8,6 +9,7 @@ import numpy as np
 
 U32, U64, F32, PRED, B16 = np.uint32, np.uint64, np.float32, np.bool_, np.uint16
 SHARED_BYTES = 232448
+PEER_BYTES = 1 << 24  # apart are the shared memories of a cluster's blocks, as its addresses have it
 # Who touched a byte of shared memory last: a warp's number, or one of these and a team's number.
 MEMBERS, DONE, STRANGERS = 1000, 2000, 3000
 
@@ -100,22 +102,48 @@ def swizzled(addresses, row_bytes):
     return addresses ^ (addresses >> 7 & row_bytes // 16 - 1) << 4
 
 
-class Block:
-    """A thread block at work."""
+class Cluster:
+    """Blocks at work together, and the barrier of all of their warpgroups that have not ended."""
 
-    def __init__(self, threads, index):
-        self.threads, self.index = threads, index
+    def __init__(self, blocks, warpgroups):
+        self.blocks, self.changed = blocks, threading.Condition()
+        self.arrived = {(block.peer, warpgroup): 0 for block in blocks for warpgroup in range(warpgroups)}
+
+    def arrive(self, member):
+        with self.changed:
+            self.arrived[member] += 1
+            self.changed.notify_all()
+
+    def end(self, member):
+        with self.changed:
+            del self.arrived[member]
+            self.changed.notify_all()
+
+    def wait(self, member, failed):
+        with self.changed:
+            phase = self.arrived[member]
+            done = self.changed.wait_for(lambda: failed or min(self.arrived.values()) >= phase, timeout=60)
+            assert done, "waited for a block that does not come"
+
+
+class Block:
+    """A thread block at work; ``peer`` is its number in a cluster."""
+
+    def __init__(self, threads, index, peer=0):
+        self.threads, self.index, self.peer = threads, index, peer
         self.shared = np.full(SHARED_BYTES, 0xA5, np.uint8)  # what is read before it is written is garbage
         self.used = 0
         self.warp = np.arange(threads) // 32
         self.writer = np.full(SHARED_BYTES, -1, np.int16)
         self.reader = np.full(SHARED_BYTES, -1, np.int16)
-        self.arrivals = {}
+        self.arrivals, self.cluster = {}, None
         self.team = np.zeros(threads // 32, np.int64)
 
     def allocate(self, spec):
         if isinstance(spec, BarrierSpec):
             return Barriers(spec)
+        if isinstance(spec, list):  # of the cluster's blocks
+            return ClusterBarriers(spec, self.peer)
         shape, dtype = spec.shape, spec.dtype
         self.used = -(-self.used // 1024) * 1024
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -168,8 +196,9 @@ class Warpgroup(Block):
     """A warpgroup of a block whose warpgroups go separate ways; it knows nothing of races."""
 
     def __init__(self, block, warpgroup, meetings):
-        self.threads, self.index, self.warpgroup = 128, block.index, warpgroup
-        self.shared, self.products, self.meetings = block.shared, [], meetings
+        self.threads, self.index, self.warpgroup, self.peer = 128, block.index, warpgroup, block.peer
+        self.shared, self.products, self.meetings, self.arrivals = block.shared, [], meetings, block.arrivals
+        self.cluster = block.cluster
 
     def meet(self, barrier, threads):
         """A named barrier with other warpgroups."""
@@ -184,6 +213,17 @@ class BarrierSpec:
 
     def __init__(self, num_arrivals=1, num_barriers=1):
         self.arrivals, self.count = num_arrivals, num_barriers
+
+
+class ClusterBarrierSpec:
+    """Pallas' description of an array of barriers in each block of a cluster; arrivals count in all of them."""
+
+    def __init__(self, collective_axes, num_arrivals, num_barriers):
+        self.arrivals, self.count = num_arrivals, num_barriers
+
+    def of(self, blocks):
+        """That of the barriers of a block among so many."""
+        return BarrierSpec(self.arrivals * blocks, self.count)
 
 
 class Barriers:
@@ -206,6 +246,27 @@ class Barriers:
 
     def __getitem__(self, index):
         return self.barriers[int(index)]
+
+
+class ClusterBarriers:
+    """An array of barriers in each block of a cluster: all of them are arrived at, one's own is waited for."""
+
+    def __init__(self, of_blocks, peer):
+        self.of_blocks, self.peer = of_blocks, peer
+
+    @property
+    def at(self):
+        return self
+
+    def __getitem__(self, index):
+        return ClusterBarriers([barriers[index] for barriers in self.of_blocks], self.peer)
+
+    def wait(self, *arguments):
+        self.of_blocks[self.peer].wait(*arguments)
+
+    def arrive(self):
+        for barrier in self.of_blocks:
+            barrier.arrive()
 
 
 class Barrier:
@@ -305,12 +366,17 @@ class Arrival:
         self.phase = 0
         self.expected = None
         self.copies = []
+        self.lock = threading.Lock()
 
-    def complete(self):
-        """Delivers the copies, if the phase's thread has arrived."""
-        if self.expected is None:
-            return
-        assert sum(len(data) for _, data in self.copies) == self.expected, "not the bytes that were announced"
-        for target, data in self.copies:
-            target[:] = data
-        self.phase, self.expected, self.copies = self.phase + 1, None, []
+    def complete(self, patience=0):
+        """Delivers the copies, if the phase's thread has arrived; they may still be on their way for some seconds."""
+        with self.lock:  # several warpgroups may wait for them
+            if self.expected is None:
+                return
+            deadline = time.monotonic() + patience
+            while sum(len(data) for _, data in self.copies) < self.expected and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert sum(len(data) for _, data in self.copies) == self.expected, "not the bytes that were announced"
+            for target, data in self.copies:
+                target[:] = data
+            self.phase, self.expected, self.copies = self.phase + 1, None, []

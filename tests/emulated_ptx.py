@@ -5,7 +5,7 @@ import threading
 
 import ml_dtypes
 import numpy as np
-from emulated_memory import B16, F32, U32, U64, Arrival, Ref, Warpgroup
+from emulated_memory import B16, F32, PEER_BYTES, U32, U64, Arrival, Ref, Warpgroup
 
 
 class Machine:
@@ -117,6 +117,12 @@ class Machine:
             pass  # warps run in step
         elif kind[0] == "mbarrier" or opcode.startswith("cp.async.bulk"):
             self.asynchronous(kind, arguments, names, active, value, address)
+        elif kind[0] == "mapa":
+            assign(arguments[0], value(arguments[1]) + value(arguments[2]) * U32(PEER_BYTES))
+        elif kind[:2] == ["st", "async"]:
+            self.send(
+                address(arguments[0]), [value(part) for part in group(arguments[1])], value(arguments[2].strip("[]"))
+            )
         elif kind[0] == "bra":  # what is left out has the predicate, too, so that it can be gone through
             assert arguments[0] == "skip" or not active.any(), "a wait for what nobody announced"
         elif kind[0] == "vote":
@@ -267,6 +273,16 @@ class Machine:
         else:
             raise NotImplementedError(line)
 
+    def send(self, targets, words, barriers):
+        """Stores of each thread in the cluster's blocks, which arrive when the barriers there are waited for."""
+        for target, barrier, data in zip(targets, barriers, np.stack(words, axis=1), strict=True):
+            peer, place = divmod(int(target), PEER_BYTES)
+            assert int(barrier) // PEER_BYTES == peer, "a barrier of another block than the target's"
+            assert place % 16 == 0, "misaligned address"
+            block = self.block.cluster.blocks[peer]
+            shared = block.shared[place : place + data.nbytes]
+            block.arrivals[int(barrier) % PEER_BYTES].copies.append((shared, data.view(np.uint8).copy()))
+
     def asynchronous(self, kind, arguments, names, active, value, address):
         """mbarriers, and copies from global to shared memory that complete them."""
         threads = np.flatnonzero(active)
@@ -284,7 +300,7 @@ class Machine:
                 arrival = self.block.arrivals[int(address(arguments[1])[thread])]
                 parity = int(value(arguments[2])[thread])
                 if arrival.phase & 1 == parity:
-                    arrival.complete()
+                    arrival.complete(patience=30 if self.block.cluster is not None else 0)
                 done[thread] = arrival.phase & 1 != parity
             names[arguments[0]] = done
         else:

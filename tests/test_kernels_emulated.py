@@ -92,9 +92,15 @@ def test_matvec_of_several_weights(m, sizes, k, cut, biased):
         (40, 192, 640, 64, BF16, Tiling(32, 3, halves=2, unroll=2)),  # several tiles, outputs behind the last
         (33, 128, 896, 128, E4M3, Tiling(64, 2, halves=2, unroll=4)),  # steps that no chain divides
         (9, 192, 1152, 128, E4M3, Tiling(16, 4, halves=1, unroll=2, persistent=False, teams=2)),
+        (9, 192, 1152, 128, E4M3, Tiling(16, 4, halves=1, unroll=2, persistent=False, split=2)),
+        (40, 192, 640, 64, BF16, Tiling(32, 3, unroll=2, share=2)),  # tiles that two blocks divide
+        (70, 448, 896, 128, E4M3, Tiling(32, 3, unroll=2, share=2)),  # some of them whole
+        (40, 256, 384, 128, E4M3, Tiling(16, 3, halves=1, unroll=2, share=2)),
     ],
 )
-def test_matmul(m, n, k, group_size, scale_dtype, how):
+def test_matmul(m, n, k, group_size, scale_dtype, how, monkeypatch):
+    if n == 448:  # four clusters for six pairs of tiles
+        monkeypatch.setattr(tiling, "STREAMING_MULTIPROCESSORS", 8)
     values, scales = random_weight(m, n, k, group_size, scale_dtype)
     x, x_scale = random_tokens(m + 1, m, k)
     tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
@@ -143,10 +149,11 @@ def test_matmul_of_several_weights(m, sizes, biased, how):
         (40, 192, 128, Tiling(32, 3, halves=2, unroll=2)),  # no chain behind which to ask for the residual
         (70, 192, 256, Tiling(32, 2, halves=2, unroll=2)),
         (70, 320, 896, Tiling(32, 2, halves=2, unroll=2)),  # blocks with several tiles
+        (70, 448, 896, Tiling(32, 3, unroll=2, share=2)),  # of which two blocks divide the last ones
     ],
 )
 def test_residual(m, n, k, how, monkeypatch):
-    monkeypatch.setattr(tiling, "STREAMING_MULTIPROCESSORS", 2)
+    monkeypatch.setattr(tiling, "STREAMING_MULTIPROCESSORS", 8 if isinstance(how, Tiling) and how.share > 1 else 2)
     x, x_scale = random_tokens(m, m, k)
     [weight], [of_weight] = several_weights((n,), k, biased=(0,))
     arguments, expected = (
