@@ -19,7 +19,6 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from convert.safetensors_file import StoredTensor, TensorFile
@@ -152,6 +151,10 @@ def load_quantized(
     for name in quantized:
         if (found := tensors[_part_name(name, "scales")].dtype.name) != block["scale_dtype"]:
             raise ValueError(f"{source}: {name} has {found} scales, config.json says {block['scale_dtype']}")
+    if head is not None:  # before memory is taken for it
+        found = tensors[_part_name(head.name, "codes")].dtype.name
+        if found != {"int8": "int8", "fp8": "float8_e4m3fn"}[recipe.lm_head]:
+            raise ValueError(f"{source}: {head.name} has {found} codes, the recipe says {recipe.lm_head}")
     dtype = float_dtype(floats)
     params = assemble(((name, tensors[name].read()) for name in floats), floats, dtype)
     check_finite(params, source)
@@ -167,8 +170,6 @@ def load_quantized(
         insert(params, spec.path, to_layout(weight, layout))
     if head is not None:
         codes, scales = (to_device(tensors[_part_name(head.name, part)].read()) for part in _BYTE_PARTS)
-        if (codes.dtype == jnp.int8) != (recipe.lm_head == "int8"):
-            raise ValueError(f"{source}: lm_head.codes are {codes.dtype}, the recipe says {recipe.lm_head}")
         projection = ByteWeight(codes, scales, head.shape[:1], head.shape[1:])
         projection.validate(f"{source}: {head.name}")
         insert(params, head.path, projection)

@@ -1,4 +1,4 @@
-"""Turns docs/results/accuracy.json and shapes.json into the tables of docs/accuracy.md and README.md and the plot.
+"""Turns what docs/results has on accuracy into the tables of docs/accuracy.md and README.md and the plot.
 
 uv run --group plots python examples/accuracy_report.py
 """
@@ -80,6 +80,22 @@ def recipes_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def heads_table(found: dict[str, dict[str, Any]]) -> str:
+    """KL of `best` by how the output projection is kept, and with a float one where the same run has it."""
+    rows = {
+        "lm-head-int8": ("INT8", "best, INT8 lm_head"),
+        "lm-head-fp8": ("fp8", "best, fp8 lm_head"),
+        "lm-head": ("INT4", "best, lm_head"),
+    }
+    lines = ["| output projection | KL | with a float one | results, commit |", "|---|---|---|---|"]
+    for file, (kind, name) in rows.items():
+        results = found[file]
+        kl, beside = (scores(results, row, "kl") for row in (name, "best"))
+        shown = f"{beside[0]:.4f}" if len(beside) else "-"
+        lines.append(f"| {kind} | {kl[0]:.4f} | {shown} | `{file}.json`, {results['commit'][:7]} |")
+    return "\n".join(lines)
+
+
 def shapes_table(results: dict[str, Any]) -> str:
     blocks = results["llama_3_8b_blocks"]
     text = (
@@ -141,6 +157,8 @@ def main() -> None:
     shapes = json.loads((RESULTS / "shapes.json").read_text("utf-8"))
     fill(PAGE, "recipes", recipes_table(accuracy))
     fill(PAGE, "shapes", shapes_table(shapes))
+    heads = {path.stem: json.loads(path.read_text("utf-8")) for path in RESULTS.glob("lm-head*.json")}
+    fill(PAGE, "output-projection", heads_table(heads))
     fill(README, "accuracy", readme_table(accuracy))
     draw_plot(accuracy)
 

@@ -13,21 +13,25 @@ from pallas_kernels import Numerics, can_tile, dequantize_int4, from_tiles, has_
 Layout = Literal["rows", "tiles", "auto"]
 
 
-class _Int4:
-    """What int4 weights of every layout have in common."""
+class _Rounded:
+    """What all rounded weights have in common."""
 
     out_shape: tuple[int, ...]
     in_shape: tuple[int, ...]
 
     @property
-    def rows(self) -> "Int4Weight":
-        """The weight with its codes in rows."""
-        raise NotImplementedError
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the float weight this stands for."""
         return (*self.out_shape, *self.in_shape)
+
+
+class _Int4(_Rounded):
+    """What int4 weights of every layout have in common."""
+
+    @property
+    def rows(self) -> "Int4Weight":
+        """The weight with its codes in rows."""
+        raise NotImplementedError
 
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The weight as an array of ``shape``; exact in float32, rounded otherwise."""
@@ -147,7 +151,7 @@ class TiledInt4Weight(_Int4):
 
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=["out_shape", "in_shape"])
 @dataclass(frozen=True)
-class ByteWeight:
+class ByteWeight(_Rounded):
     """A linear weight ``W[n, k] ≈ codes · scales`` of a byte per element, whose input is not rounded (W8A16).
 
     Attributes:
@@ -161,11 +165,6 @@ class ByteWeight:
     scales: jax.Array
     out_shape: tuple[int, ...]
     in_shape: tuple[int, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the float weight this stands for."""
-        return (*self.out_shape, *self.in_shape)
 
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The weight as an array of ``shape``; exact in float32 up to its rounding, rounded otherwise."""

@@ -165,11 +165,9 @@ def _norm(config: LlamaConfig, params: Params, x: jax.Array) -> jax.Array:
 def _linear(recipe: Recipe | None, params: Params, x: jax.Array) -> jax.Array:
     """``[..., k] -> [..., n]``; heads are flattened on both sides."""
     kernel = params["kernel"]
-    if isinstance(kernel, Int4Weight):
-        if recipe is not None and recipe.activations == "fp8":
-            x = _as_fp8(x)
-        kernel = kernel.dequantize()
-    elif isinstance(kernel, ByteWeight):
+    if isinstance(kernel, Int4Weight) and recipe is not None and recipe.activations == "fp8":
+        x = _as_fp8(x)
+    if isinstance(kernel, Int4Weight | ByteWeight):
         kernel = kernel.dequantize()
     y = jnp.matmul(x, kernel.astype(jnp.float32).reshape(-1, x.shape[-1]).T)
     return y + params["bias"].astype(jnp.float32).reshape(-1) if "bias" in params else y

@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.matmul_steps import Operation, Steps
-from pallas_kernels.tiling import BLOCK_N, WARPGROUPS, Rounds, Tiling, choose_tiling, plan_rounds
+from pallas_kernels.tiling import BLOCK_N, WARPGROUPS, Tiling, choose_tiling, plan_rounds
 from pallas_kernels.weight_layout import TILE_K, TILE_N, tile_shape
 
 
@@ -49,7 +49,7 @@ def make_kernel(
     row_groups = -(-rows // t.share)
     tiles = row_groups * token_tiles
     persistent = t.persistent and parts == 1
-    plan = plan_rounds(t, rows, token_tiles, steps) if persistent else Rounds(t.share, tiles, 1, 0, steps, 0)
+    plan = plan_rounds(dataclasses.replace(t, persistent=persistent), rows, token_tiles, steps)
     blocks, steps, part_steps = plan.clusters, plan.steps, plan.part_steps
     part = t.tokens // t.share  # tokens of a divided tile whose sums a block adds up
     part_tiling = dataclasses.replace(t, tokens=part, halves=1)
@@ -243,32 +243,29 @@ def make_kernel(
             chains = jax.lax.div(count, t.unroll) if plan.divided else steps // t.unroll
             _, _, unit, _, accumulators = jax.lax.fori_loop(0, chains, next_chain, carry)
 
-            def offsets() -> list[Any]:
-                return [ops.load_bias()(weight, output, *biases)] if has_bias else []
-
-            def write(steps: Steps, accumulators: Sequence[Any], unit: Any) -> None:
-                """Results of each part of the tokens that ``steps`` have accumulators of, from ``first_result`` on."""
+            def write(its: Steps, accumulators: Sequence[Any], unit: Any) -> None:
+                """Results of the parts of the tokens whose accumulators ``its`` tile has, from ``first_result`` on."""
                 in_bfloat16 = out_dtype == jnp.bfloat16
                 if in_bfloat16 and residual_here is None:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 elif in_bfloat16:
                     plgpu.barrier_wait(cast(Any, residual_here).at[side])
-                added = offsets()
+                added = [ops.load_bias()(weight, output, *biases)] if has_bias else []
                 for h, accumulator in enumerate(accumulators):
-                    tokens = first_result + h * steps.half
-                    done = y_smem.at[side, pl.ds(h * steps.half, steps.half)]
+                    tokens = first_result + h * its.half
+                    done = y_smem.at[side, pl.ds(h * its.half, its.half)]
                     if in_bfloat16:
-                        steps.store(h, has_bias, has_residual)(accumulator, unit, factors, y_smem.at[side], *added)
+                        its.store(h, has_bias, has_residual)(accumulator, unit, factors, y_smem.at[side], *added)
                         plgpu.commit_smem()
 
                     def write_results(
                         i: int, h: int = h, accumulator: Any = accumulator, tokens: Any = tokens, done: Any = done
                     ) -> None:
                         if in_bfloat16:
-                            target = y[i].at[pl.ds(tokens, steps.half), pl.ds(output, TILE_N)]
+                            target = y[i].at[pl.ds(tokens, its.half), pl.ds(output, TILE_N)]
                             plgpu.copy_smem_to_gmem(done, target)
                         else:
-                            steps.store_float32(h, has_bias, sizes[i])(
+                            its.store_float32(h, has_bias, sizes[i])(
                                 accumulator, unit, factors, tokens, output, y[i], *added
                             )
 

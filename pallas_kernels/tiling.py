@@ -118,7 +118,7 @@ def plan_rounds(t: Tiling, row_blocks: int, token_tiles: int, steps: int) -> Rou
     """Divides the last tiles if there are no more than clusters, and enough steps to divide.
 
     Args:
-      t: a tiling without ``split`` and ``teams``.
+      t: a tiling; one with ``split`` or ``teams`` must not be persistent.
       row_blocks: blocks of outputs.
       token_tiles: tiles of tokens.
       steps: of 128 inputs.

@@ -369,6 +369,16 @@ def test_quantised_checkpoints_of_another_format_are_refused(tmp_path, tiny, cha
         convert.load(tmp_path / "out")
 
 
+def test_an_output_projection_of_another_type_is_refused(tmp_path, tiny):
+    convert.save(tmp_path / "out", tiny[0], fireq_jax.quantize(tiny[1], fireq_jax.Recipe(lm_head="int8")))
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    config["fireq"]["recipe"]["lm_head"] = "fp8"
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="lm_head.weight has int8 codes, the recipe says fp8"):
+        convert.load(tmp_path / "out")
+
+
 def test_quantised_checkpoints_with_other_codes_are_refused(tmp_path, tiny):
     from convert.safetensors_file import open_file, write_file
 
