@@ -291,18 +291,19 @@ def exp2_f16x2(pair: ir.Value) -> ir.Value:
 
 
 def exp2_f16x2_by_polynomial(pair: ir.Value) -> ir.Value:
-    """As :func:`exp2_f16x2` of numbers up to 15, up to 7e-4 of each, by instructions that take two at a time.
+    """As :func:`exp2_f16x2` of numbers up to 15, up to 2.4e-3 of each, by instructions that take two at a time.
 
     Below -11 it is two to the power of -11. Numbers are split into integers, by adding 1.5 · 2^10 in float16, and
-    fractions of up to a half, of which a polynomial of degree 3 is the power (least relative error); the integers are
-    added to its exponents. What a negative one of the lower half carries into the upper one is its last bit.
+    fractions of up to a half, of which a polynomial of degree 2 is the power (least relative error of those that are 1
+    at 0); the integers are added to its exponents. What a negative one of the lower half carries into the upper one is
+    its last bit.
     """
-    degrees = [0x3C003C00, 0x398B398B, 0x33C333C3, 0x2B3A2B3A]  # 1, 0.6929, 0.2426 and 0.0565, twice each
+    degrees = [0x3C003C00, 0x39A039A0, 0x33B033B0]  # 1, 0.7031 and 0.2402, twice each
     ptx = (
         "{ .reg .b32 x, t, n, f, p, k; mov.b32 k, 0xC980C980; max.f16x2 x, $1, k; "
         "mov.b32 k, 0x66006600; add.rn.f16x2 t, x, k; mov.b32 k, 0xE600E600; add.rn.f16x2 n, t, k; "
-        f"sub.rn.f16x2 f, x, n; mov.b32 k, {degrees[3]:#x}; mov.b32 p, {degrees[2]:#x}; fma.rn.f16x2 p, f, k, p; "
-        f"mov.b32 k, {degrees[1]:#x}; fma.rn.f16x2 p, p, f, k; mov.b32 k, {degrees[0]:#x}; fma.rn.f16x2 p, p, f, k; "
+        f"sub.rn.f16x2 f, x, n; mov.b32 k, {degrees[2]:#x}; mov.b32 p, {degrees[1]:#x}; fma.rn.f16x2 p, f, k, p; "
+        f"mov.b32 k, {degrees[0]:#x}; fma.rn.f16x2 p, p, f, k; "
         "and.b32 t, t, 0x003F003F; mad.lo.u32 $0, t, 1024, p; }"
     )
     return pure_asm(ptx, "=r,r", [pair], pair.type)

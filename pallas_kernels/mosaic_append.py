@@ -2,8 +2,8 @@
 
 Queries are rotated, scaled, mixed and rounded to e4m3; keys the same, but to int4 and into the cache, and values into
 the cache, in place. Eight or 16 lanes take a head of a token. For a prompt's own attention keys and values are rounded
-to e4m3, too: a block takes 128 tokens of a head, which share a scale, and goes through them twice. XLA needs more than
-a dozen kernels for it.
+to e4m3, too: a block takes 128 tokens of a head, which share a scale, and holds them in shared memory until it is
+known. XLA needs more than a dozen kernels for it.
 """
 
 import functools
@@ -16,12 +16,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.append_steps import WARPS, AppendShape, BlockSteps, Steps
+from pallas_kernels.append_steps import AppendShape, BlockSteps, Container, Steps
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.reference import E4M3_MAX, KEY_MAX, SCALE_TOKENS, Cache
 from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS
 
-QUERIES = 8  # units of queries that the same lanes take, one after another, where a prompt has enough of them
+WARPS = 4  # of a block
+QUERIES = 8  # units of queries that the same lanes take at most, one after another, where a prompt has enough of them
+
+
+def warps_of_prompt(head_dim: int, tables: bool) -> int:
+    """Of a block: as many as let a multiprocessor hold the most, by registers or by shared memory for a block's keys.
+
+    With tables of scales or offsets a thread has more than 64 registers, so that two blocks of 16 warps do not fit.
+    """
+    return 16 if head_dim == 128 and not tables else 8
+
+
+def zeros(of: Container) -> Any:
+    """A container of them."""
+    return plgpu.layout_cast(jnp.zeros(of.type.shape, of.dtype), of.layout)
 
 
 def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> Operation:
@@ -31,7 +45,7 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
     """
     s, ops = shape, Steps(shape)
     m = s.batch * s.tokens
-    each = QUERIES if prompt and m * s.heads >= QUERIES * s.units * STREAMING_MULTIPROCESSORS else 1
+    each = max(1, min(QUERIES, m * s.heads // (2 * s.units * STREAMING_MULTIPROCESSORS))) if prompt else 1
     query_blocks = -(-m * s.heads // (s.units * each))
     tiles = BlockSteps(shape)
     key_blocks = s.batch * s.kv_heads * tiles.blocks if prompt else -(-m * s.kv_heads // s.units)
@@ -40,7 +54,7 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
         q: Any, k: Any, v: Any, cos: Any, sin: Any, scale: Any, offset: Any, starts: Any,
         lengths: Any, k_codes: Any, k_scales: Any, v_codes: Any, v_scales: Any, q8: Any, q_scale: Any, *of_prompt: Any,
     ) -> None:  # fmt: skip
-        k8, k8_scale, v8, v8_scale, scratch, tile = of_prompt if prompt else (None,) * 6
+        k8, k8_scale, v8, v8_scale, scratch, held = of_prompt if prompt else (None,) * 6
         # Long blocks run first.
         block = jax.lax.axis_index("block")
         key_block, query_block = jax.lax.rem(block, jnp.int32(key_blocks)), block - 2 * key_blocks
@@ -51,80 +65,90 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
             values = steps.rotate(heads)(values, cos, sin, first)
             return steps.combine(heads, operation)(values, scale, first) if scaled else values
 
-        def key(steps: Steps, values: Any, first: Any) -> Any:
-            values = rotated(values, steps, s.kv_heads, "over", first)
+        def key(steps: Steps, words: Any, first: Any) -> Any:
+            values = rotated(steps.widen()(words), steps, s.kv_heads, "over", first)
             if not mixed:
                 return values
             return steps.mix()(steps.combine(s.kv_heads, "minus")(values, offset, first))
 
-        def value(_steps: Steps, values: Any, _first: Any) -> Any:
-            return values
-
         def for_units(
             count: int, first_of: Callable[[Any], Any], load: Callable[[Any], Any], do: Callable[..., Any], carry: Any
         ) -> Any:
-            """``carry = do(values, first unit, carry)`` group by group; the next values are loaded meanwhile."""
+            """``carry = do(words, number, carry)`` group by group; the next words are loaded meanwhile."""
 
             def step(i: Any, state: Any) -> Any:
-                values, carry = state
+                words, carry = state
                 following = load(first_of(jnp.minimum(i + 1, count - 1)))
-                return following, do(values, first_of(i), carry)
+                return following, do(words, i, carry)
 
             if count == 1:
-                return do(load(first_of(0)), first_of(0), carry)
+                return do(load(first_of(jnp.int32(0))), jnp.int32(0), carry)
             return jax.lax.fori_loop(0, count, step, (load(first_of(0)), carry))[1]
 
         @pl.when(query_block >= 0)
         def queries() -> None:
-            def store(values: Any, first: Any, _: None) -> None:
-                values = rotated(values, ops, s.heads, "times", first)
-                ops.store_queries()(ops.mix()(values) if mixed else values, q8, q_scale, first)
-
             def first(i: Any) -> Any:
                 return (query_block * each + i) * s.units
 
+            def store(words: Any, i: Any, _: None) -> None:
+                values = rotated(ops.widen()(words), ops, s.heads, "times", first(i))
+                ops.store_queries()(ops.mix()(values) if mixed else values, q8, q_scale, first(i))
+
             for_units(each, first, lambda unit: ops.load(s.heads)(q, unit), store, None)
 
-        def take(
-            x: Any, make: Any, codes: Any, code_scales: Any, scales: Any, largest: float, store: Any, target: Any
-        ) -> None:  # fmt: skip
-            """Appends what ``make`` makes of a block's units; of a prompt, also stores it over a common scale."""
-            steps = tiles if prompt else ops
+        def append(steps: Steps, x: Any, values: Any, first: Any, peak: Any) -> Any:
+            codes, scales = (k_codes, k_scales) if x is k else (v_codes, v_scales)
+            return steps.store_codes()(values, codes, scales, starts, lengths, first, peak)
 
-            def load(unit: Any) -> Any:
-                return steps.load(s.kv_heads)(x, unit)
+        def take(x: Any) -> None:
+            """Appends a block's units, keys or values."""
+            unit = key_block * s.units
+            words = ops.load(s.kv_heads)(x, unit)
+            append(ops, x, key(ops, words, unit) if x is k else ops.widen()(words), unit, zeros(ops.single))
 
-            def append(values: Any, first: Any, peak: Any) -> Any:
-                values = make(steps, values, first)
-                steps.store_codes()(values, codes, code_scales, starts, lengths, first)
-                return tiles.peak()(tiles.keep_real()(values, lengths, first), peak) if prompt else peak
+        def take_tokens(x: Any, scales: Any, largest: float, store: Callable[..., None]) -> None:
+            """Appends a block's tokens, keys or values of a prompt, and stores them over a common scale.
 
-            if not prompt:
-                unit = key_block * s.units
-                append(load(unit), unit, None)
-                return
+            ``store`` is given values, one over the scale, and the first unit's number.
+            """
+            of = tiles.values if x is k else tiles.words  # that are held
 
             def first(i: Any) -> Any:
                 return key_block * SCALE_TOKENS + i * s.units
 
-            nothing = plgpu.layout_cast(jnp.zeros((hopper.WARPGROUP,), jnp.float32), tiles.single_layout)
-            peak = for_units(SCALE_TOKENS // s.units, first, load, append, nothing)
-            shared = tiles.share_scale(largest)(peak, scales, scratch, key_block)
+            def floats(container: Any) -> Any:
+                return container if x is k else tiles.widen()(container)
 
-            def again(values: Any, first: Any, _: None) -> None:
-                store()(tiles.keep_real()(make(tiles, values, first), lengths, first), shared, target, first)
+            def append_and_hold(words: Any, i: Any, peak: Any) -> Any:
+                made = key(tiles, words, first(i)) if x is k else words
+                real = tiles.keep_real(of)(made, lengths, first(i))
+                tiles.hold(of)(real, held, i)
+                return append(tiles, x, floats(real), first(i), peak)
 
-            for_units(SCALE_TOKENS // s.units, first, load, again, None)
+            def round_held(i: Any, _: None) -> None:
+                store(floats(tiles.held(of)(held, i)), factor, first(i))
+
+            count = SCALE_TOKENS // s.units
+            peak = for_units(
+                count, first, lambda unit: tiles.load(s.kv_heads)(x, unit), append_and_hold, zeros(tiles.single)
+            )
+            factor = tiles.share_scale(largest)(peak, scales, scratch, key_block)
+            jax.lax.fori_loop(0, count, round_held, None)
 
         @pl.when(block < key_blocks)
         def keys() -> None:
-            take(k, key, k_codes, k_scales, k8_scale, KEY_MAX, tiles.store_keys, k8)
+            if prompt:
+                take_tokens(k, k8_scale, KEY_MAX, lambda *made: tiles.store_keys()(*made[:2], k8, made[2]))
+            else:
+                take(k)
 
         @pl.when((block >= key_blocks) & (query_block < 0))
         def values() -> None:
-            take(v, value, v_codes, v_scales, v8_scale, E4M3_MAX, tiles.hold_values, tile)
             if prompt:
-                tiles.write_values()(tile, v8, key_block)
+                take_tokens(v, v8_scale, E4M3_MAX, lambda *made: tiles.hold_values()(*made[:2], held, made[2]))
+                tiles.write_values()(held, v8, key_block)
+            else:
+                take(v)
 
     e4m3 = jnp.float8_e4m3fn
     results = [((s.batch, s.tokens, s.heads, s.head_dim), e4m3), ((s.batch, s.tokens, s.heads), jnp.float32)]
@@ -134,7 +158,7 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
         results += [((s.batch, s.tokens, s.kv_heads, s.head_dim), e4m3), scales]
         results += [((s.batch, s.kv_heads, s.head_dim, padded), e4m3), scales]
         shared_memory = [
-            plgpu.SMEM((WARPS,), jnp.float32), plgpu.SMEM((s.head_dim * SCALE_TOKENS // 4,), jnp.int32)
+            plgpu.SMEM((s.warps,), jnp.float32), plgpu.SMEM((s.head_dim * SCALE_TOKENS,), jnp.float32)
         ]  # fmt: skip
     kernel = plgpu.kernel(
         body,
@@ -142,7 +166,7 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
         scratch_types=shared_memory,
         grid=(query_blocks + 2 * key_blocks,),
         grid_names=("block",),
-        num_threads=1,
+        num_threads=s.warps // 4,
         thread_name="warpgroup",
         compiler_params=hopper.COMPILER_PARAMS,
         kernel_name="rotate_and_round" if prompt else "rotate_and_append",
@@ -172,7 +196,8 @@ def rotate(
     """
     b, t, h, d = q.shape
     kv, slots = k.shape[2], cache[0].shape[2]
-    kernel = make_kernel(AppendShape(b, t, h, kv, d, slots), scale is not None, key_offset is not None, prompt)
+    warps = warps_of_prompt(d, tables=scale is not None or key_offset is not None) if prompt else WARPS
+    kernel = make_kernel(AppendShape(b, t, h, kv, d, slots, warps), scale is not None, key_offset is not None, prompt)
     tables = [jnp.zeros((1,), jnp.float32) if table is None else table for table in (scale, key_offset)]
     refs = [jax.new_ref(x) for x in cache]
     results = kernel(q, k, v, cos, sin, *tables, starts, lengths, *refs)

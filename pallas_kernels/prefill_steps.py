@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -29,12 +29,24 @@ NOTHING_SEEN = 60000.0
 # and 20; the bits that are 0 in both. Products with infinity must be no NaN, the largest score's offset must be finite.
 # A factor of 20 goes with scores of thousands of powers of two, of which the largest wins either way.
 HIDDEN, SMALLEST_FACTORS, LARGEST_FACTORS, SIGNS = 0xFC00FC00, 0x00020002, 0x4D004D00, 0x80008000
-# Registers of scores that are weighed together, and how many such groups are under way: each begins behind the end of
-# the one as many before it.
-GROUP, UNDER_WAY = 4, 3
-# Of a group's powers, those found by a polynomial where heads are of 64: the unit for the others would be waited for,
-# as there is less for the tensor core to do.
-BY_POLYNOMIAL = (2, 3)
+GROUP = 4  # registers of scores that are weighed together
+
+
+class Weighing(NamedTuple):
+    """How groups of scores become weights.
+
+    Attributes:
+      under_way: how many groups are: each begins behind the end of the one as many before it.
+      by_polynomial: of a group's powers those found by a polynomial, as the unit for the others would be waited for.
+        Groups take turns.
+    """
+
+    under_way: int
+    by_polynomial: tuple[tuple[int, ...], ...]
+
+
+# By head size, as measured.
+WEIGHING = {64: Weighing(2, ((3,), (2, 3))), 128: Weighing(3, ((1, 2),))}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,16 +341,17 @@ class Steps:
         zeros = arith.andi(factors, i32(SIGNS))
         words: list[ir.Value] = []
         parts: list[list[ir.Value]] = [[], []]
+        under_way, by_polynomial = WEIGHING[self.shape.head_dim]
         for first in range(0, len(scores), GROUP):
-            powers = []
+            polynomials, powers = by_polynomial[first // GROUP % len(by_polynomial)], []
             for i, score in enumerate(scores[first : first + GROUP]):
                 factor, offset = by_row[i % 2]
-                ended = (first - UNDER_WAY * GROUP) // 2
+                ended = (first - under_way * GROUP) // 2
                 if ended >= 0:
                     offset = hopper.and_or(words[ended + i % 2], zeros, offset)
                 exponent = hopper.f16x2("fma.rn", score, factor, offset)
-                polynomial = self.shape.head_dim == 64 and i in BY_POLYNOMIAL
-                powers.append((hopper.exp2_f16x2_by_polynomial if polynomial else hopper.exp2_f16x2)(exponent))
+                power_of = hopper.exp2_f16x2_by_polynomial if i in polynomials else hopper.exp2_f16x2
+                powers.append(power_of(exponent))
             for half, part in enumerate(parts):
                 for j, power in enumerate(powers[half::2]):
                     if len(part) == 2:  # chains

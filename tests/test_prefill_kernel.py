@@ -42,19 +42,27 @@ def powers_by_polynomial(x):
 
     x = np.maximum(half(x), -11)
     whole = half(half(x + 1536) - 1536)
-    fraction, power = half(x - whole), np.float16(0.05646)
-    for degree in (0.2426, 0.6929, 1):
+    fraction, power = half(x - whole), np.float16(0.2402)
+    for degree in (0.7031, 1):
         power = np.float16(power.astype(np.float64) * fraction + half(degree))
     bits = np.ldexp(power.astype(np.float64), whole.astype(int)).astype(np.float16).view(np.uint16)
     bits[..., 1::2] += whole[..., ::2] < 0
     return bits.view(np.float16).astype(np.float64)
 
 
+def by_polynomial(head_dim, tokens):
+    """Which weights ``[tokens, 128]`` are polynomials' values: a group is of 16 keys, of rows 8 apart each eight."""
+    turns = prefill_steps.WEIGHING[head_dim].by_polynomial
+    rows, keys = np.arange(tokens)[:, None], np.arange(128)
+    register = 2 * (keys // 8 % 2) + rows // 8 % 2
+    return np.choose(keys // 16 % len(turns), [np.isin(register, turn) for turn in turns])
+
+
 def oracle(q8, q_scale, k8, k_scale, v8, v_scale, lengths, starts=None, *, rounded=True):
     """Rows of real tokens in float64, but for the roundings of scores and weights unless ``rounded`` is false.
 
     Scores, their factors, offsets and weights are float16, weights are rounded to e4m3: relative to about the largest
-    score so far. Where heads are of 64, half of the weights are polynomials' values. Keys are gone through in blocks of
+    score so far. Some of the weights are polynomials' values. Keys are gone through in blocks of
     128, from that of the row itself to the first. New tokens have the keys from ``starts`` on.
     """
     heads, d = q8.shape[2:]
@@ -93,8 +101,8 @@ def oracle(q8, q_scale, k8, k_scale, v8, v_scale, lengths, starts=None, *, round
         offsets = offsets[..., :-1]
         exponents = half(scores + offsets[..., None])
         weights = half(np.exp2(exponents))
-        if rounded and d == 64:  # of every other eight keys
-            weights = np.where(np.arange(128) // 8 % 2, powers_by_polynomial(exponents), weights)
+        if rounded:
+            weights = np.where(by_polynomial(d, n)[:, None], powers_by_polynomial(exponents), weights)
         e4m3 = np.asarray(pk.round_to_e4m3(jnp.asarray(weights, jnp.float32)), np.float64) if rounded else weights
         changes = np.exp2(offsets[..., :1] - offsets)
         products = (e4m3 * (changes * value_scale)[..., None]).reshape(heads, n, -1)
