@@ -22,7 +22,7 @@ from pallas_kernels.reference import E4M3_MAX, KEY_MAX, SCALE_TOKENS, Cache
 from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS
 
 WARPS = 4  # of a block
-QUERIES = 8  # units of queries that the same lanes take at most, one after another, where a prompt has enough of them
+QUERIES = 8  # that lanes take at most, one after another
 
 
 def warps_of_prompt(head_dim: int, tables: bool) -> int:
@@ -31,6 +31,13 @@ def warps_of_prompt(head_dim: int, tables: bool) -> int:
     With tables of scales or offsets a thread has more than 64 registers, so that two blocks of 16 warps do not fit.
     """
     return 16 if head_dim == 128 and not tables else 8
+
+
+def queries_of_block(groups: int, others: int, warps: int) -> int:
+    """How many groups of queries a block takes: so many that all blocks run in as few rounds as with the most."""
+    at_once = (2 if warps == 16 else 3) * STREAMING_MULTIPROCESSORS
+    rounds = -(-(others + -(-groups // QUERIES)) // at_once)
+    return min(QUERIES, -(-groups // (rounds * at_once - others)))
 
 
 def zeros(of: Container) -> Any:
@@ -45,10 +52,11 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
     """
     s, ops = shape, Steps(shape)
     m = s.batch * s.tokens
-    each = max(1, min(QUERIES, m * s.heads // (2 * s.units * STREAMING_MULTIPROCESSORS))) if prompt else 1
-    query_blocks = -(-m * s.heads // (s.units * each))
     tiles = BlockSteps(shape)
     key_blocks = s.batch * s.kv_heads * tiles.blocks if prompt else -(-m * s.kv_heads // s.units)
+    groups = -(-m * s.heads // s.units)  # of units of queries that a block holds at once
+    each = queries_of_block(groups, 2 * key_blocks, s.warps) if prompt else 1
+    query_blocks = -(-groups // each)
 
     def body(
         q: Any, k: Any, v: Any, cos: Any, sin: Any, scale: Any, offset: Any, starts: Any,
@@ -72,7 +80,7 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
             return steps.mix()(steps.combine(s.kv_heads, "minus")(values, offset, first))
 
         def for_units(
-            count: int, first_of: Callable[[Any], Any], load: Callable[[Any], Any], do: Callable[..., Any], carry: Any
+            count: Any, first_of: Callable[[Any], Any], load: Callable[[Any], Any], do: Callable[..., Any], carry: Any
         ) -> Any:
             """``carry = do(words, number, carry)`` group by group; the next words are loaded meanwhile."""
 
@@ -81,7 +89,7 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
                 following = load(first_of(jnp.minimum(i + 1, count - 1)))
                 return following, do(words, i, carry)
 
-            if count == 1:
+            if isinstance(count, int) and count == 1:
                 return do(load(first_of(jnp.int32(0))), jnp.int32(0), carry)
             return jax.lax.fori_loop(0, count, step, (load(first_of(0)), carry))[1]
 
@@ -94,7 +102,10 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
                 values = rotated(ops.widen()(words), ops, s.heads, "times", first(i))
                 ops.store_queries()(ops.mix()(values) if mixed else values, q8, q_scale, first(i))
 
-            for_units(each, first, lambda unit: ops.load(s.heads)(q, unit), store, None)
+            # No length has this bit, but the compiler does not know: it would unroll a loop of four turns, which takes
+            # so many registers that only one block fits.
+            count = each + jnp.bitwise_and(lengths[0], 1 << 30) if each > 1 else 1
+            for_units(count, first, lambda unit: ops.load(s.heads)(q, unit), store, None)
 
         def append(steps: Steps, x: Any, values: Any, first: Any, peak: Any) -> Any:
             codes, scales = (k_codes, k_scales) if x is k else (v_codes, v_scales)
