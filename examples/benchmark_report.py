@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 PLOT = ROOT / "docs" / "benchmarks.svg"
-MEMORY_PLOT = ROOT / "docs" / "long-contexts.svg"
+CONTEXTS_PLOT = ROOT / "docs" / "long-contexts.svg"
 README = ROOT / "README.md"
 # Prefill of Llama-3-8B in 1000 tokens per second, as the paper has them (arXiv 2505.20839), on an H100, batch 16.
 PAPER = {
@@ -90,23 +90,27 @@ def decode_table(results: dict[str, Any]) -> str:
 
 
 def operators_table(results: dict[str, Any]) -> str:
-    parts = []
+    names, rows, operators = {"int4": "INT4/FP8", "bf16": "bf16"}, [], []
     for case, kinds in results["operators"].items():
-        columns = [kind for kind in ("int4", "bf16") if kinds[kind]]
-        if not columns:
-            continue
-        totals = {kind: sum(kinds[kind]["microseconds"].values()) for kind in columns}
-        rows = []
-        for operator in kinds[columns[0]]["microseconds"]:
-            cells = [operator]
-            for kind in columns:
-                us = kinds[kind]["microseconds"][operator]
-                cells.append(f"{us / 1e3:.2f} ({us / totals[kind]:.0%})")
-            rows.append(cells)
-        rows.append(["all", *(f"{totals[kind] / 1e3:.2f}" for kind in columns)])
-        names = {"int4": "INT4/FP8, ms", "bf16": "bf16, ms"}
-        parts.append(f"{case}:\n\n" + table(["kernels", *(names[kind] for kind in columns)], rows))
-    return "\n\n".join(parts)
+        for kind, name in names.items():
+            if kinds.get(kind):
+                of_kernels = kinds[kind]["microseconds"]
+                operators, total = list(of_kernels), sum(of_kernels.values())
+                shares = [f"{us / 1e3:.2f} ({us / total:.0%})" for us in of_kernels.values()]
+                rows.append([case, name, *shares, f"{total / 1e3:.2f}"])
+    return table(["ms", "", *operators, "all"], rows)
+
+
+def generate_table(results: dict[str, Any]) -> str:
+    rows = []
+    for case in results["generate"]:
+        times, tokens = case["milliseconds"], case["batch"] * case["new_tokens"]
+        rates = [None if times[kind] is None else 1e3 * tokens / times[kind] for kind in ("int4", "bf16")]
+        cells = [f"{case['batch']} x {case['length']} + {case['new_tokens']}", shown(times["int4"], 1)]
+        cells += [shown(times["bf16"], 1), speed(times), *(shown(rate, 0) for rate in rates)]
+        rows.append([*cells, *(gigabytes(case, kind) for kind in ("int4", "bf16"))])
+    header = ["batch x prompt + new tokens", "INT4/FP8, ms", "bf16, ms", "speed", "INT4/FP8, new tokens/s"]
+    return table([*header, "bf16, new tokens/s", "INT4/FP8, GB", "bf16, GB"], rows)
 
 
 def decode_part(results: dict[str, Any]) -> list[str]:
@@ -115,6 +119,11 @@ def decode_part(results: dict[str, Any]) -> list[str]:
         "the caches."
     )
     return ["### Decoding", about, decode_table(results)]
+
+
+def generate_part(results: dict[str, Any]) -> list[str]:
+    about = "One call of `generate`: the prompts, the loop, and draws with a temperature of 0.8 and top-p of 0.95."
+    return ["### Generating", about, generate_table(results)]
 
 
 def feed_forward_part(results: dict[str, Any]) -> list[str]:
@@ -149,6 +158,7 @@ def page(results: dict[str, Any]) -> str:
         f"{far['reference']:.4f}. Weights without structure lose much in 4 bits; the numbers must agree.",
         *(["### Prefill", prefill_table(results)] if results["prefill"] else []),
         *(decode_part(results) if results["decode"] else []),
+        *(generate_part(results) if results.get("generate") else []),
         *(feed_forward_part(results) if results["feed_forward"] else []),
         *(operators_part(results) if any(any(kinds.values()) for kinds in results["operators"].values()) else []),
     ]
@@ -204,29 +214,40 @@ def draw_plot(results: dict[str, Any]) -> None:
     figure.savefig(PLOT, metadata={"Date": None})
 
 
-def draw_memory(results: dict[str, Any]) -> None:
+def draw_long_contexts(results: dict[str, Any]) -> None:
     """What prompts and their continuations take of the device's memory, and how long, over their length."""
     plt = pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(12, 7), layout="constrained")
     names = {"int4": "INT4/FP8", "bf16": "bf16"}
     for kind, name in names.items():
         for part, what, style in (("prefill", "length", "-"), ("decode", "context", "--")):
             cases = [case for case in results[part] if case["batch"] == 1]
             lengths = [case[what] for case in cases]
             memory = [case["memory_bytes"][kind] / 1e9 for case in cases]
-            axes[0].plot(lengths, memory, style, marker=".", label=f"{name}, {part}")
+            axes[0, 0].plot(lengths, memory, style, marker=".", label=f"{name}, {part}")
             times = [(n, case["milliseconds"][kind]) for n, case in zip(lengths, cases, strict=True)]
             times = [(n, ms) for n, ms in times if ms is not None]
-            axis = axes[1 if part == "prefill" else 2]
+            axis = axes[0, 1 if part == "prefill" else 2]
             axis.plot(*zip(*times, strict=True), marker=".", label=name)
-    axes[0].axhline(80, color="black", linewidth=0.8)
-    for axis, label in zip(axes, ("GB", "prefill, ms", "decoding, ms per token"), strict=True):
+    axes[0, 0].axhline(80, color="black", linewidth=0.8)
+    parts = [("prefill", "int4"), ("decode", "int4"), ("decode", "bf16")]
+    for axis, (part, kind) in zip(axes[1], parts, strict=True):
+        profiles = {
+            int(case.rpartition("x")[2]): kinds[kind]["microseconds"]
+            for case, kinds in results["operators"].items()
+            if case.startswith(f"{part} 1 x ") and kinds.get(kind)
+        }
+        shares = [[us / sum(of.values()) for us in of.values()] for of in profiles.values()]
+        axis.stackplot(list(profiles), *zip(*shares, strict=True), labels=list(next(iter(profiles.values()))))
+    labels = ["GB", "prefill, ms", "decoding, ms per token"]
+    labels += [f"share of kernels' time, {part}, {names[kind]}" for part, kind in parts]
+    for axis, label in zip(axes.flat, labels, strict=True):
         axis.set_xscale("log", base=2)
         axis.set_xlabel("tokens")
         axis.set_ylabel(label)
         axis.legend(fontsize="small")
-    axes[1].set_yscale("log")
-    figure.savefig(MEMORY_PLOT, metadata={"Date": None})
+    axes[0, 1].set_yscale("log")
+    figure.savefig(CONTEXTS_PLOT, metadata={"Date": None})
 
 
 def main() -> None:
@@ -238,7 +259,7 @@ def main() -> None:
     fill(README, "benchmarks", readme_table(found["llama-3-8b"]))
     draw_plot(found["llama-3-8b"])
     if "llama-3-8b-long" in found:
-        draw_memory(found["llama-3-8b-long"])
+        draw_long_contexts(found["llama-3-8b-long"])
 
 
 if __name__ == "__main__":

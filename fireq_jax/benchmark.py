@@ -19,10 +19,12 @@ import jax.numpy as jnp
 
 from fireq_jax import torch_benchmark
 from fireq_jax.config import LlamaConfig, RopeConfig, resolve_recipe
+from fireq_jax.generate import compiled_generate
 from fireq_jax.kv_cache import KVCache, cache_bytes_per_token
 from fireq_jax.layers import DecoderBlock
 from fireq_jax.llama import Llama
 from fireq_jax.quantize import cache_kind, parameter_bytes, quantize
+from fireq_jax.sampling import Sampling
 
 Params = Mapping[str, Any]
 
@@ -40,6 +42,9 @@ SIZES = {
 # from the bf16 model's, times this.
 CHECKED_TO = 1.25
 LAYERS_OF_A_LOOP = 8  # together larger than the L2 cache
+SAMPLING = Sampling(temperature=0.8, top_p=0.95)
+# Products are then cuBLASLt's; XLA's own would be tried in so many forms that compiling did not end in minutes.
+FP8_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 # What kernels' names tell of the operation they belong to; the first that fits counts.
 OPERATORS = {
@@ -58,8 +63,9 @@ def run_benchmark(
     feed_forward: Sequence[int] = (),
     prefill: Sequence[tuple[int, int]] = (),
     decode: Sequence[tuple[int, int]] = (),
+    generate: Sequence[tuple[int, int]] = (),
     new_tokens: int = 64,
-    operators: bool = True,
+    operators: Literal["first", "all", "none"] = "first",
     fp8: bool = False,
     with_torch: bool = False,
     progress: Callable[[str], None] = lambda _: None,
@@ -74,10 +80,12 @@ def run_benchmark(
       feed_forward: numbers of tokens at which a feed-forward block (norm, MLP, residual sum) is measured.
       prefill: pairs of batch size and prompt length.
       decode: pairs of batch size and context length.
+      generate: pairs of batch size and prompt length, of which :func:`fireq_jax.generate` makes ``new_tokens`` more,
+        drawn with ``SAMPLING``: prompt, loop and draws in one call.
       new_tokens: tokens generated per sequence at each of these.
-      fp8: whether the block is measured in fp8 by XLA alone, too, which XLA takes long to compile.
+      operators: which cases of ``prefill`` and of ``decode`` are profiled kernel by kernel (on a GPU).
+      fp8: whether the block is measured in fp8 by XLA alone, too, at multiples of 16 tokens.
       with_torch: whether transformers' Llama in torch is measured, too, at ``prefill`` and ``decode``.
-      operators: whether the first case of ``prefill`` and of ``decode`` is profiled kernel by kernel (on a GPU).
       progress: called with what comes next.
       save: called with what there is of the result, whenever a case is done.
 
@@ -94,7 +102,7 @@ def run_benchmark(
     if name not in SIZES:
         raise ValueError(f"unknown sizes {name!r}; known: {', '.join(SIZES)}")
     config = SIZES[name]
-    for batch, length in (*prefill, *((b, context + new_tokens) for b, context in decode)):
+    for batch, length in (*prefill, *((b, context + new_tokens) for b, context in (*decode, *generate))):
         if batch < 1 or not 1 <= length <= config.max_positions:
             raise ValueError(f"{batch} x {length} tokens: there are {config.max_positions} positions")
     of_torch = None
@@ -130,8 +138,12 @@ def run_benchmark(
         "feed_forward": [],
         "prefill": [],
         "decode": [],
+        "generate": [],
         "operators": {},
     }  # fmt: skip
+
+    def profiled(cases: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+        return {"first": cases[:1], "all": cases, "none": ()}[operators]
 
     def measured(what: str, call_of: Callable[..., _Call], *case: int) -> dict[str, Measured]:
         """Per kind of model; of the first prompts the kernels, too."""
@@ -143,7 +155,7 @@ def run_benchmark(
             compiled = call.compile()
             compile_seconds = time.perf_counter() - began
             found[kind] = call.measure(compiled)._replace(compile_seconds=compile_seconds)
-            if what == "prefill" and case == tuple(prefill[0]) and operators:
+            if what == "prefill" and case in map(tuple, profiled(prefill)):
                 result["operators"].setdefault(f"prefill {case[0]} x {case[1]}", {})[kind] = kernel_times(
                     call.bound(compiled)
                 )
@@ -154,7 +166,7 @@ def run_benchmark(
         if fp8 and tokens % 16 == 0:  # cuBLASLt takes no other number in fp8
             progress(f"fp8: feed-forward {tokens}")
             call = _feed_forward_fp8_call(config, tokens)
-            seconds["fp8"] = call.measure(call.compile()).seconds
+            seconds["fp8"] = call.measure(call.compile(FP8_OPTIONS)).seconds
         result["feed_forward"].append({"tokens": tokens} | _by_kind("microseconds", seconds, 1e6))
         save(result)
     for batch, length in prefill:
@@ -170,7 +182,12 @@ def run_benchmark(
         found = measured("decode", functools.partial(_decode_call, new_tokens=new_tokens), batch, context)
         result["decode"].append(case | _as_case(found))
         save(result)
-    for batch, context in decode[: int(operators)]:
+    for batch, length in generate:
+        case = {"batch": batch, "length": length, "new_tokens": new_tokens}
+        found = measured("generate", functools.partial(_generate_call, new_tokens=new_tokens), batch, length)
+        result["generate"].append(case | _as_case(found))
+        save(result)
+    for batch, context in profiled(decode):
         progress(f"kernels of decode {batch} x {context}")
         steps = {
             kind: _Call(_decode, model, functools.partial(_behind, model, p, batch, context, 2))
@@ -203,11 +220,11 @@ class _Call(NamedTuple):
     function: Any
     first: Any
     arrays: Callable[[], tuple[Any, ...]]
-    last: tuple[int, ...] = ()
+    last: tuple[Any, ...] = ()
     parts: int = 1  # equal calls that the function makes, of which one is to be timed
 
-    def compile(self) -> Any:
-        return self.function.lower(self.first, *jax.eval_shape(self.arrays), *self.last).compile()
+    def compile(self, options: dict[str, Any] | None = None) -> Any:
+        return self.function.lower(self.first, *jax.eval_shape(self.arrays), *self.last).compile(options)
 
     def bound(self, compiled: Any) -> Callable[[], Any]:
         """A call of what :meth:`compile` made."""
@@ -433,6 +450,15 @@ def _decode_call(model: Llama, params: Params, batch: int, context: int, new_tok
     """A loop that begins behind ``context`` tokens, per token."""
     arrays = functools.partial(_behind, model, params, batch, context, new_tokens)
     return _Call(_decode_greedily, model, arrays, (new_tokens,), new_tokens)
+
+
+def _generate_call(model: Llama, params: Params, batch: int, length: int, new_tokens: int) -> _Call:
+    """Prompts and what follows them, with no token that ends a sequence."""
+
+    def arrays() -> tuple[Any, ...]:
+        return params, _tokens(model.config, batch, length), jnp.full(batch, length, jnp.int32), jax.random.key(0)
+
+    return _Call(compiled_generate, model, arrays, (new_tokens, SAMPLING, (), length + new_tokens))
 
 
 def step_bytes(params: Params, of_token: int, batch: int, context: float) -> int:

@@ -314,8 +314,12 @@ def bench(
         str, typer.Option(help="Batch sizes and prompt lengths, such as 1x2048,16x1024.")
     ] = "16x1024,16x2048,16x4096,1x2048",
     decode: Annotated[str, typer.Option(help="Batch sizes and context lengths.")] = "1x1024,16x1024,64x1024",
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated per sequence in each decode case.")] = 64,
-    fp8: Annotated[bool, typer.Option(help="Also time the block in fp8 by XLA, which takes long to compile.")] = False,
+    generate: Annotated[
+        str, typer.Option(help="Batch sizes and prompt lengths, to be continued in one call with sampling.")
+    ] = "1x1024,16x1024",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated per sequence when decoding.")] = 64,
+    operators: Annotated[str, typer.Option(help="Cases profiled kernel by kernel: first, all or none.")] = "first",
+    fp8: Annotated[bool, typer.Option(help="Also time the block in fp8 by XLA.")] = False,
     torch: Annotated[bool, typer.Option(help="Also time transformers' Llama in torch, if it is installed.")] = False,
     commit: Annotated[str | None, typer.Option(help="Recorded beside the results.")] = None,
     smoke: Annotated[bool, typer.Option(help="A toy on any device, to see the command work.")] = False,
@@ -327,11 +331,16 @@ def bench(
 
     if smoke:
         sizes, feed_forward, prefill, decode, new_tokens = "toy", "1,8", "1x32,2x16", "1x16,2x16", 32
+        generate = "2x16"
+    if operators not in ("first", "all", "none"):
+        raise ValueError(f"--operators {operators!r} must be first, all or none")
     tokens = [count for (count,) in _numbers("--feed-forward", feed_forward, 1)]
     prompts, contexts = _numbers("--prefill", prefill, 2), _numbers("--decode", decode, 2)
+    continued = _numbers("--generate", generate, 2)
     command = f"fireq-jax bench --sizes {sizes} --recipe {recipe} --lm-head {lm_head}"
     command += f" --feed-forward {feed_forward} --prefill {prefill}"
-    command += f" --decode {decode} --new-tokens {new_tokens}{' --fp8' * fp8}{' --torch' * torch}"
+    command += f" --decode {decode} --generate {generate} --new-tokens {new_tokens} --operators {operators}"
+    command += f"{' --fp8' * fp8}{' --torch' * torch}"
 
     def save(result: dict[str, Any]) -> None:
         """A run that is cut off leaves what it has."""
@@ -341,7 +350,8 @@ def bench(
     with notes.status("starting ...") as status:
         result = run_benchmark(
             sizes, recipe=recipe, lm_head=cast(Any, lm_head), feed_forward=tokens, prefill=prompts, decode=contexts,
-            new_tokens=new_tokens, fp8=fp8, with_torch=torch, save=save,
+            generate=continued, new_tokens=new_tokens, operators=cast(Any, operators), fp8=fp8, with_torch=torch,
+            save=save,
             progress=lambda what: status.update(f"{what} ..."),
         )  # fmt: skip
     table = Table(title=f"{sizes}, {result['recipe']}, on {result['device']}; bf16 through the same code")
@@ -353,6 +363,9 @@ def bench(
         _add_times(table, f"prefill, {case['batch']} x {case['length']}", case["milliseconds"], "ms")
     for case in result["decode"]:
         _add_times(table, f"decode, {case['batch']} x {case['context']}, per token", case["milliseconds"], "ms")
+    for case in result["generate"]:
+        what = f"generate, {case['batch']} x {case['length']} and {case['new_tokens']} more"
+        _add_times(table, what, case["milliseconds"], "ms")
     console.print(table)
     save(result)
 

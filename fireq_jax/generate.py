@@ -84,7 +84,9 @@ def generate(
         model's positions or ``cache_capacity``, or sampling needs a key.
     """
     run = _prepare(model, params, prompts, max_new_tokens, sampling, key, prompt_lengths, eos_token_ids, cache_capacity)
-    return _generate(model, params, run.tokens, run.lengths, run.key, max_new_tokens, sampling, run.eos, run.capacity)
+    return compiled_generate(
+        model, params, run.tokens, run.lengths, run.key, max_new_tokens, sampling, run.eos, run.capacity
+    )
 
 
 def generate_stream(
@@ -256,7 +258,7 @@ _step = jax.jit(_next_state, static_argnums=(0, 3, 4), donate_argnums=2)
 
 
 @partial(jax.jit, static_argnums=(0, 5, 6, 7, 8))
-def _generate(
+def compiled_generate(
     model: Llama,
     params: Mapping[str, Any],
     tokens: jax.Array,
@@ -267,6 +269,7 @@ def _generate(
     eos: tuple[int, ...],
     capacity: int,
 ) -> Generation:
+    """As :func:`generate`, of padded prompts ``[batch, t]`` int32 and checked settings."""
     batch = tokens.shape[0]
     first = _first_state(model, params, tokens, lengths, key, sampling, eos, capacity)
     out = jnp.zeros((batch, max_new_tokens), jnp.int32).at[:, 0].set(first.last)

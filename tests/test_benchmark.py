@@ -38,13 +38,16 @@ def test_smoke(monkeypatch, capsys, tmp_path, report):
         (1, 16, 32), (2, 16, 32),
     ]  # fmt: skip
     times = [case["microseconds"] for case in result["feed_forward"]]
-    times += [case["milliseconds"] for case in (*result["prefill"], *result["decode"])]
+    assert [(case["batch"], case["length"], case["new_tokens"]) for case in result["generate"]] == [(2, 16, 32)]
+    times += [case["milliseconds"] for case in (*result["prefill"], *result["decode"], *result["generate"])]
     assert all(set(pair) == {"int4", "bf16"} and min(pair.values()) > 0 for pair in times)
     assert 0 < result["distances_from_bf16"]["reference"] < 1
     assert result["copy_bytes_per_second"] > 1e8
     # Two layers of q, k, v, o, gate, up and down, the embedding and the head, in bf16, and five norms.
     floats = 2 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 256) + 2 * 256 * 128 + 5 * 128
     assert result["parameter_bytes"]["bf16"] == 2 * floats
+    for case in result["generate"]:
+        assert case["memory_bytes"]["bf16"] > 2 * floats
     for case in result["decode"]:
         cache = case["batch"] * (16 + 32 / 2) * cache_bytes_per_token(benchmark.SIZES["toy"], "float")
         assert case["bytes"]["bf16"] == 2 * (floats - 256 * 128) + cache
@@ -52,6 +55,11 @@ def test_smoke(monkeypatch, capsys, tmp_path, report):
         assert case["memory_bytes"]["bf16"] > 2 * floats
         assert min(case["compile_seconds"].values()) > 0
     assert "decode, 2 x 16, per token" in out
+    assert "generate, 2 x 16 and 32 more" in out
+    # Thirty-two tokens of two sequences.
+    rate = 1e3 * 2 * 32 / result["generate"][0]["milliseconds"]["int4"]
+    assert f"| 2 x 16 + 32 | {result['generate'][0]['milliseconds']['int4']:.1f} |" in report.page(result)
+    assert f"| {rate:.0f} |" in report.page(result)
     assert f"{result['prefill'][0]['milliseconds']['int4']:.1f}" in report.page(result)
 
 
@@ -63,6 +71,11 @@ def test_smoke(monkeypatch, capsys, tmp_path, report):
         (("--decode", "0x5"), "--decode '0x5'"),
         (("--feed-forward", "many"), "--feed-forward 'many'"),
         (("--sizes", "toy", "--prefill", "1x2000"), "1 x 2000 tokens: there are 1024 positions"),
+        (
+            ("--sizes", "toy", "--prefill", "1x8", "--decode", "1x8", "--generate", "1x1000"),
+            "1 x 1064 tokens: there are 1024 positions",
+        ),
+        (("--operators", "some"), "--operators 'some' must be first, all or none"),
     ],
 )
 def test_refuses_what_it_cannot_measure(monkeypatch, capsys, arguments, message):

@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import chisquare
 
 import fireq_jax
-from fireq_jax.generate import _generate, padded_length
+from fireq_jax.generate import compiled_generate, padded_length
 from fireq_jax.sampling import filter_logits, sample
 
 PROMPTS = [[5, 17, 100], [9, 8, 7, 6, 5, 4, 3], [64]]
@@ -106,10 +106,10 @@ def test_under_an_outer_jit(tiny):
 def test_prompts_of_the_same_padded_shape_compile_once(tiny):
     model, params = tiny
     fireq_jax.generate(model, params, [1, 2, 3], max_new_tokens=5)
-    compiled = _generate._cache_size()
+    compiled = compiled_generate._cache_size()
     fireq_jax.generate(model, params, list(range(40)), max_new_tokens=5)
     fireq_jax.generate(model, params, np.arange(3, 20), max_new_tokens=5)
-    assert _generate._cache_size() == compiled
+    assert compiled_generate._cache_size() == compiled
 
 
 def test_padded_lengths():
@@ -141,7 +141,7 @@ def test_generation_holds_the_cache_once_and_in_four_bits(tiny):
     )
 
     def loop_state_bytes(capacity):
-        lowered = _generate.lower(model, params, tokens, lengths, key, 4, fireq_jax.Sampling(), (), capacity)
+        lowered = compiled_generate.lower(model, params, tokens, lengths, key, 4, fireq_jax.Sampling(), (), capacity)
         text = lowered.compile().as_text()
         loops = [line for line in text.splitlines() if " while(" in line and f"u8[4,2,{capacity},8]" in line]
         assert len(loops) == 1, "one loop carries the cache"
