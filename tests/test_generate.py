@@ -2,6 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from scipy.stats import chisquare
 
 import fireq_jax
@@ -203,6 +206,30 @@ def test_filters_keep_what_their_definitions_say():
     assert kept(top_p=0.71) == [0, 1, 2]
     assert kept(top_p=0.89) == [0, 1, 2, 3]
     assert kept(top_k=4, top_p=0.89) == [0, 1, 2]  # the probabilities of the four that are left sum to one again
+
+
+@given(
+    hnp.arrays(
+        np.float32, (3, 37), elements=st.sampled_from([-np.inf, -80, -2.5, -1, -0.0, 0, 0.25, 1, 1.0000002384185791, 6])
+    ),
+    st.integers(1, 37),
+    st.floats(0.01, 0.999),
+)
+@settings(deadline=None)
+def test_filters_against_sorting(logits, k, p):
+    """Ties, zeros of both signs, tokens that are out already."""
+    logits[:, 0] = 1  # not all are out
+    kept = np.isfinite(filter_logits(jnp.asarray(logits), fireq_jax.Sampling(1.0, top_k=k)))
+    possible = np.isfinite(logits)
+    np.testing.assert_array_equal(kept, possible & (logits >= -np.sort(-logits)[:, k - 1 : k]))
+    kept = np.isfinite(filter_logits(jnp.asarray(logits), fireq_jax.Sampling(1.0, top_p=p)))
+    probabilities = np.exp(logits.astype(np.float64))
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    for row, of_row, all_of_row in zip(kept, probabilities, logits, strict=True):
+        above = np.array([of_row[all_of_row > x].sum() for x in all_of_row])
+        # Float32 sums that come within rounding of p may fall to either side.
+        clear = np.abs(above - p) > 1e-5
+        np.testing.assert_array_equal(row[clear], ((above < p) & np.isfinite(all_of_row))[clear])
 
 
 def test_draws_follow_the_distribution():
