@@ -63,9 +63,13 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
         lengths: Any, k_codes: Any, k_scales: Any, v_codes: Any, v_scales: Any, q8: Any, q_scale: Any, *of_prompt: Any,
     ) -> None:  # fmt: skip
         k8, k8_scale, v8, v8_scale, scratch, held = of_prompt if prompt else (None,) * 6
-        # Long blocks run first.
-        block = jax.lax.axis_index("block")
-        key_block, query_block = jax.lax.rem(block, jnp.int32(key_blocks)), block - 2 * key_blocks
+        # A block of keys, some of queries, a block of values, some of queries: one kind waits for memory, the other for
+        # its instructions. What queries there are more come last.
+        block, period = jax.lax.axis_index("block"), 1 + query_blocks // (2 * key_blocks)
+        turn, place = jax.lax.div(block, jnp.int32(period)), jax.lax.rem(block, jnp.int32(period))
+        of_queries = (place > 0) | (turn >= 2 * key_blocks)
+        query_block = block - jnp.minimum(turn + 1, 2 * key_blocks)
+        key_block, of_values = jax.lax.div(turn, jnp.int32(2)), jax.lax.rem(turn, jnp.int32(2)) == 1
 
         def rotated(
             values: Any, steps: Steps, heads: int, operation: Literal["times", "over"], first: Any
@@ -93,7 +97,7 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
                 return do(load(first_of(jnp.int32(0))), jnp.int32(0), carry)
             return jax.lax.fori_loop(0, count, step, (load(first_of(0)), carry))[1]
 
-        @pl.when(query_block >= 0)
+        @pl.when(of_queries)
         def queries() -> None:
             def first(i: Any) -> Any:
                 return (query_block * each + i) * s.units
@@ -146,14 +150,14 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
             factor = tiles.share_scale(largest)(peak, scales, scratch, key_block)
             jax.lax.fori_loop(0, count, round_held, None)
 
-        @pl.when(block < key_blocks)
+        @pl.when(jnp.logical_not(of_queries | of_values))
         def keys() -> None:
             if prompt:
                 take_tokens(k, k8_scale, KEY_MAX, lambda *made: tiles.store_keys()(*made[:2], k8, made[2]))
             else:
                 take(k)
 
-        @pl.when((block >= key_blocks) & (query_block < 0))
+        @pl.when(jnp.logical_not(of_queries) & of_values)
         def values() -> None:
             if prompt:
                 take_tokens(v, v8_scale, E4M3_MAX, lambda *made: tiles.hold_values()(*made[:2], held, made[2]))
