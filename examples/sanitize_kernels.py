@@ -86,7 +86,9 @@ def empty_cache(batch: int, kv_heads: int, slots: int, head_dim: int) -> tuple[j
     return (jnp.zeros(codes, jnp.uint8), jnp.ones(scales, BF16)) * 2
 
 
-def rotation(name: str, batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int) -> Case:
+def rotation(
+    name: str, batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int, with_tables: bool = False
+) -> Case:
     angles = np.random.default_rng(9).uniform(0, 6, (batch, tokens, 1, head_dim // 2))
     cos, sin = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
     projections = [normal(i, batch, tokens, h, head_dim) for i, h in enumerate((heads, kv_heads, kv_heads))]
@@ -94,7 +96,9 @@ def rotation(name: str, batch: int, tokens: int, heads: int, kv_heads: int, head
     lengths = jnp.arange(batch, dtype=jnp.int32) % tokens + 1
     arrays = (*projections, cos, sin, cache, jnp.arange(batch, dtype=jnp.int32) % 8, lengths)
     operation = getattr(pk, name)
-    return lambda *a: operation(*a, implementation="mosaic_gpu"), arrays
+    scale, offset = (normal(i, kv_heads, head_dim).astype(jnp.float32) for i in (5, 6))
+    tables = {"scale": jnp.exp(scale), "key_offset": offset} if with_tables else {}
+    return lambda *a: operation(*a[:-1], **a[-1], implementation="mosaic_gpu"), (*arrays, tables)
 
 
 def prompt(batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int, prefix: int = 0) -> Case:
@@ -129,7 +133,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "matmul, divided tiles, residual": lambda: product("mosaic_gpu", 130, (192,), 2048, with_residual=True),
     "matmul, divided tiles, float32": lambda: product("mosaic_gpu", 130, (192,), 2048, out_dtype=jnp.float32),
     "rotation of tokens": lambda: rotation("rotate_and_append", 3, 1, 8, 2, 128),
+    "rotation of tokens, mixed": lambda: rotation("rotate_and_append", 3, 1, 8, 2, 64, with_tables=True),
     "rotation of prompts": lambda: rotation("rotate_and_round", 2, 150, 4, 2, 128),
+    "rotation of prompts, mixed": lambda: rotation("rotate_and_round", 2, 150, 4, 2, 64, with_tables=True),
     "prefill attention": lambda: prompt(2, 300, 4, 2, 128),
     "prefill attention, heads of 64": lambda: prompt(2, 300, 3, 1, 64),
     "prefill attention behind a prefix": lambda: prompt(1, 150, 2, 2, 128, prefix=136),

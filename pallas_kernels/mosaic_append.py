@@ -70,6 +70,10 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
         of_queries = (place > 0) | (turn >= 2 * key_blocks)
         query_block = block - jnp.minimum(turn + 1, 2 * key_blocks)
         key_block, of_values = jax.lax.div(turn, jnp.int32(2)), jax.lax.rem(turn, jnp.int32(2)) == 1
+        if prompt:  # blocks are counted along a head's tokens; those of the same tokens run together
+            rest, head = jax.lax.div(key_block, jnp.int32(s.kv_heads)), jax.lax.rem(key_block, jnp.int32(s.kv_heads))
+            sequence, number = jax.lax.div(rest, jnp.int32(tiles.blocks)), jax.lax.rem(rest, jnp.int32(tiles.blocks))
+            key_block = (sequence * s.kv_heads + head) * tiles.blocks + number
 
         def rotated(
             values: Any, steps: Steps, heads: int, operation: Literal["times", "over"], first: Any
