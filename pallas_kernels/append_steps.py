@@ -135,6 +135,23 @@ class Steps:
         """The largest float32 of a unit's lanes, or NaN."""
         return hopper.across_lanes(value, hopper.maximum_or_nan, self.shape.lanes)
 
+    def opaque(self) -> Operation:
+        """``number -> number``, which the compiler knows nothing of.
+
+        It neither unrolls a loop of as many turns nor, of a loop's counter, has a pointer for every array that the
+        loop goes through: either way more registers are taken than let two or three blocks share a multiprocessor.
+        """
+
+        @plgpu.inline_mgpu(
+            arg_types=(self.scalar,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, self.scalar)
+        )  # fmt: skip
+        def opaque(_: Any, number: Any) -> Any:
+            word = ir.IntegerType.get_signless(32)
+            [same] = hopper.asm("mov.b32 $0, $1;", "=r,r", [number.registers.item()], [word])
+            return hopper.splat(same)
+
+        return cast(Operation, opaque)
+
     def load(self, heads: int) -> Operation:
         """``(x, first unit) -> words``: each unit's head, in bf16."""
 

@@ -52,6 +52,11 @@ def pack(registers: Sequence[ir.Value]) -> mgpu.FragmentedArray:
     )
 
 
+def splat(number: ir.Value) -> mgpu.FragmentedArray:
+    """An int32 that all threads have, as a step's result."""
+    return mgpu.FragmentedArray.splat(number, (), is_signed=True)
+
+
 def constant(value: int, bits: int) -> ir.Value:
     """An integer constant, given as a signed or an unsigned number."""
     if bits > 1 and value >= 1 << (bits - 1):

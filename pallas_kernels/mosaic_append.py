@@ -88,18 +88,19 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
             return steps.mix()(steps.combine(s.kv_heads, "minus")(values, offset, first))
 
         def for_units(
-            count: Any, first_of: Callable[[Any], Any], load: Callable[[Any], Any], do: Callable[..., Any], carry: Any
+            count: int, first_of: Callable[[Any], Any], load: Callable[[Any], Any], do: Callable[..., Any], carry: Any
         ) -> Any:
             """``carry = do(words, number, carry)`` group by group; the next words are loaded meanwhile."""
 
             def step(i: Any, state: Any) -> Any:
                 words, carry = state
+                i = ops.opaque()(i)
                 following = load(first_of(jnp.minimum(i + 1, count - 1)))
                 return following, do(words, i, carry)
 
-            if isinstance(count, int) and count == 1:
+            if count == 1:
                 return do(load(first_of(jnp.int32(0))), jnp.int32(0), carry)
-            return jax.lax.fori_loop(0, count, step, (load(first_of(0)), carry))[1]
+            return jax.lax.fori_loop(0, ops.opaque()(jnp.int32(count)), step, (load(first_of(0)), carry))[1]
 
         @pl.when(of_queries)
         def queries() -> None:
@@ -110,10 +111,7 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
                 values = rotated(ops.widen()(words), ops, s.heads, "times", first(i))
                 ops.store_queries()(ops.mix()(values) if mixed else values, q8, q_scale, first(i))
 
-            # No length has this bit, but the compiler does not know: it would unroll a loop of four turns, which takes
-            # so many registers that only one block fits.
-            count = each + jnp.bitwise_and(lengths[0], 1 << 30) if each > 1 else 1
-            for_units(count, first, lambda unit: ops.load(s.heads)(q, unit), store, None)
+            for_units(each, first, lambda unit: ops.load(s.heads)(q, unit), store, None)
 
         def append(steps: Steps, x: Any, values: Any, first: Any, peak: Any) -> Any:
             codes, scales = (k_codes, k_scales) if x is k else (v_codes, v_scales)
@@ -145,6 +143,7 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
                 return append(tiles, x, floats(real), first(i), peak)
 
             def round_held(i: Any, _: None) -> None:
+                i = ops.opaque()(i)
                 store(floats(tiles.held(of)(held, i)), factor, first(i))
 
             count = SCALE_TOKENS // s.units
@@ -152,7 +151,7 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
                 count, first, lambda unit: tiles.load(s.kv_heads)(x, unit), append_and_hold, zeros(tiles.single)
             )
             factor = tiles.share_scale(largest)(peak, scales, scratch, key_block)
-            jax.lax.fori_loop(0, count, round_held, None)
+            jax.lax.fori_loop(0, ops.opaque()(jnp.int32(count)), round_held, None)
 
         @pl.when(jnp.logical_not(of_queries | of_values))
         def keys() -> None:

@@ -149,7 +149,7 @@ def emulated(*modules):
         "asm": asm, "pure_asm": pure_asm, "constant": constant, "ir": ir, "arith": arith, "llvm": llvm,
         "utils": utils,
         "i32": lambda value: constant(value, 32), "f32": lambda value: Register(machine.full(value, F32)),
-        "pack": list, "unpack": list,
+        "pack": list, "unpack": list, "splat": lambda number: number,
         "cluster_arrive": lambda: machine.block.cluster.arrive(member()),
         "cluster_arrive_done": lambda: machine.block.cluster.arrive(member()),
         "cluster_wait": lambda: machine.block.cluster.wait(member(), machine.failures),
@@ -166,7 +166,11 @@ def emulated(*modules):
         return value
 
     def inline(arg_types, return_type):
-        return lambda step: lambda *arguments: step(None, *map(scalar, arguments))
+        def of_python(result):
+            """A number of the kernel's control flow that a step gives."""
+            return jnp.int32(result.values[0]) if isinstance(result, Register) else result
+
+        return lambda step: lambda *arguments: of_python(step(None, *map(scalar, arguments)))
 
     def cast(array, layout):
         """A container of equal elements: a list of registers."""
@@ -272,7 +276,7 @@ def emulated(*modules):
         commit_smem=lambda: None, wait_smem_to_gmem=lambda *_, **__: None, set_max_registers=lambda *_, **__: None,
         inline_mgpu=inline, kernel=kernel, layout_cast=cast, RefType=lambda *_: None,
         SMEM=lambda shape, dtype, transforms=(0,): SimpleNamespace(shape=shape, dtype=dtype, swizzle=transforms[0]),
-        CompilerParams=lambda **_: None, LoweringSemantics=SimpleNamespace(Lane=None),
+        ShapeDtypeStruct=lambda *_: None, CompilerParams=lambda **_: None, LoweringSemantics=SimpleNamespace(Lane=None),
         Layout=SimpleNamespace(WG_SPLAT=lambda shape: None),
     )  # fmt: skip
     with (
