@@ -41,6 +41,7 @@ SIZES = {
 # other sides of their roundings. So kernels are not held to the reference implementation's logits but to its distance
 # from the bf16 model's, times this.
 CHECKED_TO = 1.25
+LONG_ENOUGH = 4.0  # seconds of repeated calls
 LAYERS_OF_A_LOOP = 8  # together larger than the L2 cache
 SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 # Products are then cuBLASLt's; XLA's own would be tried in so many forms that compiling did not end in minutes.
@@ -314,11 +315,14 @@ def distances_from_float(model: Llama, params: Params, float_params: Params) -> 
     return {name: float(jnp.linalg.norm(x - expected) / jnp.linalg.norm(expected)) for name, x in found.items()}
 
 
-def _seconds(call: Callable[[], Any], repeats: int = 3) -> float:
-    """The shortest of a few calls, behind one that compiles: what else the machine does only ever adds."""
+def _seconds(call: Callable[[], Any]) -> float:
+    """The shortest of several calls, behind one that warms up: what else the machine does only ever adds.
+
+    Three at least, and short ones up to twenty times in half a second, unless they take more than ``LONG_ENOUGH``.
+    """
     jax.block_until_ready(call())
-    found = []
-    for _ in range(repeats):
+    found: list[float] = []
+    while sum(found) < LONG_ENOUGH and (len(found) < 3 or (sum(found) < 0.5 and len(found) < 20)):
         began = time.perf_counter()
         jax.block_until_ready(call())
         found.append(time.perf_counter() - began)
