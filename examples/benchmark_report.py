@@ -23,6 +23,33 @@ PAPER = {
 }
 
 
+# Dense e4m3 products of an H100 or H200 (SXM), by its data sheet.
+PEAK_FLOPS = 1979e12
+
+
+def projections(config: dict[str, Any]) -> dict[str, int]:
+    """Weights of a layer's attention and of its feed-forward block."""
+    hidden, heads, kv_heads = config["hidden_size"], config["num_heads"], config["num_kv_heads"]
+    return {
+        "attention": hidden * config["head_dim"] * 2 * (heads + kv_heads),
+        "feed-forward": 3 * hidden * config["intermediate_size"],
+    }
+
+
+def prefill_flops(config: dict[str, Any], batch: int, length: int) -> float:
+    """Products of all projections, half of each square of scores, and the logits behind each prompt."""
+    of_layer = 2 * sum(projections(config).values()) * length
+    of_layer += 2 * config["num_heads"] * config["head_dim"] * length**2
+    return float(batch * (config["num_layers"] * of_layer + 2 * config["hidden_size"] * config["vocab_size"]))
+
+
+def of_roofline(results: dict[str, Any], seconds: float | None, flops: float, read: float) -> str:
+    """The share that the tensor cores or, if that is more, ``read`` bytes at copy bandwidth would need of a time."""
+    if seconds is None or not results["device"].startswith(("NVIDIA H100", "NVIDIA H200")):
+        return "-"
+    return f"{max(flops / PEAK_FLOPS, read / results['copy_bytes_per_second']) / seconds:.0%}"
+
+
 def speed(times: dict[str, float | None]) -> str:
     return f"{times['bf16'] / times['int4']:.2f}x" if times["bf16"] and times["int4"] else "-"
 
@@ -36,8 +63,13 @@ def feed_forward_table(results: dict[str, Any]) -> str:
     for case in results["feed_forward"]:
         times = case["microseconds"]
         cells = [str(case["tokens"]), shown(times["int4"], 1), shown(times["bf16"], 1), speed(times)]
-        rows.append([*cells, shown(times["fp8"], 1) if "fp8" in times else "-"])
-    return table(["tokens", "INT4/FP8, us", "bf16, us", "speed", "fp8 by XLA, us"], rows)
+        weights = projections(results["config"])["feed-forward"]
+        # Codes, and a scale for each 128.
+        share = of_roofline(
+            results, times["int4"] and times["int4"] / 1e6, 2 * weights * case["tokens"], weights * (1 / 2 + 1 / 128)
+        )
+        rows.append([*cells, share, shown(times["fp8"], 1) if "fp8" in times else "-"])
+    return table(["tokens", "INT4/FP8, us", "bf16, us", "speed", "of roofline", "fp8 by XLA, us"], rows)
 
 
 def gigabytes(case: dict[str, Any], kind: str) -> str:
@@ -65,12 +97,15 @@ def prefill_table(results: dict[str, Any]) -> str:
             for of_length in PAPER.values()
         ]
         cells = [f"{batch} x {length}", shown(times["int4"], 1), shown(times["bf16"], 1), speed(times)]
+        flops = prefill_flops(results["config"], batch, length)
+        seconds = times["int4"] and times["int4"] / 1e3
+        cells += [shown(seconds and flops / seconds / 1e12, 0), of_roofline(results, seconds, flops, 0)]
         memory = [gigabytes(case, kind) for kind in ("int4", "bf16")]
         rows.append(
             [*cells, *(shown(rate, 1) for rate in rates), *memory, *of_torch(results, "prefill", index), *paper]
         )
-    header = ["batch x tokens", "INT4/FP8, ms", "bf16, ms", "speed", "INT4/FP8, k tokens/s", "bf16, k tokens/s"]
-    header += ["INT4/FP8, GB", "bf16, GB", "transformers bf16, ms"]
+    header = ["batch x tokens", "INT4/FP8, ms", "bf16, ms", "speed", "TFLOP/s", "of e4m3 peak"]
+    header += ["INT4/FP8, k tokens/s", "bf16, k tokens/s", "INT4/FP8, GB", "bf16, GB", "transformers bf16, ms"]
     return table([*header, *(f"{name} in the paper" for name in PAPER)], rows)
 
 
