@@ -1,12 +1,15 @@
 """The kernel between the projections and decode attention: emulated, lowered, and on a Hopper GPU."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulated_gpu import emulated
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_matmul_kernel import BF16, on_hopper
 
 import pallas_kernels as pk
@@ -120,6 +123,40 @@ def test_on_the_emulated_multiprocessor(case):
     with emulated(mosaic_append, append_steps, row_steps):
         q8, q_scale, cache = rotate_and_append(*arrays, **options)
     check(arrays, options, lambda *_, **__: (q8, q_scale, cache))
+
+
+@st.composite
+def any_rotation(draw, most_tokens):
+    """What :func:`inputs` takes: any sizes, lengths and places in the cache, some of which are full."""
+    batch, tokens, kv_heads = draw(st.integers(1, 3)), draw(st.integers(1, most_tokens)), draw(st.integers(1, 3))
+    slots = draw(st.integers(1, tokens + 40))
+    starts, lengths = [], []
+    for _ in range(batch):
+        lengths.append(draw(st.integers(1, tokens)))
+        starts.append(draw(st.integers(0, slots)))
+    heads, head_dim = kv_heads * draw(st.integers(1, 4)), draw(st.sampled_from([64, 128]))
+    return batch, tokens, heads, kv_heads, head_dim, slots, starts, lengths, draw(st.booleans()), draw(st.booleans())
+
+
+@given(any_rotation(4))
+@settings(max_examples=8)
+def test_any_shape_on_the_emulated_multiprocessor(case):
+    arrays, options = inputs(*case)
+    with emulated(mosaic_append, append_steps, row_steps):
+        q8, q_scale, cache = rotate_and_append(*arrays, **options)
+    check(arrays, options, lambda *_, **__: (q8, q_scale, cache))
+
+
+@given(any_rotation(140), st.integers(1, 6))
+@settings(max_examples=8)
+def test_prompts_of_any_shape_on_the_emulated_multiprocessor(case, multiprocessors):
+    arrays, options = inputs(*case)
+    with (
+        mock.patch.object(mosaic_append, "STREAMING_MULTIPROCESSORS", multiprocessors),
+        emulated(mosaic_append, append_steps, row_steps),
+    ):
+        prompt, cache = rotate_and_round(*arrays, **options)
+    check_prompt(arrays, options, lambda *_, **__: (prompt, cache))
 
 
 @pytest.mark.parametrize(

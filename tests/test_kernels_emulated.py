@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from emulated_gpu import emulated
 from emulated_memory import Block, RaceError
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_matmul_kernel import (
     BF16,
     E4M3,
@@ -196,6 +198,29 @@ def test_residual(m, n, k, how, monkeypatch):
     ],
 )
 def test_decode_attention(tokens, heads, kv_heads, head_dim, slots, positions, cut):
+    check_decode_attention(tokens, heads, kv_heads, head_dim, slots, positions, cut)
+
+
+@st.composite
+def any_decoding(draw):
+    """What :func:`check_decode_attention` takes: any cut, and positions around its boundaries or elsewhere."""
+    tokens, kv_heads, slots = draw(st.integers(1, 2)), draw(st.integers(1, 3)), 8 * draw(st.integers(1, 60))
+    group, head_dim = draw(st.integers(1, 8)), draw(st.sampled_from([64, 128]))
+    cut = draw(st.builds(DecodeCut, st.integers(1, 4), st.sampled_from([4, 8]), st.integers(2, 4)))
+    positions = []
+    for _ in range(draw(st.integers(1, 3))):
+        first = draw(st.integers(0, slots - tokens))
+        positions.append([first + i for i in range(tokens)])
+    return tokens, kv_heads * group, kv_heads, head_dim, slots, positions, cut
+
+
+@given(any_decoding())
+@settings(max_examples=12)
+def test_decode_attention_of_any_shape(case):
+    check_decode_attention(*case)
+
+
+def check_decode_attention(tokens, heads, kv_heads, head_dim, slots, positions, cut):
     positions = jnp.asarray(positions, jnp.int32).reshape(-1, tokens)
     batch, rng = len(positions), np.random.default_rng(slots)
     q8, q_scale = pk.quantize_fp8(jnp.asarray(rng.normal(size=(batch, tokens, heads, head_dim)) * 3, jnp.float32))

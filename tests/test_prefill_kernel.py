@@ -1,12 +1,15 @@
 """The prefill attention kernel: on the emulated multiprocessor, lowered for CUDA, and on a Hopper GPU."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulated_gpu import emulated
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_matmul_kernel import BF16, frobenius, on_hopper
 
 import pallas_kernels as pk
@@ -159,6 +162,28 @@ def order(request, monkeypatch):
 def test_on_the_emulated_multiprocessor(batch, tokens, heads, kv_heads, head_dim, lengths):
     arguments = inputs(batch, tokens, heads, kv_heads, head_dim, lengths)
     with emulated(mosaic_prefill, prefill_steps):
+        check(arguments, mosaic_prefill.prefill_attention)
+
+
+@st.composite
+def any_prompts(draw):
+    """Batch size, tokens, query heads, kv heads, head size and lengths."""
+    batch, tokens, kv_heads = draw(st.integers(1, 2)), draw(st.integers(1, 300)), draw(st.integers(1, 2))
+    group = (
+        draw(st.sampled_from([1, 2, 3, 4, 7, 8])) if kv_heads * batch == 1 and tokens < 70 else draw(st.integers(1, 2))
+    )
+    lengths = [draw(st.integers(1, tokens)) for _ in range(batch)]
+    return batch, tokens, kv_heads * group, kv_heads, draw(st.sampled_from([64, 128])), lengths
+
+
+@given(any_prompts(), st.integers(1, 8))
+@settings(max_examples=8)
+def test_any_shape_on_the_emulated_multiprocessor(shape, multiprocessors):
+    arguments = inputs(*shape)
+    with (
+        mock.patch.object(mosaic_prefill, "STREAMING_MULTIPROCESSORS", multiprocessors),
+        emulated(mosaic_prefill, prefill_steps),
+    ):
         check(arguments, mosaic_prefill.prefill_attention)
 
 
