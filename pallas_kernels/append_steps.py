@@ -118,18 +118,18 @@ class Steps:
         unit = arith.minui(unit, i32(count - 1))
         return arith.divui(unit, i32(heads)), arith.remui(unit, i32(heads)), exists
 
-    def _load_halves(self, ref: Any, row: ir.Value, columns: int, size: int, hoisted: bool = True) -> list[ir.Value]:
+    def _load_halves(self, ref: Any, row: ir.Value, columns: int, size: int) -> list[ir.Value]:
         """Words of a lane's channels, of ``size`` bytes, of a row; of ``head_dim / 2`` columns only one half."""
         words = []
         for half in range(2 * columns // self.shape.head_dim):
             at = arith.muli(self._lane(), i32(EACH))
             address = hopper.global_address(ref, size, (row, columns), (at, 1), (half * self.shape.head_dim // 2, 1))
-            words += load_words(address, EACH * size // 4, hoisted)
+            words += load_words(address, EACH * size // 4)
         return words
 
-    def _load_floats(self, ref: Any, row: ir.Value, columns: int, hoisted: bool = True) -> list[ir.Value]:
+    def _load_floats(self, ref: Any, row: ir.Value, columns: int) -> list[ir.Value]:
         """As :meth:`_load_halves`, of float32."""
-        return to_floats(self._load_halves(ref, row, columns, 4, hoisted), 4)
+        return to_floats(self._load_halves(ref, row, columns, 4), 4)
 
     def _across(self, value: ir.Value) -> ir.Value:
         """The largest float32 of a unit's lanes, or NaN."""
@@ -198,7 +198,7 @@ class Steps:
         def combine(_: Any, values: Any, table: Any, first: Any) -> Any:
             _token, head, _exists = self._unit(first, heads)
             kv_head = arith.divui(head, i32(heads // self.shape.kv_heads))
-            row = self._load_floats(table, kv_head, self.shape.head_dim, hoisted=False)
+            row = self._load_floats(table, kv_head, self.shape.head_dim)
             if operation == "over":
                 row = [hopper.approximate_reciprocal(r) for r in row]
             apply = arith.subf if operation == "minus" else arith.mulf
@@ -536,14 +536,10 @@ def load_word(address: ir.Value) -> ir.Value:
     return hopper.asm("ld.global.nc.b32 $0, [$1];", "=r,l", [address], [ir.IntegerType.get_signless(32)])[0]
 
 
-def load_words(address: ir.Value, count: int, hoisted: bool) -> list[ir.Value]:
-    """Two or four neighbouring words of global memory.
-
-    ptxas may load what is the same in all turns of a loop before it, which costs registers, unless ``hoisted`` is
-    false.
-    """
+def load_words(address: ir.Value, count: int) -> list[ir.Value]:
+    """Two or four neighbouring words of global memory."""
     listed = ", ".join(f"${i}" for i in range(count))
-    ptx = f"ld.global{'.nc' if hoisted else ''}.v{count}.b32 {{{listed}}}, [${count}];"
+    ptx = f"ld.global.nc.v{count}.b32 {{{listed}}}, [${count}];"
     return hopper.asm(ptx, ",".join(["=r"] * count + ["l"]), [address], [ir.IntegerType.get_signless(32)] * count)
 
 
