@@ -64,6 +64,29 @@ def test_continued_prefill_gives_the_logits_of_the_whole_sequence(tiny):
     assert_logits_close(logits, whole[[0, 1], first + second - 1])
 
 
+def test_a_quantised_sequence_that_grows_token_by_token_is_as_good_as_its_prefill(tiny):
+    model, params = tiny
+    expected = np.load(GOLDEN / "tiny.npz")["llama3"]
+    params = fireq_jax.quantize(params)
+    length, begun = TOKENS.shape[1], 2
+
+    @jax.jit
+    def prefill(tokens):
+        cache, lengths = fireq_jax.KVCache.zeros(model.config, 2, 16), jnp.full(2, tokens.shape[1], jnp.int32)
+        return model.apply({"params": params}, tokens, lengths, cache, method="prefill")
+
+    decode = jax.jit(lambda tokens, cache: model.apply({"params": params}, tokens, cache, method="decode"))
+    _, cache = prefill(TOKENS[:, :begun])
+    for i in range(begun, length):
+        logits, cache = decode(TOKENS[:, i : i + 1], cache)
+    grown, (whole, _) = logits[:, 0], prefill(TOKENS)
+    # A prompt attends to keys and values in e4m3, what grows to int4 ones: their errors differ, and none is of another
+    # size than that of quantisation as a whole.
+    error = distance(whole, expected[:, length - 1])
+    assert distance(grown, expected[:, length - 1]) < 1.5 * error
+    assert distance(grown, whole) < 1.5 * error
+
+
 def test_initialised_model_has_the_tree_that_load_makes(tiny):
     model, params = tiny
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), TOKENS)["params"])
