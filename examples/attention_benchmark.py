@@ -1,4 +1,4 @@
-"""Times attention on a Hopper GPU beside cuDNN's through JAX; raw numbers go to docs/results/attention.json.
+"""Times attention on a Hopper GPU beside cuDNN's through JAX; raw numbers go to docs/results.
 
     python examples/attention_benchmark.py --commit HASH
     uv run --group plots python examples/attention_report.py
@@ -13,7 +13,6 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 # Of what is timed XLA has nothing to tune, and tuning what is compared with takes long.
@@ -29,8 +28,6 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 import pallas_kernels as pk
 from pallas_kernels.reference import Cache
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs" / "results" / "attention.json"
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
 
 
@@ -238,7 +235,7 @@ def measure(seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def main() -> None:
-    record(__file__, __doc__, RESULTS, {"prompts": [], "decoding": []}, measure)
+    record(__file__, __doc__, "attention", {"prompts": [], "decoding": []}, measure)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""Writes attention's tables in docs/kernels.md and its plot from docs/results/attention.json.
+"""Writes attention's tables in docs/kernels.md and its plot from docs/results/attention-*.json.
 
 uv run --group plots python examples/attention_report.py
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from pages import fill, pyplot, table
+from pages import fill, of_devices, pyplot, table
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs" / "results" / "attention.json"
 PAGE = ROOT / "docs" / "kernels.md"
 PLOT = ROOT / "docs" / "attention.svg"
 
@@ -60,9 +58,17 @@ def decoding_table(results: dict[str, Any]) -> str:
     return table([*header, "distance"], rows)
 
 
-def draw(results: dict[str, Any]) -> None:
-    """TFLOP/s of prompts and speed of decoding, for the heads of Llama-3-8B."""
-    figure, axes = pyplot().subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+def draw(everything: list[dict[str, Any]]) -> None:
+    """TFLOP/s of prompts and speed of decoding, a line of panels for each device."""
+    size = (10, 3.6 * len(everything))
+    figure, axes = pyplot().subplots(len(everything), 2, figsize=size, layout="constrained", squeeze=False)
+    for results, panels in zip(everything, axes, strict=True):
+        draw_device(results, panels)
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+def draw_device(results: dict[str, Any], axes: Any) -> None:
+    """Two panels: prompts for the heads of Llama-3-8B, and decoding."""
     for batch, style in ((1, "-"), (16, "--")):
         rows = [r for r in results["prompts"] if (r["batch"], r["kv"], r["size"]) == (batch, 8, 128)]
         for name in ("fireq", "cudnn fp8", "cudnn bf16"):
@@ -74,7 +80,7 @@ def draw(results: dict[str, Any]) -> None:
                 axes[0].plot(*zip(*points, strict=True), style, marker=".", color=color, label=f"{name}, batch {batch}")
     axes[0].set_xscale("log", base=2)
     axes[0].set_xlabel("tokens")
-    axes[0].set_ylabel("TFLOP/s of causal attention")
+    axes[0].set_ylabel(f"TFLOP/s of causal attention, {results['device']}")
     axes[0].legend(fontsize="small")
     rows = [r for r in results["decoding"] if "cudnn bf16" in r["microseconds"]]
     names = [f"{r['batch']} x {r['slots']}, {heads(r)}" for r in rows]
@@ -82,23 +88,27 @@ def draw(results: dict[str, Any]) -> None:
     axes[1].axvline(1, color="black", linewidth=0.8)
     axes[1].invert_yaxis()
     axes[1].set_xlabel("decoding, speed to cuDNN bf16")
-    figure.savefig(PLOT, metadata={"Date": None})
 
 
-def main() -> None:
-    results = json.loads(RESULTS.read_text("utf-8"))
-    origin = (
+def origin(results: dict[str, Any]) -> str:
+    return (
         f"{results['device']}, JAX {results['versions']['jax']}, commit {results['commit']}: `{results['command']}`. "
         f"Copy bandwidth {results['copy_bytes_per_second'] / 1e12:.2f} TB/s."
     )
-    prompts = (
-        f"{origin} Distances are relative Frobenius norms to float32 attention of the unrounded inputs, of the first "
-        f"sequence; cuDNN in fp8 has a scale per tensor.\n\n{prompts_table(results)}\n\n![Attention](attention.svg)"
+
+
+def main() -> None:
+    everything = of_devices("attention")
+    prompts = [f"{origin(results)}\n\n{prompts_table(results)}" for results in everything]
+    about = (
+        "Distances are relative Frobenius norms to float32 attention of the unrounded inputs, of the first sequence; "
+        "cuDNN in fp8 has a scale per tensor."
     )
-    fill(PAGE, "prefill-attention", prompts)
-    decoding = f"{origin} Distances are to float32 attention of the same int4 cache.\n\n{decoding_table(results)}"
-    fill(PAGE, "decode-attention", decoding)
-    draw(results)
+    fill(PAGE, "prefill-attention", "\n\n".join([about, *prompts, "![Attention](attention.svg)"]))
+    decoding = [f"{origin(results)}\n\n{decoding_table(results)}" for results in everything]
+    about = "Distances are to float32 attention of the same int4 cache."
+    fill(PAGE, "decode-attention", "\n\n".join([about, *decoding]))
+    draw(everything)
 
 
 if __name__ == "__main__":

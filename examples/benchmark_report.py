@@ -7,14 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pages import fill, pyplot, table
+from pages import RESULTS, fill, pyplot, table
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 PLOT = ROOT / "docs" / "benchmarks.svg"
 CONTEXTS_PLOT = ROOT / "docs" / "long-contexts.svg"
 README = ROOT / "README.md"
+IN_README = ("llama-3-8b", "llama-3-8b-h200")  # of one model, on a device each
 # Prefill of Llama-3-8B in 1000 tokens per second, as the paper has them (arXiv 2505.20839), on an H100, batch 16.
 PAPER = {
     "FireQ": {1024: 37.2, 2048: 34.5, 4096: 32.9},
@@ -200,24 +200,32 @@ def page(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def readme_table(results: dict[str, Any]) -> str:
-    rows = [
-        [
-            f"prefill, {c['batch']} x {c['length']} tokens",
-            shown(c["milliseconds"]["int4"], 1) + " ms",
+def readme_rows(results: dict[str, Any]) -> dict[str, list[str]]:
+    """Times and speeds of each case."""
+    rows = {
+        f"prefill, {c['batch']} x {c['length']} tokens": [
+            f"{shown(c['milliseconds']['int4'], 1)} ms",
             speed(c["milliseconds"]),
         ]
         for c in results["prefill"]
-    ]
-    rows += [
-        [
-            f"decoding at {c['context']} tokens, batch {c['batch']}",
-            shown(c["milliseconds"]["int4"]) + " ms per token",
-            speed(c["milliseconds"]),
+    }
+    return rows | {
+        f"decoding at {c['context']} tokens, batch {c['batch']}": [
+            f"{shown(c['milliseconds']['int4'])} ms per token", speed(c["milliseconds"])
         ]
         for c in results["decode"]
-    ]
-    return table([f"{results['sizes']} on one {results['device']}", "time", "speed to bf16"], rows)
+    }  # fmt: skip
+
+
+def readme_table(found: dict[str, dict[str, Any]]) -> str:
+    """The same cases on several devices, side by side."""
+    of_devices = [found[name] for name in IN_README if name in found]
+    parts = [readme_rows(results) for results in of_devices]
+    header = [of_devices[0]["sizes"]]
+    for results in of_devices:
+        header += [results["device"], "speed to bf16"]
+    cases = dict.fromkeys(case for rows in parts for case in rows)
+    return table(header, [[case, *(cell for rows in parts for cell in rows.get(case, ["-", "-"]))] for case in cases])
 
 
 def draw_plot(results: dict[str, Any]) -> None:
@@ -285,13 +293,18 @@ def draw_long_contexts(results: dict[str, Any]) -> None:
     figure.savefig(CONTEXTS_PLOT, metadata={"Date": None})
 
 
-def main() -> None:
-    found = {
+def stored() -> dict[str, dict[str, Any]]:
+    """All results, by the name of their file behind ``bench-``."""
+    return {
         path.stem.removeprefix("bench-"): json.loads(path.read_text("utf-8"))
         for path in sorted(RESULTS.glob("bench-*.json"))
     }
+
+
+def main() -> None:
+    found = stored()
     fill(PAGE, "benchmarks", "\n\n".join(f"## {name}\n\n{page(results)}" for name, results in found.items()))
-    fill(README, "benchmarks", readme_table(found["llama-3-8b"]))
+    fill(README, "benchmarks", readme_table(found))
     draw_plot(found["llama-3-8b"])
     if "llama-3-8b-long" in found:
         draw_long_contexts(found["llama-3-8b-long"])

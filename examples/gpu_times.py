@@ -1,6 +1,7 @@
 """Times of kernels on a GPU, of JAX and torch alike, and the memory's bandwidth."""
 
 import argparse
+import re
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 # The one way to time kernels of both frameworks alike; jax.experimental.mosaic.gpu.profiler uses it for JAX functions.
 from jax._src.lib import mosaic_gpu as mosaic_gpu_library
+from pages import RESULTS
 
 from convert.folder import write_json
 
@@ -65,14 +67,18 @@ def copy_bandwidth() -> float:
 
 
 def record(
-    script: str, doc: str, target: Path, about: dict[str, Any],
+    script: str, doc: str, name: str, about: dict[str, Any],
     measure: Callable[[float], Iterator[tuple[str, dict[str, Any]]]],
 ) -> None:  # fmt: skip
     """The command line of a benchmark: writes what ``measure`` yields, a row and the name of its list, as it comes.
 
+    Unless told otherwise, to docs/results, under the benchmark's name and the device's.
     ``measure`` gets the seconds behind which it is to begin nothing more; a run that is cut off leaves what it has.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    device = torch.cuda.get_device_name()
+    model = re.search(r"[A-Z]+\d+", device)
+    target = RESULTS / f"{name}-{model[0].lower() if model else device.lower().replace(' ', '')}.json"
     parser.add_argument("--out", type=Path, default=target)
     parser.add_argument("--commit", required=True, help="to record")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing more after this time")
@@ -81,7 +87,7 @@ def record(
         "command": f"python examples/{Path(script).name}",
         "commit": args.commit,
         **about,
-        "device": torch.cuda.get_device_name(),
+        "device": device,
         "versions": {"jax": jax.__version__, "torch": torch.__version__, "cuda": torch.version.cuda},
         "copy_bytes_per_second": copy_bandwidth(),
     }

@@ -1,4 +1,4 @@
-"""Times the INT4 x FP8 product on a Hopper GPU beside cuBLASLt; raw numbers go to docs/results/matmul.json.
+"""Times the INT4 x FP8 product on a Hopper GPU beside cuBLASLt; raw numbers go to docs/results.
 
     python examples/matmul_benchmark.py --commit HASH
     uv run --group plots python examples/matmul_report.py
@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,8 +26,6 @@ from pallas_kernels import int4_fp8_matmul_tiled, pack_int4, to_tiles, unpack_in
 from pallas_kernels.tiling import choose_streaming, choose_tiling
 from pallas_kernels.weight_layout import SHARES, share_bytes, tiled_bytes, tiles_shape
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs" / "results" / "matmul.json"
 # n x k of Llama-3-8B's qkv, o, gate and up, down, and of Llama-2-7B's feed-forward layers.
 SHAPES = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]
 TOKENS = [1, 4, 16, 64, 256, 1024, 4096, 8192]
@@ -186,7 +183,7 @@ def main() -> None:
     about: dict[str, Any] = {"group_size": GROUP_SIZE, "scales": jnp.dtype(SCALE_TYPE).name, "rows": []}
     if importlib.util.find_spec("humming") is not None:
         about["humming-kernels"] = version("humming-kernels")
-    record(__file__, __doc__, RESULTS, about, measure)
+    record(__file__, __doc__, "matmul", about, measure)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,17 @@
-"""Writes the matmul's table in docs/kernels.md and its plot from docs/results/matmul.json.
+"""Writes the matmul's table in docs/kernels.md and its plot from docs/results/matmul-*.json.
 
 uv run --group plots python examples/matmul_report.py
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from pages import fill, pyplot, table
+from pages import fill, of_devices, pyplot, table
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs" / "results" / "matmul.json"
 PAGE = ROOT / "docs" / "kernels.md"
 PLOT = ROOT / "docs" / "matmul.svg"
-# Of an H100 SXM by its data sheet, fp8 without sparsity: what the memory does not bound, this does.
+# Of an H100 or H200 (SXM) by its data sheet, fp8 without sparsity: what the memory does not bound, this does.
 PEAK_TFLOPS = 1979
 
 
@@ -35,13 +33,21 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def draw(results: dict[str, Any]) -> None:
-    """TFLOP/s over tokens, a panel per shape, beside cuBLASLt and the roofline."""
-    shapes = sorted({(row["n"], row["k"]) for row in results["rows"]}, reverse=True)
+def draw(everything: list[dict[str, Any]]) -> None:
+    """TFLOP/s over tokens, a line of panels for each device."""
+    shapes = sorted({(row["n"], row["k"]) for results in everything for row in results["rows"]}, reverse=True)
+    size = (1 + 4 * len(shapes), 3.6 * len(everything))
     figure, axes = pyplot().subplots(
-        1, len(shapes), figsize=(1 + 4 * len(shapes), 3.6), layout="constrained", sharey=True, squeeze=False
+        len(everything), len(shapes), figsize=size, layout="constrained", sharey=True, squeeze=False
     )
-    for axis, (n, k) in zip(axes[0], shapes, strict=True):
+    for results, panels in zip(everything, axes, strict=True):
+        draw_device(results, shapes, panels)
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+def draw_device(results: dict[str, Any], shapes: list[tuple[int, int]], axes: Any) -> None:
+    """A panel per shape, beside cuBLASLt and the roofline."""
+    for axis, (n, k) in zip(axes, shapes, strict=True):
         rows = [row for row in results["rows"] if (row["n"], row["k"]) == (n, k)]
 
         def plot(label: str, points: list[tuple[int, float]], axis: Any = axis, **style: Any) -> None:
@@ -64,26 +70,30 @@ def draw(results: dict[str, Any]) -> None:
         axis.set_yscale("log")
         axis.set_title(f"{n} x {k}")
         axis.set_xlabel("tokens")
-    axes[0][0].set_ylabel("TFLOP/s")
-    axes[0][0].legend(fontsize="small")
-    figure.savefig(PLOT, metadata={"Date": None})
+    axes[0].set_ylabel(f"TFLOP/s, {results['device']}")
+    axes[0].legend(fontsize="small")
 
 
-def main() -> None:
-    results = json.loads(RESULTS.read_text("utf-8"))
+def of_device(results: dict[str, Any]) -> str:
     header = ["n x k", "tokens", "us", "TFLOP/s", "weights TB/s", "speed to bf16", "to fp8"]
     header += ["to fp8, fast accumulation", "to humming", "error"]
     note = f" {results['note']}" if "note" in results else ""
-    text = (
+    return (
         f"{results['device']}, JAX {results['versions']['jax']}, torch {results['versions']['torch']}, commit "
-        f'{results["commit"]}: `{results["command"]}`.{note} "fp8" is the faster of cuBLASLt\'s per-tensor and per-row '
-        f'products, "humming" the W4A8 product of humming-kernels {results.get("humming-kernels", "(not measured)")}. '
-        "The error is the relative Frobenius norm to the float32 product.\n\n"
-        f"{table(header, list(map(cells, results['rows'])))}\n\n"
-        "![TFLOP/s over tokens](matmul.svg)"
+        f"{results['commit']}: `{results['command']}`.{note} humming-kernels "
+        f"{results.get('humming-kernels', 'was not measured')}.\n\n{table(header, list(map(cells, results['rows'])))}"
     )
-    fill(PAGE, "matmul", text)
-    draw(results)
+
+
+def main() -> None:
+    everything = of_devices("matmul")
+    about = (
+        '"fp8" is the faster of cuBLASLt\'s per-tensor and per-row products, "humming" the W4A8 product of '
+        "humming-kernels. The error is the relative Frobenius norm to the float32 product."
+    )
+    parts = [about, *map(of_device, everything), "![TFLOP/s over tokens](matmul.svg)"]
+    fill(PAGE, "matmul", "\n\n".join(parts))
+    draw(everything)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,17 @@
 """Generated parts of hand-written pages."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from convert.folder import write_text
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+
+
+def of_devices(name: str) -> list[dict[str, Any]]:
+    """What a benchmark of that name measured, a device each: of ``name-h100.json``, ``name-h200.json`` ..."""
+    return [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob(f"{name}-[a-z][0-9]*.json"))]
 
 
 def fill(page: Path, marker: str, text: str) -> None:

@@ -1,11 +1,14 @@
-"""The register-level steps of :mod:`pallas_kernels.mosaic_append`."""
+"""The register-level steps of :mod:`pallas_kernels.mosaic_append`.
+
+A unit is a head of a token, of which each of several lanes holds some channels. What a thread does is straight-line
+code: what it reads next is asked for before it works on what has come, and no register has to be moved for that.
+"""
 
 import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -16,10 +19,12 @@ from pallas_kernels import hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.packing import INT4_MIN
-from pallas_kernels.reference import E4M3_MAX, MANTISSA, SCALE_TOKENS
+from pallas_kernels.reference import E4M3_MAX, KEY_MAX, MANTISSA, SCALE_TOKENS
 from pallas_kernels.row_steps import across_block, balanced, e4m3_scale, largest_magnitude, to_floats
 
 EACH = 4  # neighbouring channels of each half of a head that a lane holds
+AHEAD = 4  # tokens of values that are on their way
+TOGETHER = 2  # heads of queries that a lane works on at once, if they are not mixed; as many are on their way
 SMALLEST_NORMAL = 2.0**-126  # whose reciprocal is finite
 ROUNDING = 1.5 * 2.0**23 - INT4_MIN  # a float32 of which neighbours are 1 apart
 
@@ -36,6 +41,8 @@ class AppendShape:
       head_dim: 64 or 128.
       slots: of the cache.
       warps: of a block of threads.
+      scaled: whether there is a table of scales.
+      mixed: whether keys are moved by an offset, and queries and keys multiplied with a Hadamard matrix.
     """
 
     batch: int
@@ -45,10 +52,12 @@ class AppendShape:
     head_dim: int
     slots: int
     warps: int
+    scaled: bool
+    mixed: bool
 
     @property
     def lanes(self) -> int:
-        """That hold a head of a token, a unit."""
+        """That hold a unit."""
         return self.head_dim // (2 * EACH)
 
     @property
@@ -62,29 +71,29 @@ class AppendShape:
         return self.threads // self.lanes
 
 
-class Container(NamedTuple):
-    """What a container of that many registers of each thread is to Pallas."""
+class Row(NamedTuple):
+    """A row in global memory, or behind it.
 
-    registers: int
-    dtype: Any
+    Attributes:
+      address: of what a lane has of some row.
+      offset: bytes from there to this one.
+      exists: a bit, or None if it does.
+    """
 
-    @property
-    def layout(self) -> Any:
-        """As an argument of a step."""
-        return hopper.container_layout(self.registers)
+    address: ir.Value
+    offset: int = 0
+    exists: ir.Value | None = None
 
-    @property
-    def type(self) -> plgpu.ShapeDtypeStruct:
-        """As a step's result."""
-        return hopper.container_type(self.registers, self.dtype)
+    def behind(self, size: int) -> "Row":
+        """What lies so many bytes behind."""
+        return self._replace(offset=self.offset + size)
 
-    def register_type(self) -> ir.Type:
-        """That of the registers themselves."""
-        return ir.F32Type.get() if self.dtype == jnp.float32 else ir.IntegerType.get_signless(32)
 
-    def zero(self) -> ir.Value:
-        """A register."""
-        return f32(0) if self.dtype == jnp.float32 else i32(0)
+class InCache(NamedTuple):
+    """Where a unit's int4 codes go to, and their scale."""
+
+    codes: Row
+    scale: Row
 
 
 class Steps:
@@ -96,9 +105,6 @@ class Steps:
     def __init__(self, shape: AppendShape) -> None:
         self.shape = shape
         self.scalar = plgpu.Layout.WG_SPLAT(())
-        self.values = Container(2 * EACH, jnp.float32)
-        self.words = Container(EACH, jnp.int32)
-        self.single = Container(1, jnp.float32)
 
     def _lane(self) -> ir.Value:
         """A lane's number among those of its unit."""
@@ -111,167 +117,159 @@ class Steps:
         """Of a lane's unit."""
         return arith.addi(first.registers.item(), arith.divui(utils.thread_idx(), i32(self.shape.lanes)))
 
-    def _unit(self, first: Any, heads: int) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """A unit's token (counted over all sequences) and head, and whether there is such a pair."""
-        unit, count = self._number(first), self.shape.batch * self.shape.tokens * heads
-        exists = arith.cmpi(arith.CmpIPredicate.ult, unit, i32(count))
-        unit = arith.minui(unit, i32(count - 1))
-        return arith.divui(unit, i32(heads)), arith.remui(unit, i32(heads)), exists
+    def _row(self, ref: Any, size: int, row: ir.Value | int, columns: int, exists: ir.Value | None = None) -> Row:
+        """What a lane has of a row's first half, of elements of ``size`` bytes."""
+        return Row(hopper.global_address(ref, size, (row, columns), (self._lane(), EACH)), 0, exists)
 
-    def _load_halves(self, ref: Any, row: ir.Value, columns: int, size: int) -> list[ir.Value]:
-        """Words of a lane's channels, of ``size`` bytes, of a row; of ``head_dim / 2`` columns only one half."""
-        words = []
-        for half in range(2 * columns // self.shape.head_dim):
-            at = arith.muli(self._lane(), i32(EACH))
-            address = hopper.global_address(ref, size, (row, columns), (at, 1), (half * self.shape.head_dim // 2, 1))
-            words += load_words(address, EACH * size // 4)
+    def _load(self, row: Row, columns: int, size: int) -> list[ir.Value]:
+        """Words of a lane's channels, zeros where there is no row; of ``head_dim / 2`` columns only one half."""
+        d, words = self.shape.head_dim, []
+        for half in range(2 * columns // d):
+            words += load_words(row.behind(half * d // 2 * size), EACH * size // 4)
         return words
 
-    def _load_floats(self, ref: Any, row: ir.Value, columns: int) -> list[ir.Value]:
-        """As :meth:`_load_halves`, of float32."""
-        return to_floats(self._load_halves(ref, row, columns, 4), 4)
+    def _floats(self, row: Row, columns: int) -> list[ir.Value]:
+        """As :meth:`_load`, of float32."""
+        return to_floats(self._load(row, columns, 4), 4)
 
-    def _across(self, value: ir.Value) -> ir.Value:
-        """The largest float32 of a unit's lanes, or NaN."""
-        return hopper.across_lanes(value, hopper.maximum_or_nan, self.shape.lanes)
+    def _rotation(self, cosines: Row, sines: Row) -> tuple[list[ir.Value], list[ir.Value]]:
+        """Of a token."""
+        half = self.shape.head_dim // 2
+        return self._floats(cosines, half), self._floats(sines, half)
 
-    def opaque(self) -> Operation:
-        """``number -> number``, which the compiler knows nothing of.
+    def _rotated(
+        self, words: Sequence[ir.Value], rotation: tuple[list[ir.Value], list[ir.Value]]
+    ) -> list[ir.Value]:  # fmt: skip
+        """A head in bf16 with its pairs (i, i + d / 2) rotated, in float32."""
+        values, (cos, sin), fma = to_floats(words, 2), rotation, hopper.multiply_add
+        low, high = values[:EACH], values[EACH:]
+        new_low = [fma(a, c, arith.negf(arith.mulf(b, s))) for a, b, c, s in zip(low, high, cos, sin, strict=True)]
+        new_high = [fma(b, c, arith.mulf(a, s)) for a, b, c, s in zip(low, high, cos, sin, strict=True)]
+        return [*new_low, *new_high]
 
-        It neither unrolls a loop of as many turns nor, of a loop's counter, has a pointer for every array that the
-        loop goes through: either way more registers are taken than let two or three blocks share a multiprocessor.
-        """
+    def _mixed(self, registers: Sequence[ir.Value]) -> list[ir.Value]:
+        """Times the orthonormal Hadamard matrix of Sylvester's construction."""
+        registers = list(registers)
+        # A butterfly per bit of the channel's number: in registers, then between lanes.
+        stride = 1
+        while stride < len(registers):
+            new = list(registers)
+            for i in range(len(registers)):
+                if not i & stride:
+                    new[i] = arith.addf(registers[i], registers[i + stride])
+                    new[i + stride] = arith.subf(registers[i], registers[i + stride])
+            registers, stride = new, 2 * stride
+        for distance in (2**bit for bit in range(self.shape.lanes.bit_length() - 1)):
+            upper = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(self._lane(), i32(distance)), i32(0))
+            sign = arith.select(upper, f32(-1), f32(1))
+            registers = [hopper.multiply_add(r, sign, hopper.exchange(r, distance)) for r in registers]
+        return [arith.mulf(r, f32(1 / math.sqrt(self.shape.head_dim))) for r in registers]
 
-        @plgpu.inline_mgpu(
-            arg_types=(self.scalar,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, self.scalar)
-        )  # fmt: skip
-        def opaque(_: Any, number: Any) -> Any:
-            word = ir.IntegerType.get_signless(32)
-            [same] = hopper.asm("mov.b32 $0, $1;", "=r,r", [number.registers.item()], [word])
-            return hopper.splat(same)
-
-        return cast(Operation, opaque)
-
-    def load(self, heads: int) -> Operation:
-        """``(x, first unit) -> words``: each unit's head, in bf16."""
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), self.scalar), return_type=self.words.type)
-        def read(_: Any, x: Any, first: Any) -> Any:
-            token, head, _exists = self._unit(first, heads)
-            row = arith.addi(arith.muli(token, i32(heads)), head)
-            return hopper.pack(self._load_halves(x, row, self.shape.head_dim, 2))
-
-        return cast(Operation, read)
-
-    def widen(self) -> Operation:
-        """``words -> values``: in float32, what was loaded."""
-
-        @plgpu.inline_mgpu(arg_types=(self.words.layout,), return_type=self.values.type)
-        def widen(_: Any, words: Any) -> Any:
-            return hopper.pack(to_floats(hopper.unpack(words), 2))
-
-        return cast(Operation, widen)
-
-    def rotate(self, heads: int) -> Operation:
-        """``(values, cosines, sines, first unit) -> values``: rotates the pairs (i, i + d / 2)."""
-
-        @plgpu.inline_mgpu(
-            arg_types=(self.values.layout, plgpu.RefType(), plgpu.RefType(), self.scalar), return_type=self.values.type
-        )
-        def rotate(_: Any, values: Any, cosines: Any, sines: Any, first: Any) -> Any:
-            token, _head, _exists = self._unit(first, heads)
-            registers = hopper.unpack(values)
-            low, high = registers[:EACH], registers[EACH:]
-            cos = self._load_floats(cosines, token, self.shape.head_dim // 2)
-            sin = self._load_floats(sines, token, self.shape.head_dim // 2)
-            fma = hopper.multiply_add
-            new_low = [fma(a, c, arith.negf(arith.mulf(b, s))) for a, b, c, s in zip(low, high, cos, sin, strict=True)]
-            new_high = [fma(b, c, arith.mulf(a, s)) for a, b, c, s in zip(low, high, cos, sin, strict=True)]
-            return hopper.pack([*new_low, *new_high])
-
-        return cast(Operation, rotate)
-
-    def combine(self, heads: int, operation: Literal["times", "over", "minus"]) -> Operation:
-        """``(values, table [kv heads, d] float32, first unit) -> values``: combined with the row of the kv head."""
-
-        @plgpu.inline_mgpu(arg_types=(self.values.layout, plgpu.RefType(), self.scalar), return_type=self.values.type)
-        def combine(_: Any, values: Any, table: Any, first: Any) -> Any:
-            _token, head, _exists = self._unit(first, heads)
-            kv_head = arith.divui(head, i32(heads // self.shape.kv_heads))
-            row = self._load_floats(table, kv_head, self.shape.head_dim)
-            if operation == "over":
-                row = [hopper.approximate_reciprocal(r) for r in row]
-            apply = arith.subf if operation == "minus" else arith.mulf
-            return hopper.pack([apply(a, b) for a, b in zip(hopper.unpack(values), row, strict=True)])
-
-        return cast(Operation, combine)
-
-    def mix(self) -> Operation:
-        """``values -> values``: times the orthonormal Hadamard matrix of Sylvester's construction."""
-
-        @plgpu.inline_mgpu(arg_types=(self.values.layout,), return_type=self.values.type)
-        def mix(_: Any, values: Any) -> Any:
-            registers = hopper.unpack(values)
-            # A butterfly per bit of the channel's number: in registers, then between lanes.
-            stride = 1
-            while stride < len(registers):
-                new = list(registers)
-                for i in range(len(registers)):
-                    if not i & stride:
-                        new[i] = arith.addf(registers[i], registers[i + stride])
-                        new[i + stride] = arith.subf(registers[i], registers[i + stride])
-                registers, stride = new, 2 * stride
-            for distance in (2**bit for bit in range(self.shape.lanes.bit_length() - 1)):
-                upper = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(self._lane(), i32(distance)), i32(0))
-                others = [hopper.exchange(r, distance) for r in registers]
-                registers = [
-                    arith.select(upper, arith.subf(o, r), arith.addf(r, o))
-                    for r, o in zip(registers, others, strict=True)
-                ]
-            return hopper.pack([arith.mulf(r, f32(1 / math.sqrt(self.shape.head_dim))) for r in registers])
-
-        return cast(Operation, mix)
-
-    def _rounded(self, registers: Sequence[ir.Value], factor: ir.Value) -> list[ir.Value]:
-        """A lane's channels of the first and of the second half, times the factor, as words of four e4m3."""
-        scaled = [arith.mulf(r, factor) for r in registers]
-        return [hopper.to_e4m3x4(scaled[EACH * half : EACH * (half + 1)]) for half in range(2)]
-
-    def _store_row(
-        self, x8: Any, row: ir.Value, registers: Sequence[ir.Value], factor: ir.Value, exists: ir.Value
-    ) -> None:  # fmt: skip
+    def _store_e4m3(self, row: Row, registers: Sequence[ir.Value], factor: ir.Value) -> None:
         """Writes a unit's head, times the factor, to a row of ``head_dim`` e4m3."""
-        d = self.shape.head_dim
-        at = hopper.global_address(x8, 1, (row, d), (arith.muli(self._lane(), i32(EACH)), 1))
-        flag = arith.extui(ir.IntegerType.get_signless(32), exists)
-        for half, part in enumerate(self._rounded(registers, factor)):
-            store_global("b32", "r", at, part, flag, half * d // 2)
+        for half, part in enumerate(rounded(registers, factor)):
+            store_global("b32", "r", row.behind(half * self.shape.head_dim // 2), part)
 
-    def store_queries(self) -> Operation:
-        """``(values, q8, q_scale, first unit) -> ()``: e4m3 with the scale ``max|x| / 448``, or 1 of zeros.
+    def queries(self, each: int) -> Operation:
+        """``(q, cosines, sines, scales, q8, q_scale, first) -> ()``: e4m3 with the scale ``max|x| / 448``, or 1 of 0.
 
-        The quotients are products with reciprocals, up to their last bits.
+        Every unit's lanes take ``each`` neighbouring heads of a token, the block's first unit those of number
+        ``first``. Quotients are products with reciprocals, up to their last bits.
         """
-        heads = self.shape.heads
+        s, d = self.shape, self.shape.head_dim
+        parts = -(-s.heads // each)  # of a token's heads
+        group = s.heads // s.kv_heads
 
-        @plgpu.inline_mgpu(
-            arg_types=(self.values.layout, plgpu.RefType(), plgpu.RefType(), self.scalar), return_type=()
-        )
-        def store(_: Any, values: Any, q8: Any, q_scale: Any, first: Any) -> Any:
-            word = ir.IntegerType.get_signless(32)
-            token, head, exists = self._unit(first, heads)
-            registers = hopper.unpack(values)
-            peak = self._across(largest_magnitude(registers))
-            zero = arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0))
-            scale = arith.select(zero, f32(1), arith.mulf(peak, f32(1 / E4M3_MAX)))
-            factor = hopper.approximate_reciprocal(hopper.maximum(scale, f32(SMALLEST_NORMAL)))
-            row = arith.addi(arith.muli(token, i32(heads)), head)
-            self._store_row(q8, row, registers, factor, exists)
-            flag = arith.extui(word, arith.andi(self._is_first_lane(), exists))
-            store_global("f32", "f", hopper.global_address(q_scale, 4, (row, 1)), scale, flag)
+        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 6, self.scalar), return_type=())
+        def queries(_: Any, q: Any, cosines: Any, sines: Any, scales: Any, q8: Any, q_scale: Any, first: Any) -> Any:
+            unit, count = self._number(first), s.batch * s.tokens * parts
+            here = arith.cmpi(arith.CmpIPredicate.ult, unit, i32(count))
+            unit = arith.minui(unit, i32(count - 1))
+            token = arith.divui(unit, i32(parts))
+            head = arith.muli(arith.remui(unit, i32(parts)), i32(each))
+            row = arith.addi(arith.muli(token, i32(s.heads)), head)
+            sources, targets = self._row(q, 2, row, d), self._row(q8, 1, row, d)
+            scale_target = Row(hopper.global_address(q_scale, 4, (row, 1)))
+
+            def exists(i: int) -> ir.Value | None:
+                """Whether the token has the head; None if all have that many."""
+                if s.heads % each == 0:
+                    return None
+                return arith.cmpi(arith.CmpIPredicate.ult, arith.addi(head, i32(i)), i32(s.heads))
+
+            def load(several: Sequence[int]) -> list[list[ir.Value]]:
+                return [self._load(sources.behind(2 * d * i)._replace(exists=exists(i)), d, 2) for i in several]
+
+            tables: dict[Any, list[ir.Value]] = {}
+
+            def scaled(i: int, values: Sequence[ir.Value]) -> list[ir.Value]:
+                whole = group % each == 0 or each % group == 0  # of the same kv head for all units
+                key = i // group if whole else i
+                if key not in tables:
+                    kv_head = arith.divui(arith.addi(head, i32(i)), i32(group))
+                    tables.clear()
+                    kv_head = arith.minui(kv_head, i32(s.kv_heads - 1))
+                    tables[key] = self._floats(self._row(scales, 4, kv_head, d), d)
+                return times(values, tables[key])
+
+            step = 1 if s.mixed else TOGETHER  # mixing takes registers, and waits for nothing
+            together = [range(i, min(i + step, each)) for i in range(0, each, step)]
+            following = load(together[0])
+            rotation = self._rotation(*(self._row(x, 4, token, d // 2) for x in (cosines, sines)))
+            for number, several in enumerate(together):
+                loaded = following
+                if number + 1 < len(together):
+                    following = load(together[number + 1])
+                made = [self._rotated(words, rotation) for words in loaded]
+                if s.scaled:
+                    made = [scaled(i, values) for i, values in zip(several, made, strict=True)]
+                if s.mixed:
+                    made = [self._mixed(values) for values in made]
+                peaks = [largest_magnitude(values) for values in made]
+                distance = 1
+                while distance < s.lanes:  # side by side
+                    others = [hopper.exchange(peak, distance) for peak in peaks]
+                    peaks = [hopper.maximum_or_nan(a, b) for a, b in zip(peaks, others, strict=True)]
+                    distance *= 2
+                for i, values, peak in zip(several, made, peaks, strict=True):
+                    flag = here if (it := exists(i)) is None else arith.andi(here, it)
+                    zero = arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0))
+                    scale = arith.select(zero, f32(1), arith.mulf(peak, f32(1 / E4M3_MAX)))
+                    factor = hopper.approximate_reciprocal(hopper.maximum(scale, f32(SMALLEST_NORMAL)))
+                    self._store_e4m3(targets.behind(d * i)._replace(exists=flag), values, factor)
+                    flag = arith.andi(self._is_first_lane(), flag)
+                    store_global("f32", "f", scale_target.behind(4 * i)._replace(exists=flag), scale)
             return ()
 
-        return cast(Operation, store)
+        return cast(Operation, queries)
+
+    def _key(
+        self, words: Sequence[ir.Value], rotation: tuple[list[ir.Value], list[ir.Value]],
+        inverse_scale: Sequence[ir.Value], offset: Row | None,
+    ) -> list[ir.Value]:  # fmt: skip
+        """A head of a key."""
+        values = self._rotated(words, rotation)
+        if self.shape.scaled:
+            values = times(values, inverse_scale)
+        if offset is None:
+            return values
+        # Loaded where it is needed: it would take eight registers.
+        moved = [arith.subf(a, b) for a, b in zip(values, self._floats(offset, self.shape.head_dim), strict=True)]
+        return self._mixed(moved)
+
+    def _tables_of_keys(self, scale: Any, offset: Any, kv_head: ir.Value) -> tuple[list[ir.Value], Row | None]:
+        """Of a kv head: one over its scales, and where its offset is, if the shape has them."""
+        s = self.shape
+        scales = self._floats(self._row(scale, 4, kv_head, s.head_dim), s.head_dim) if s.scaled else []
+        offset_row = self._row(offset, 4, kv_head, s.head_dim) if s.mixed else None
+        return [hopper.approximate_reciprocal(r) for r in scales], offset_row
+
+    def _in_cache(self, codes: Any, scales: Any, row: ir.Value, slot: ir.Value, kept: ir.Value | None) -> InCache:
+        """Of a sequence and kv head, counted as ``row``."""
+        row = arith.addi(arith.muli(row, i32(self.shape.slots)), slot)
+        half = self.shape.head_dim // 2
+        address = hopper.global_address(codes, 1, (row, half), (self._lane(), EACH // 2))
+        return InCache(Row(address, 0, kept), Row(hopper.global_address(scales, 2, (row, 1)), 0, kept))
 
     def _signed_peak(self, registers: Sequence[ir.Value]) -> tuple[ir.Value, ir.Value]:
         """The largest magnitude of a unit, or NaN, and whether it is a positive entry's alone.
@@ -287,7 +285,7 @@ class Steps:
         return arith.bitcast(ir.F32Type.get(), arith.shrui(largest, i32(1))), positive
 
     def _codes(self, registers: Sequence[ir.Value], factor: ir.Value) -> list[ir.Value]:
-        """A lane's channels of the first and of the second half, times the factor, as four int4 in 16 bits each."""
+        """A lane's int4 codes of the first and of the second half, each in the lower 16 bits of a word."""
         word = ir.IntegerType.get_signless(32)
         # Added to ROUNDING a number becomes an integer in the last bits, whose last four are the code's plus 8.
         numbers = [arith.bitcast(word, hopper.multiply_add(r, factor, f32(ROUNDING))) for r in registers]
@@ -301,234 +299,306 @@ class Steps:
             words.append(arith.xori(four, i32(0x8888)))
         return words
 
-    def store_codes(self) -> Operation:
-        """``(values, codes, scales, starts, lengths, first unit, peak) -> peak``: int4 like ``quantize_kv``'s.
+    def _append(self, registers: Sequence[ir.Value], target: InCache) -> ir.Value:
+        """Writes a unit's int4 codes and their scale, like ``quantize_kv``'s; gives its largest magnitude, or NaN."""
+        single = ir.F32Type.get()
+        peak, positive = self._signed_peak(registers)
+        zero = arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0))
+        magnitude = arith.select(zero, f32(1), arith.mulf(peak, f32(-1 / INT4_MIN)))
+        positive = arith.andi(positive, arith.cmpf(arith.CmpFPredicate.OGT, peak, f32(0)))
+        scale = arith.select(positive, arith.subf(f32(0), magnitude), magnitude)
+        in_bf16 = hopper.to_bf16x2(scale, f32(0))
+        scale = arith.bitcast(single, arith.shli(in_bf16, i32(16)))
+        for half, part in enumerate(self._codes(registers, hopper.reciprocal(scale))):
+            store_global("b16", "r", target.codes.behind(half * self.shape.head_dim // 4), part)
+        exists = self._is_first_lane()
+        if target.scale.exists is not None:
+            exists = arith.andi(exists, target.scale.exists)
+        store_global("b16", "r", target.scale._replace(exists=exists), in_bf16)
+        return peak
 
-        They go to their slot, if the cache has it. ``peak`` is the largest magnitude of a thread's units so far.
+    def append(self, kind: Literal["keys", "values"]) -> Operation:
+        """``(x, cosines, sines, scale, offset, codes, scales, starts, lengths, first) -> ()``: a block's units.
+
+        They go to their slots, if the cache has them.
         """
-        s = self.shape
+        s, d = self.shape, self.shape.head_dim
 
-        @plgpu.inline_mgpu(
-            arg_types=(self.values.layout, *[plgpu.RefType()] * 4, self.scalar, self.single.layout),
-            return_type=self.single.type,
-        )
-        def store(
-            _: Any, values: Any, codes: Any, scales: Any, starts: Any, lengths: Any, first: Any, before: Any
-        ) -> Any:
-            word, single = ir.IntegerType.get_signless(32), ir.F32Type.get()
-            token, head, exists = self._unit(first, s.kv_heads)
-            registers = hopper.unpack(values)
-            peak, positive = self._signed_peak(registers)
-            zero = arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0))
-            magnitude = arith.select(zero, f32(1), arith.mulf(peak, f32(-1 / INT4_MIN)))
-            positive = arith.andi(positive, arith.cmpf(arith.CmpFPredicate.OGT, peak, f32(0)))
-            scale = arith.select(positive, arith.subf(f32(0), magnitude), magnitude)
-            rounded = hopper.to_bf16x2(scale, f32(0))
-            scale = arith.bitcast(single, arith.shli(rounded, i32(16)))
-            parts = self._codes(registers, hopper.reciprocal(scale))
+        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 9, self.scalar), return_type=())
+        def append(
+            _: Any, x: Any, cosines: Any, sines: Any, scale: Any, offset: Any, codes: Any, scales: Any, starts: Any,
+            lengths: Any, first: Any,
+        ) -> Any:  # fmt: skip
+            unit, count = self._number(first), s.batch * s.tokens * s.kv_heads
+            exists = arith.cmpi(arith.CmpIPredicate.ult, unit, i32(count))
+            unit = arith.minui(unit, i32(count - 1))
+            token, head = arith.divui(unit, i32(s.kv_heads)), arith.remui(unit, i32(s.kv_heads))
+            words = self._load(self._row(x, 2, unit, d), d, 2)
             sequence, number = arith.divui(token, i32(s.tokens)), arith.remui(token, i32(s.tokens))
             start, length = (load_word(hopper.global_address(ref, 4, (sequence, 1))) for ref in (starts, lengths))
+            if kind == "keys":
+                rotation = self._rotation(*(self._row(x, 4, token, d // 2) for x in (cosines, sines)))
+                registers = self._key(words, rotation, *self._tables_of_keys(scale, offset, head))
+            else:
+                registers = to_floats(words, 2)
             slot = arith.addi(start, number)
-            real = arith.andi(
+            kept = arith.andi(
                 arith.cmpi(arith.CmpIPredicate.slt, number, length),
                 arith.cmpi(arith.CmpIPredicate.slt, slot, i32(s.slots)),
             )
-            real = arith.andi(real, exists)
-            slot = arith.select(real, slot, i32(0))
+            kept = arith.andi(kept, exists)
             row = arith.addi(arith.muli(sequence, i32(s.kv_heads)), head)
-            row = arith.addi(arith.muli(row, i32(s.slots)), slot)
-            flag = arith.extui(word, real)
-            at = hopper.global_address(codes, 1, (row, s.head_dim // 2), (self._lane(), EACH // 2))
-            for half, part in enumerate(parts):
-                store_global("b16", "r", at, part, flag, half * s.head_dim // 4)
-            flag = arith.extui(word, arith.andi(self._is_first_lane(), real))
-            store_global("b16", "r", hopper.global_address(scales, 2, (row, 1)), rounded, flag)
-            return hopper.pack([hopper.maximum_or_nan(peak, hopper.unpack(before)[0])])
+            self._append(registers, self._in_cache(codes, scales, row, arith.select(kept, slot, i32(0)), kept))
+            return ()
 
-        return cast(Operation, store)
+        return cast(Operation, append)
+
+
+class Tokens(NamedTuple):
+    """A lane's tokens in a block of a prompt's.
+
+    Attributes:
+      row: the sequence and kv head, as one number.
+      head: the kv head.
+      first: the first token, counted over all sequences.
+      slot: of the first token in the cache.
+      number: of the first token in its sequence.
+      tokens: of a sequence, with padding.
+      real: those without padding.
+      kept: those of them that the cache has slots for.
+    """
+
+    row: ir.Value
+    head: ir.Value
+    first: ir.Value
+    slot: ir.Value
+    number: ir.Value
+    tokens: ir.Value
+    real: ir.Value
+    kept: ir.Value
+
+    def among(self, end: ir.Value, behind: int) -> ir.Value:
+        """Whether the token so far behind the first one comes before ``end``.
+
+        A bit that is made where it is needed, since all of them would take registers.
+        """
+        return arith.cmpi(arith.CmpIPredicate.slt, arith.addi(self.number, i32(behind)), end)
 
 
 class BlockSteps(Steps):
     """Steps of a block of threads that takes ``SCALE_TOKENS`` tokens of a kv head, which share a scale.
 
-    A unit's number is that of its token in such a block, after all tokens of the blocks before. Blocks are counted per
-    sequence, kv head and, last, along the tokens; what a sequence's last one has too much does not exist.
+    Blocks are counted per sequence, kv head and, last, along the tokens; what a sequence's last one has too much does
+    not exist.
     """
 
     def __init__(self, shape: AppendShape) -> None:
         super().__init__(shape)
         self.blocks = -(-shape.tokens // SCALE_TOKENS)  # of a sequence and head
+        self.behind = range(0, SCALE_TOKENS, shape.units)  # a lane's first token, each of its tokens
 
-    def _position(self, first: Any) -> tuple[ir.Value, ir.Value]:
-        """A unit's sequence and head as one number, and its token in the sequence."""
-        unit, size = self._number(first), i32(self.blocks * SCALE_TOKENS)
-        return arith.divui(unit, size), arith.remui(unit, size)
+    def _tokens(self, block: Any, starts: Any, lengths: Any) -> Tokens:
+        s = self.shape
+        row, number = arith.divui(block, i32(self.blocks)), arith.remui(block, i32(self.blocks))
+        sequence, head = arith.divui(row, i32(s.kv_heads)), arith.remui(row, i32(s.kv_heads))
+        start, length = (load_word(hopper.global_address(ref, 4, (sequence, 1))) for ref in (starts, lengths))
+        number = arith.muli(number, i32(SCALE_TOKENS))
+        number = arith.addi(number, arith.divui(utils.thread_idx(), i32(s.lanes)))
+        real = arith.minsi(length, i32(s.tokens))
+        kept = arith.minsi(real, arith.subi(i32(s.slots), start))
+        first = arith.addi(arith.muli(sequence, i32(s.tokens)), number)
+        return Tokens(row, head, first, arith.addi(start, number), number, i32(s.tokens), real, kept)
 
-    def _unit(self, first: Any, heads: int) -> tuple[ir.Value, ir.Value, ir.Value]:
-        rest, number = self._position(first)
-        exists = arith.cmpi(arith.CmpIPredicate.ult, number, i32(self.shape.tokens))
-        number = arith.minui(number, i32(self.shape.tokens - 1))
-        token = arith.addi(arith.muli(arith.divui(rest, i32(heads)), i32(self.shape.tokens)), number)
-        return token, arith.remui(rest, i32(heads)), exists
+    def _append_block(self, registers: Sequence[ir.Value], its: Tokens, target: InCache, behind: int) -> ir.Value:
+        """:meth:`_append` of the token so far behind the first one, whose place ``target`` is."""
+        kept, half = its.among(its.kept, behind), self.shape.head_dim // 2
+        codes, scale = target.codes.behind(behind * half), target.scale.behind(behind * 2)
+        return self._append(registers, InCache(codes._replace(exists=kept), scale._replace(exists=kept)))
 
-    def keep_real(self, of: Container) -> Operation:
-        """``(registers, lengths, first unit) -> registers``: zeros behind the real tokens."""
+    def _share_scale(
+        self, peaks: Sequence[ir.Value], scales: Any, scratch: Any, block: Any, largest: float
+    ) -> ir.Value:
+        """One over the block's common scale, which is written, too."""
+        word = ir.IntegerType.get_signless(32)
+        peak = balanced(peaks, hopper.maximum_or_nan)
+        scale = e4m3_scale(across_block(peak, scratch, self.shape.warps, hopper.maximum_or_nan), largest)
+        # Up to a power of two; a NaN stays one.
+        above = arith.addi(arith.bitcast(word, scale), i32(MANTISSA))
+        above = arith.bitcast(ir.F32Type.get(), arith.andi(above, i32(~MANTISSA)))
+        scale = arith.select(arith.cmpf(arith.CmpFPredicate.OEQ, scale, scale), above, scale)
+        first = arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), i32(0))
+        hopper.store_float_if(hopper.global_address(scales, 4, (block, 1)), scale, first)
+        return hopper.reciprocal(scale)
 
-        @plgpu.inline_mgpu(arg_types=(of.layout, plgpu.RefType(), self.scalar), return_type=of.type)
-        def keep(_: Any, container: Any, lengths: Any, first: Any) -> Any:
-            rest, number = self._position(first)
-            sequence = arith.divui(rest, i32(self.shape.kv_heads))
-            length = load_word(hopper.global_address(lengths, 4, (sequence, 1)))
-            real = arith.andi(
-                arith.cmpi(arith.CmpIPredicate.slt, number, length),
-                arith.cmpi(arith.CmpIPredicate.ult, number, i32(self.shape.tokens)),
-            )
-            zero = of.zero()
-            return hopper.pack([arith.select(real, r, zero) for r in hopper.unpack(container)])
+    def _place(self, held: Any, number: int) -> tuple[ir.Value, int]:
+        """Where a thread has four registers of that number in shared memory, those of a block's threads together."""
+        own = arith.addi(hopper.shared_address(held), arith.muli(utils.thread_idx(), i32(16)))
+        return own, 16 * self.shape.threads * number
 
-        return cast(Operation, keep)
+    def _hold(self, held: Any, number: int, registers: Sequence[ir.Value]) -> None:
+        """Puts a thread's registers of a token, four or a multiple, into shared memory."""
+        constraint, fours = "f" if registers[0].type == ir.F32Type.get() else "r", len(registers) // 4
+        for j in range(fours):
+            own, offset = self._place(held, fours * number + j)
+            hopper.asm(
+                f"st.shared.v4.b32 [$0+{offset}], {{$1, $2, $3, $4}};", ",".join(["r"] + [constraint] * 4),
+                [own, *registers[4 * j : 4 * j + 4]], [],
+            )  # fmt: skip
+        # Or ptxas would keep all of them in registers for as long as it can.
+        hopper.asm("bar.warp.sync 0xffffffff;", "", [], [])
 
-    def _held(self, held: Any, of: Container, number: Any) -> list[tuple[ir.Value, int]]:
-        """Where a thread has each four of its registers, in the part of that number: an address and an offset."""
-        fours = of.registers // 4
-        part = arith.muli(number.registers.item(), i32(fours * self.shape.threads))
-        place = arith.muli(arith.addi(part, utils.thread_idx()), i32(16))
-        base = arith.addi(hopper.shared_address(held), place)
-        return [(base, 16 * self.shape.threads * i) for i in range(fours)]
+    def _held(self, held: Any, number: int, fours: int = 1) -> list[ir.Value]:
+        """What :meth:`_hold` put there, as words."""
+        return [w for j in range(fours) for w in hopper.load_shared(*self._place(held, fours * number + j))]
 
-    def hold(self, of: Container) -> Operation:
-        """``(registers, held, number) -> ()``: each thread's to its place in a part of shared memory."""
-        constraint = "f" if of.dtype == jnp.float32 else "r"
+    def keys(self) -> Operation:
+        """Appends a block's keys of a prompt, and writes them in e4m3 over a common scale.
 
-        @plgpu.inline_mgpu(arg_types=(of.layout, plgpu.RefType(), self.scalar), return_type=())
-        def hold(_: Any, container: Any, held: Any, number: Any) -> Any:
-            registers = hopper.unpack(container)
-            for i, (base, offset) in enumerate(self._held(held, of, number)):
-                hopper.asm(
-                    f"st.shared.v4.b32 [$0+{offset}], {{$1, $2, $3, $4}};", ",".join(["r"] + [constraint] * 4),
-                    [base, *registers[4 * i : 4 * i + 4]], [],
-                )  # fmt: skip
+        ``(k, cosines, sines, scale, offset, codes, scales, starts, lengths, k8, k8_scale, scratch, held, block) -> ()``
+        """
+        s, d = self.shape, self.shape.head_dim
+        fours = 2 * EACH // 4  # of a unit's registers, in shared memory
+
+        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 13, self.scalar), return_type=())
+        def keys(
+            _: Any, k: Any, cosines: Any, sines: Any, scale: Any, offset: Any, codes: Any, scales: Any, starts: Any,
+            lengths: Any, k8: Any, k8_scale: Any, scratch: Any, held: Any, block: Any,
+        ) -> Any:  # fmt: skip
+            block = block.registers.item()
+            its = self._tokens(block, starts, lengths)
+            tables = self._tables_of_keys(scale, offset, its.head)
+            row = arith.addi(arith.muli(its.first, i32(s.kv_heads)), its.head)
+            source, target = self._row(k, 2, row, d), self._row(k8, 1, row, d)
+            angles = [self._row(x, 4, its.first, d // 2) for x in (cosines, sines)]
+            place = self._in_cache(codes, scales, its.row, its.slot, None)
+
+            def load(behind: int) -> tuple[list[ir.Value], tuple[list[ir.Value], list[ir.Value]]]:
+                exists = its.among(its.tokens, behind)
+                here = source.behind(behind * s.kv_heads * 2 * d)._replace(exists=exists)
+                cos, sin = (x.behind(behind * 2 * d)._replace(exists=exists) for x in angles)
+                return self._load(here, d, 2), self._rotation(cos, sin)
+
+            following, peaks = load(0), []
+            for i, behind in enumerate(self.behind):
+                words, rotation = following
+                if i + 1 < len(self.behind):
+                    following = load(self.behind[i + 1])
+                real = its.among(its.real, behind)
+                if not s.mixed:
+                    words = [arith.select(real, w, i32(0)) for w in words]
+                values = self._key(words, rotation, *tables)
+                if s.mixed:
+                    values = [arith.select(real, x, f32(0)) for x in values]
+                self._hold(held, i, values)
+                peaks.append(self._append_block(values, its, place, behind))
+            factor = self._share_scale(peaks, k8_scale, scratch, block, KEY_MAX)
+            for i, behind in enumerate(self.behind):
+                exists = its.among(its.tokens, behind)
+                here = target.behind(behind * s.kv_heads * d)._replace(exists=exists)
+                self._store_e4m3(here, to_floats(self._held(held, i, fours), 4), factor)
             return ()
 
-        return cast(Operation, hold)
+        return cast(Operation, keys)
 
-    def held(self, of: Container) -> Operation:
-        """``(held, number) -> registers``: what a thread put there."""
+    def values(self) -> Operation:
+        """Appends a block's values of a prompt, and writes them in e4m3 over a common scale, a row per channel.
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), self.scalar), return_type=of.type)
-        def read(_: Any, held: Any, number: Any) -> Any:
-            words = [word for place in self._held(held, of, number) for word in hopper.load_shared(*place)]
-            return hopper.pack([arith.bitcast(of.register_type(), word) for word in words])
+        ``(v, codes, scales, starts, lengths, v8, v8_scale, scratch, held, block) -> ()``
+        """
+        s, d = self.shape, self.shape.head_dim
 
-        return cast(Operation, read)
+        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 9, self.scalar), return_type=())
+        def values(
+            _: Any, v: Any, codes: Any, scales: Any, starts: Any, lengths: Any, v8: Any, v8_scale: Any, scratch: Any,
+            held: Any, block: Any,
+        ) -> Any:  # fmt: skip
+            block = block.registers.item()
+            its = self._tokens(block, starts, lengths)
+            row = arith.addi(arith.muli(its.first, i32(s.kv_heads)), its.head)
+            source, place = self._row(v, 2, row, d), self._in_cache(codes, scales, its.row, its.slot, None)
 
-    def share_scale(self, largest: float) -> Operation:
-        """``(peak, scales, scratch, block) -> factor``: one over the threads' common scale, which is written, too."""
+            def load(behind: int) -> list[ir.Value]:
+                exists = its.among(its.tokens, behind)
+                return self._load(source.behind(behind * s.kv_heads * 2 * d)._replace(exists=exists), d, 2)
 
-        @plgpu.inline_mgpu(
-            arg_types=(self.single.layout, plgpu.RefType(), plgpu.RefType(), self.scalar), return_type=self.single.type
-        )
-        def share(_: Any, peak: Any, scales: Any, scratch: Any, block: Any) -> Any:
-            word = ir.IntegerType.get_signless(32)
-            [mine] = hopper.unpack(peak)
-            scale = e4m3_scale(across_block(mine, scratch, self.shape.warps, hopper.maximum_or_nan), largest)
-            # Up to a power of two; a NaN stays one.
-            above = arith.addi(arith.bitcast(word, scale), i32(MANTISSA))
-            above = arith.bitcast(ir.F32Type.get(), arith.andi(above, i32(~MANTISSA)))
-            scale = arith.select(arith.cmpf(arith.CmpFPredicate.OEQ, scale, scale), above, scale)
-            first = arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), i32(0))
-            hopper.store_float_if(hopper.global_address(scales, 4, (block.registers.item(), 1)), scale, first)
-            return hopper.pack([hopper.reciprocal(scale)])
-
-        return cast(Operation, share)
-
-    def store_keys(self) -> Operation:
-        """``(values, factor, k8, first unit) -> ()``."""
-        heads = self.shape.kv_heads
-
-        @plgpu.inline_mgpu(
-            arg_types=(self.values.layout, self.single.layout, plgpu.RefType(), self.scalar), return_type=()
-        )  # fmt: skip
-        def store(_: Any, values: Any, factor: Any, k8: Any, first: Any) -> Any:
-            token, head, exists = self._unit(first, heads)
-            row = arith.addi(arith.muli(token, i32(heads)), head)
-            self._store_row(k8, row, hopper.unpack(values), hopper.unpack(factor)[0], exists)
+            coming, peaks = [load(behind) for behind in self.behind[:AHEAD]], []
+            for i, behind in enumerate(self.behind):
+                real = its.among(its.real, behind)
+                words = [arith.select(real, w, i32(0)) for w in coming.pop(0)]
+                if i + AHEAD < len(self.behind):
+                    coming.append(load(self.behind[i + AHEAD]))
+                self._hold(held, i, words)
+                peaks.append(self._append_block(to_floats(words, 2), its, place, behind))
+            factor = self._share_scale(peaks, v8_scale, scratch, block, E4M3_MAX)
+            turned = arith.addi(hopper.shared_address(held), i32(2 * d * SCALE_TOKENS))  # behind what is held
+            for i, behind in enumerate(self.behind):
+                self._turn(to_floats(self._held(held, i), 2), factor, turned, behind)
+            hopper.block_barrier()
+            self._write_turned(turned, v8, block)
             return ()
 
-        return cast(Operation, store)
+        return cast(Operation, values)
 
     def _swizzle(self, row: ir.Value) -> ir.Value:
         """What the numbers of a row's words are turned by: other banks for the rows that a warp writes at once."""
         return arith.muli(arith.shrui(row, i32(2)), i32(128 // self.shape.head_dim))
 
-    def _tile(self, held: Any) -> ir.Value:
-        """Where values are turned: behind a block's values in bf16."""
-        return arith.addi(hopper.shared_address(held), i32(2 * self.shape.head_dim * SCALE_TOKENS))
-
-    def hold_values(self) -> Operation:
-        """``(values, factor, held, first unit) -> ()``: into shared memory behind what is held, a row per channel.
+    def _turn(self, values: Sequence[ir.Value], factor: ir.Value, turned: ir.Value, behind: int) -> None:
+        """Puts values into shared memory, a row per channel, at the address ``turned``.
 
         Tokens come to the places that :func:`pallas_kernels.reference.transpose_values` gives them. The lanes of a
         token and of the next one exchange halves, so that each writes two tokens at once.
         """
         d, lanes = self.shape.head_dim, self.shape.lanes
+        number = arith.addi(arith.divui(utils.thread_idx(), i32(lanes)), i32(behind))
+        second = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(number, i32(1)), i32(0))
+        low_half, high_half = rounded(values, factor)
+        received = hopper.exchange(arith.select(second, low_half, high_half), lanes)
+        even = arith.select(second, received, low_half)
+        odd = arith.select(second, high_half, received)
+        # Of a token 16 a + 8 h + 2 i + e the place is 16 a + 4 i + 2 h + e; of the even one e is 0.
+        place = arith.andi(number, i32(SCALE_TOKENS - 16))
+        place = arith.addi(place, arith.shli(arith.andi(arith.shrui(number, i32(1)), i32(3)), i32(2)))
+        place = arith.addi(place, arith.shli(arith.andi(arith.shrui(number, i32(3)), i32(1)), i32(1)))
+        row = arith.muli(self._lane(), i32(EACH))
+        row = arith.addi(row, arith.muli(arith.andi(number, i32(1)), i32(d // 2)))
+        place = arith.xori(place, arith.shli(self._swizzle(row), i32(2)))
+        base = arith.addi(turned, arith.addi(arith.muli(row, i32(SCALE_TOKENS)), place))
+        for i in range(0, EACH, 2):
+            pairs = hopper.permute(even, odd, 0x5140 + 0x2222 * (i // 2))
+            hopper.asm(
+                "{ .reg .b16 l, h; mov.b32 {l, h}, $1; "
+                f"st.shared.b16 [$0+{i * SCALE_TOKENS}], l; st.shared.b16 [$0+{(i + 1) * SCALE_TOKENS}], h; }}",
+                "r,r", [base, pairs], [],
+            )  # fmt: skip
 
-        @plgpu.inline_mgpu(
-            arg_types=(self.values.layout, self.single.layout, plgpu.RefType(), self.scalar), return_type=()
-        )  # fmt: skip
-        def hold(_: Any, values: Any, factor: Any, held: Any, first: Any) -> Any:
-            _rest, number = self._position(first)
-            number = arith.andi(number, i32(SCALE_TOKENS - 1))
-            second = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(number, i32(1)), i32(0))
-            low_half, high_half = self._rounded(hopper.unpack(values), hopper.unpack(factor)[0])
-            received = hopper.exchange(arith.select(second, low_half, high_half), lanes)
-            even = arith.select(second, received, low_half)
-            odd = arith.select(second, high_half, received)
-            # Of a token 16 a + 8 h + 2 i + e the place is 16 a + 4 i + 2 h + e; of the even one e is 0.
-            place = arith.andi(number, i32(SCALE_TOKENS - 16))
-            place = arith.addi(place, arith.shli(arith.andi(arith.shrui(number, i32(1)), i32(3)), i32(2)))
-            place = arith.addi(place, arith.shli(arith.andi(arith.shrui(number, i32(3)), i32(1)), i32(1)))
-            row = arith.muli(self._lane(), i32(EACH))
-            row = arith.addi(row, arith.muli(arith.andi(number, i32(1)), i32(d // 2)))
-            place = arith.xori(place, arith.shli(self._swizzle(row), i32(2)))
-            base = arith.addi(self._tile(held), arith.addi(arith.muli(row, i32(SCALE_TOKENS)), place))
-            for i in range(0, EACH, 2):
-                selector = 0x5140 + 0x2222 * (i // 2)
-                pairs = hopper.permute(even, odd, selector)
-                hopper.asm(
-                    "{ .reg .b16 l, h; mov.b32 {l, h}, $1; "
-                    f"st.shared.b16 [$0+{i * SCALE_TOKENS}], l; st.shared.b16 [$0+{(i + 1) * SCALE_TOKENS}], h; }}",
-                    "r,r", [base, pairs], [],
-                )  # fmt: skip
-            return ()
+    def _write_turned(self, turned: ir.Value, v8: Any, block: ir.Value) -> None:
+        """Writes what all threads put into shared memory, ``SCALE_TOKENS`` bytes of each channel."""
+        d, warps, word = self.shape.head_dim, self.shape.warps, ir.IntegerType.get_signless(32)
+        head, number = arith.divui(block, i32(self.blocks)), arith.remui(block, i32(self.blocks))
+        lane, warp = arith.andi(utils.thread_idx(), i32(31)), arith.shrui(utils.thread_idx(), i32(5))
+        column = arith.addi(arith.muli(number, i32(SCALE_TOKENS)), arith.muli(lane, i32(4)))
+        row_bytes = self.blocks * SCALE_TOKENS
+        first_row = arith.addi(arith.muli(head, i32(d)), warp)
+        target = hopper.global_address(v8, 1, (first_row, row_bytes), (column, 1))
+        source = arith.addi(turned, arith.muli(warp, i32(SCALE_TOKENS)))
+        for i in range(d // warps):  # a row for each warp
+            row = arith.addi(warp, i32(i * warps))
+            place = arith.shli(arith.xori(lane, self._swizzle(row)), i32(2))
+            address = arith.addi(source, place)
+            [four] = hopper.asm(f"ld.shared.b32 $0, [$1+{i * warps * SCALE_TOKENS}];", "=r,r", [address], [word])
+            store_global("b32", "r", Row(target, i * warps * row_bytes), four)
 
-        return cast(Operation, hold)
 
-    def write_values(self) -> Operation:
-        """``(held, v8, block) -> ()``: what all threads put behind it, ``SCALE_TOKENS`` bytes of each channel."""
-        d, warps = self.shape.head_dim, self.shape.warps
+def times(values: Sequence[ir.Value], factors: Sequence[ir.Value]) -> list[ir.Value]:
+    """Products of float32."""
+    return [arith.mulf(a, b) for a, b in zip(values, factors, strict=True)]
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), self.scalar), return_type=())
-        def write(_: Any, held: Any, v8: Any, block: Any) -> Any:
-            word = ir.IntegerType.get_signless(32)
-            hopper.block_barrier()
-            head, block = arith.divui(block.registers.item(), i32(self.blocks)), block.registers.item()
-            number = arith.subi(block, arith.muli(head, i32(self.blocks)))
-            lane, warp = arith.andi(utils.thread_idx(), i32(31)), arith.shrui(utils.thread_idx(), i32(5))
-            column = arith.addi(arith.muli(number, i32(SCALE_TOKENS)), arith.muli(lane, i32(4)))
-            row_bytes = self.blocks * SCALE_TOKENS
-            first_row = arith.addi(arith.muli(head, i32(d)), warp)
-            target = hopper.global_address(v8, 1, (first_row, row_bytes), (column, 1))
-            source = arith.addi(self._tile(held), arith.muli(warp, i32(SCALE_TOKENS)))
-            for i in range(d // warps):  # a row for each warp
-                row = arith.addi(warp, i32(i * warps))
-                place = arith.shli(arith.xori(lane, self._swizzle(row)), i32(2))
-                address = arith.addi(source, place)
-                [four] = hopper.asm(f"ld.shared.b32 $0, [$1+{i * warps * SCALE_TOKENS}];", "=r,r", [address], [word])
-                hopper.asm(f"st.global.b32 [$0+{i * warps * row_bytes}], $1;", "l,r", [target, four], [])
-            return ()
 
-        return cast(Operation, write)
+def rounded(registers: Sequence[ir.Value], factor: ir.Value) -> list[ir.Value]:
+    """A lane's channels of the first and of the second half, times the factor, as words of four e4m3."""
+    scaled = [arith.mulf(r, factor) for r in registers]
+    return [hopper.to_e4m3x4(scaled[EACH * half : EACH * (half + 1)]) for half in range(2)]
 
 
 def load_word(address: ir.Value) -> ir.Value:
@@ -536,19 +606,29 @@ def load_word(address: ir.Value) -> ir.Value:
     return hopper.asm("ld.global.nc.b32 $0, [$1];", "=r,l", [address], [ir.IntegerType.get_signless(32)])[0]
 
 
-def load_words(address: ir.Value, count: int) -> list[ir.Value]:
-    """Two or four neighbouring words of global memory."""
+def load_words(row: Row, count: int) -> list[ir.Value]:
+    """Two or four neighbouring words of global memory, or zeros."""
+    word = ir.IntegerType.get_signless(32)
     listed = ", ".join(f"${i}" for i in range(count))
-    ptx = f"ld.global.nc.v{count}.b32 {{{listed}}}, [${count}];"
-    return hopper.asm(ptx, ",".join(["=r"] * count + ["l"]), [address], [ir.IntegerType.get_signless(32)] * count)
+    load = f"ld.global.v{count}.b32 {{{listed}}}, [${count}+{row.offset}];"
+    if row.exists is None:
+        return hopper.asm(load, ",".join(["=r"] * count + ["l"]), [row.address], [word] * count)
+    zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(count))
+    return hopper.asm(
+        f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {zeros} @p {load} }}",
+        ",".join(["=&r"] * count + ["l", "r"]), [row.address, arith.extui(word, row.exists)], [word] * count,
+    )  # fmt: skip
 
 
-def store_global(
-    kind: str, constraint: str, address: ir.Value, value: ir.Value, flag: ir.Value, offset: int = 0
-) -> None:  # fmt: skip
-    """Writes a float32, a word, or its lower half behind an address, where the flag is not 0."""
+def store_global(kind: str, constraint: str, row: Row, value: ir.Value) -> None:
+    """Writes a float32, a word, or its lower half to a row that exists."""
     source, split = ("l", ".reg .b16 l, h; mov.b32 {l, h}, $1; ") if kind == "b16" else ("$1", "")
+    store = f"st.global.{kind} [$0+{row.offset}], {source};"
+    if row.exists is None:
+        hopper.asm(f"{{ {split}{store} }}", f"l,{constraint}", [row.address, value], [])
+        return
+    flag = arith.extui(ir.IntegerType.get_signless(32), row.exists)
     hopper.asm(
-        f"{{ .reg .pred p; {split}setp.ne.b32 p, $2, 0; @p st.global.{kind} [$0+{offset}], {source}; }}",
-        f"l,{constraint},r", [address, value, flag], [],
+        f"{{ .reg .pred p; {split}setp.ne.b32 p, $2, 0; @p {store} }}", f"l,{constraint},r",
+        [row.address, value, flag], [],
     )  # fmt: skip

@@ -7,8 +7,7 @@ known. XLA needs more than a dozen kernels for it.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +15,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.append_steps import AppendShape, BlockSteps, Container, Steps
+from pallas_kernels.append_steps import AppendShape, BlockSteps, Steps
 from pallas_kernels.matmul_steps import Operation
-from pallas_kernels.reference import E4M3_MAX, KEY_MAX, SCALE_TOKENS, Cache
+from pallas_kernels.reference import SCALE_TOKENS, Cache
 from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS
 
 WARPS = 4  # of a block
-QUERIES = 8  # that lanes take at most, one after another
+HEADS_OF_LANES = 8  # query heads of a token, at most
 
 
 def warps_of_prompt(head_dim: int, tables: bool) -> int:
@@ -33,140 +32,76 @@ def warps_of_prompt(head_dim: int, tables: bool) -> int:
     return 16 if head_dim == 128 and not tables else 8
 
 
-def queries_of_block(groups: int, others: int, warps: int) -> int:
-    """How many groups of queries a block takes: so many that all blocks run in as few rounds as with the most."""
-    at_once = (2 if warps == 16 else 3) * STREAMING_MULTIPROCESSORS
-    rounds = -(-(others + -(-groups // QUERIES)) // at_once)
-    return min(QUERIES, -(-groups // (rounds * at_once - others)))
+def blocks_at_once(s: AppendShape) -> int:
+    """Of a prompt's, that the device holds: three with tables, of up to 85 registers, and else 32 warps' worth."""
+    return (3 if s.scaled or s.mixed else 32 // s.warps) * STREAMING_MULTIPROCESSORS
 
 
-def zeros(of: Container) -> Any:
-    """A container of them."""
-    return plgpu.layout_cast(jnp.zeros(of.type.shape, of.dtype), of.layout)
+def heads_of_lanes(s: AppendShape, others: int) -> int:
+    """How many of a token's query heads the same lanes take.
+
+    ``HEADS_OF_LANES`` or, if they then have as many parts, fewer; fewer, too, if all blocks still run at once, beside
+    ``others`` of keys and values.
+    """
+    candidates = [-(-s.heads // -(-s.heads // each)) for each in range(1, HEADS_OF_LANES + 1)]
+    at_once = blocks_at_once(s)
+    return next((each for each in candidates if others + query_blocks(s, each) <= at_once), candidates[-1])
 
 
-def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> Operation:
+def query_blocks(s: AppendShape, each: int) -> int:
+    """Blocks of queries, if the same lanes take so many heads."""
+    return -(-s.batch * s.tokens * -(-s.heads // each) // s.units)
+
+
+def make_kernel(s: AppendShape, prompt: bool) -> Operation:
     """The kernel for one shape, whose references to the cache are written to.
 
     Its results are queries and their scales; of a prompt, also keys, their scales, values and their scales.
     """
-    s, ops = shape, Steps(shape)
-    m = s.batch * s.tokens
-    tiles = BlockSteps(shape)
-    key_blocks = s.batch * s.kv_heads * tiles.blocks if prompt else -(-m * s.kv_heads // s.units)
-    groups = -(-m * s.heads // s.units)  # of units of queries that a block holds at once
-    each = queries_of_block(groups, 2 * key_blocks, s.warps) if prompt else 1
-    query_blocks = -(-groups // each)
+    ops, tiles = Steps(s), BlockSteps(s)
+    key_blocks = s.batch * s.kv_heads * tiles.blocks if prompt else -(-s.batch * s.tokens * s.kv_heads // s.units)
+    each = heads_of_lanes(s, 2 * key_blocks) if prompt else 1
+    of_queries = query_blocks(s, each)
+    # Blocks of queries stand between those of keys and of values, because one kind waits for memory, the other for its
+    # instructions. In few rounds, and where instructions are many, it is better that the short ones come last.
+    few = of_queries + 2 * key_blocks <= 2 * blocks_at_once(s)
+    period = 1 if few or s.scaled or s.mixed else 1 + of_queries // (2 * key_blocks)
 
     def body(
         q: Any, k: Any, v: Any, cos: Any, sin: Any, scale: Any, offset: Any, starts: Any,
         lengths: Any, k_codes: Any, k_scales: Any, v_codes: Any, v_scales: Any, q8: Any, q_scale: Any, *of_prompt: Any,
     ) -> None:  # fmt: skip
-        k8, k8_scale, v8, v8_scale, scratch, held = of_prompt if prompt else (None,) * 6
-        # A block of keys, some of queries, a block of values, some of queries: one kind waits for memory, the other for
-        # its instructions. What queries there are more come last.
-        block, period = jax.lax.axis_index("block"), 1 + query_blocks // (2 * key_blocks)
+        # Every so manieth block is one of keys or, in turns, values. What queries there are more come last.
+        block = jax.lax.axis_index("block")
         turn, place = jax.lax.div(block, jnp.int32(period)), jax.lax.rem(block, jnp.int32(period))
-        of_queries = (place > 0) | (turn >= 2 * key_blocks)
+        takes_queries = (place > 0) | (turn >= 2 * key_blocks)
         query_block = block - jnp.minimum(turn + 1, 2 * key_blocks)
-        key_block, of_values = jax.lax.div(turn, jnp.int32(2)), jax.lax.rem(turn, jnp.int32(2)) == 1
+        key_block, takes_values = jax.lax.div(turn, jnp.int32(2)), jax.lax.rem(turn, jnp.int32(2)) == 1
         if prompt:  # blocks are counted along a head's tokens; those of the same tokens run together
             rest, head = jax.lax.div(key_block, jnp.int32(s.kv_heads)), jax.lax.rem(key_block, jnp.int32(s.kv_heads))
             sequence, number = jax.lax.div(rest, jnp.int32(tiles.blocks)), jax.lax.rem(rest, jnp.int32(tiles.blocks))
             key_block = (sequence * s.kv_heads + head) * tiles.blocks + number
+        k_cache, v_cache, where = (k_codes, k_scales), (v_codes, v_scales), (starts, lengths)
 
-        def rotated(
-            values: Any, steps: Steps, heads: int, operation: Literal["times", "over"], first: Any
-        ) -> Any:  # fmt: skip
-            values = steps.rotate(heads)(values, cos, sin, first)
-            return steps.combine(heads, operation)(values, scale, first) if scaled else values
-
-        def key(steps: Steps, words: Any, first: Any) -> Any:
-            values = rotated(steps.widen()(words), steps, s.kv_heads, "over", first)
-            if not mixed:
-                return values
-            return steps.mix()(steps.combine(s.kv_heads, "minus")(values, offset, first))
-
-        def for_units(
-            count: int, first_of: Callable[[Any], Any], load: Callable[[Any], Any], do: Callable[..., Any], carry: Any
-        ) -> Any:
-            """``carry = do(words, number, carry)`` group by group; the next words are loaded meanwhile."""
-
-            def step(i: Any, state: Any) -> Any:
-                words, carry = state
-                i = ops.opaque()(i)
-                following = load(first_of(jnp.minimum(i + 1, count - 1)))
-                return following, do(words, i, carry)
-
-            if count == 1:
-                return do(load(first_of(jnp.int32(0))), jnp.int32(0), carry)
-            return jax.lax.fori_loop(0, ops.opaque()(jnp.int32(count)), step, (load(first_of(0)), carry))[1]
-
-        @pl.when(of_queries)
+        @pl.when(takes_queries)
         def queries() -> None:
-            def first(i: Any) -> Any:
-                return (query_block * each + i) * s.units
+            ops.queries(each)(q, cos, sin, scale, q8, q_scale, query_block * s.units)
 
-            def store(words: Any, i: Any, _: None) -> None:
-                values = rotated(ops.widen()(words), ops, s.heads, "times", first(i))
-                ops.store_queries()(ops.mix()(values) if mixed else values, q8, q_scale, first(i))
-
-            for_units(each, first, lambda unit: ops.load(s.heads)(q, unit), store, None)
-
-        def append(steps: Steps, x: Any, values: Any, first: Any, peak: Any) -> Any:
-            codes, scales = (k_codes, k_scales) if x is k else (v_codes, v_scales)
-            return steps.store_codes()(values, codes, scales, starts, lengths, first, peak)
-
-        def take(x: Any) -> None:
-            """Appends a block's units, keys or values."""
-            unit = key_block * s.units
-            words = ops.load(s.kv_heads)(x, unit)
-            append(ops, x, key(ops, words, unit) if x is k else ops.widen()(words), unit, zeros(ops.single))
-
-        def take_tokens(x: Any, scales: Any, largest: float, store: Callable[..., None]) -> None:
-            """Appends a block's tokens, keys or values of a prompt, and stores them over a common scale.
-
-            ``store`` is given values, one over the scale, and the first unit's number.
-            """
-            of = tiles.values if x is k else tiles.words  # that are held
-
-            def first(i: Any) -> Any:
-                return key_block * SCALE_TOKENS + i * s.units
-
-            def floats(container: Any) -> Any:
-                return container if x is k else tiles.widen()(container)
-
-            def append_and_hold(words: Any, i: Any, peak: Any) -> Any:
-                made = key(tiles, words, first(i)) if x is k else words
-                real = tiles.keep_real(of)(made, lengths, first(i))
-                tiles.hold(of)(real, held, i)
-                return append(tiles, x, floats(real), first(i), peak)
-
-            def round_held(i: Any, _: None) -> None:
-                i = ops.opaque()(i)
-                store(floats(tiles.held(of)(held, i)), factor, first(i))
-
-            count = SCALE_TOKENS // s.units
-            peak = for_units(
-                count, first, lambda unit: tiles.load(s.kv_heads)(x, unit), append_and_hold, zeros(tiles.single)
-            )
-            factor = tiles.share_scale(largest)(peak, scales, scratch, key_block)
-            jax.lax.fori_loop(0, ops.opaque()(jnp.int32(count)), round_held, None)
-
-        @pl.when(jnp.logical_not(of_queries | of_values))
+        @pl.when(jnp.logical_not(takes_queries | takes_values))
         def keys() -> None:
             if prompt:
-                take_tokens(k, k8_scale, KEY_MAX, lambda *made: tiles.store_keys()(*made[:2], k8, made[2]))
+                k8, k8_scale, _, _, scratch, held = of_prompt
+                tiles.keys()(k, cos, sin, scale, offset, *k_cache, *where, k8, k8_scale, scratch, held, key_block)
             else:
-                take(k)
+                ops.append("keys")(k, cos, sin, scale, offset, *k_cache, *where, key_block * s.units)
 
-        @pl.when(jnp.logical_not(of_queries) & of_values)
+        @pl.when(jnp.logical_not(takes_queries) & takes_values)
         def values() -> None:
             if prompt:
-                take_tokens(v, v8_scale, E4M3_MAX, lambda *made: tiles.hold_values()(*made[:2], held, made[2]))
-                tiles.write_values()(held, v8, key_block)
+                _, _, v8, v8_scale, scratch, held = of_prompt
+                tiles.values()(v, *v_cache, *where, v8, v8_scale, scratch, held, key_block)
             else:
-                take(v)
+                ops.append("values")(v, cos, sin, scale, offset, *v_cache, *where, key_block * s.units)
 
     e4m3 = jnp.float8_e4m3fn
     results = [((s.batch, s.tokens, s.heads, s.head_dim), e4m3), ((s.batch, s.tokens, s.heads), jnp.float32)]
@@ -182,7 +117,7 @@ def make_kernel(shape: AppendShape, scaled: bool, mixed: bool, prompt: bool) -> 
         body,
         out_type=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results),
         scratch_types=shared_memory,
-        grid=(query_blocks + 2 * key_blocks,),
+        grid=(of_queries + 2 * key_blocks,),
         grid_names=("block",),
         num_threads=s.warps // 4,
         thread_name="warpgroup",
@@ -214,8 +149,9 @@ def rotate(
     """
     b, t, h, d = q.shape
     kv, slots = k.shape[2], cache[0].shape[2]
-    warps = warps_of_prompt(d, tables=scale is not None or key_offset is not None) if prompt else WARPS
-    kernel = make_kernel(AppendShape(b, t, h, kv, d, slots, warps), scale is not None, key_offset is not None, prompt)
+    scaled, mixed = scale is not None, key_offset is not None
+    warps = warps_of_prompt(d, tables=scaled or mixed) if prompt else WARPS
+    kernel = make_kernel(AppendShape(b, t, h, kv, d, slots, warps, scaled, mixed), prompt)
     tables = [jnp.zeros((1,), jnp.float32) if table is None else table for table in (scale, key_offset)]
     refs = [jax.new_ref(x) for x in cache]
     results = kernel(q, k, v, cos, sin, *tables, starts, lengths, *refs)
