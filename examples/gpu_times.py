@@ -1,7 +1,6 @@
 """Times of kernels on a GPU, of JAX and torch alike, and the memory's bandwidth."""
 
 import argparse
-import re
 import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from jax._src.lib import mosaic_gpu as mosaic_gpu_library
 from pages import RESULTS
 
 from convert.folder import write_json
+from pallas_kernels.tuned import device_name
 
 L2_BYTES = 50 << 20
 ROUNDS, ITERATIONS = 2, 8
@@ -77,9 +77,7 @@ def record(
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = torch.cuda.get_device_name()
-    model = re.search(r"[A-Z]+\d+", device)
-    target = RESULTS / f"{name}-{model[0].lower() if model else device.lower().replace(' ', '')}.json"
-    parser.add_argument("--out", type=Path, default=target)
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}-{device_name(device)}.json")
     parser.add_argument("--commit", required=True, help="to record")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing more after this time")
     args = parser.parse_args()

@@ -14,6 +14,7 @@ import importlib.util
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -22,8 +23,11 @@ import jax.numpy as jnp
 import torch
 from gpu_times import Candidate, copies, kernel_times, record
 
-from pallas_kernels import int4_fp8_matmul_tiled, pack_int4, to_tiles, unpack_int4
-from pallas_kernels.tiling import choose_streaming, choose_tiling
+from pallas_kernels import Rounded, int4_fp8_matmul_tiled, pack_int4, to_tiles
+from pallas_kernels.mosaic_matmul import matmul
+from pallas_kernels.mosaic_matvec import matvec
+from pallas_kernels.tiling import Streaming
+from pallas_kernels.tuned import Cut, choose_streaming, choose_tiling, kernel_of
 from pallas_kernels.weight_layout import SHARES, share_bytes, tiled_bytes, tiles_shape
 
 # n x k of Llama-3-8B's qkv, o, gate and up, down, and of Llama-2-7B's feed-forward layers.
@@ -49,34 +53,59 @@ def tokens_of(m: int, k: int) -> tuple[jax.Array, jax.Array]:
     return x, jax.random.uniform(jax.random.key(m + 1), (m,), minval=0.5, maxval=2)
 
 
-@jax.jit
-def error(y: jax.Array, x: jax.Array, x_scale: jax.Array, codes: jax.Array, scales: jax.Array) -> jax.Array:
-    """Relative Frobenius error to the float32 product of the same inputs."""
-    w = unpack_int4(codes).astype(jnp.float32)
-    w = (w.reshape(*scales.shape, -1) * scales.astype(jnp.float32)[..., None]).reshape(w.shape)
-    expected = jnp.matmul(x.astype(jnp.float32), w.T, precision="highest") * x_scale[:, None]
-    return jnp.linalg.norm(y.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
+def as_torch(array: jax.Array) -> torch.Tensor:
+    """The same memory in torch; of e4m3 its bytes are handed over."""
+    if array.dtype == E4M3:
+        return torch.from_dlpack(jax.lax.bitcast_convert_type(array, jnp.uint8)).view(torch.float8_e4m3fn)
+    return torch.from_dlpack(array)
 
 
-def compiled(n: int, k: int, m: int) -> tuple[Any, Any, Any]:
-    """The kernel, and what compares its result with the float32 product and with another result."""
-    product = functools.partial(int4_fp8_matmul_tiled, n=n, group_size=GROUP_SIZE, scale_dtype=SCALE_TYPE)
+def float_product(x: jax.Array, x_scale: jax.Array, codes: jax.Array, scales: jax.Array) -> torch.Tensor:
+    """Of the same inputs in float32, by torch, which need not compile it."""
+    tokens, factors, packed, of_groups = map(as_torch, jax.block_until_ready((x, x_scale, codes, scales)))
+    nibbles = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1).to(torch.float32)
+    values = torch.where(nibbles > 7, nibbles - 16, nibbles).unflatten(1, (scales.shape[1], -1))
+    w = (values * of_groups.float().unsqueeze(-1)).flatten(1)
+    return torch.matmul(tokens.float(), w.t()) * factors.unsqueeze(1)
+
+
+def distance(y: jax.Array, expected: torch.Tensor) -> float:
+    """Relative Frobenius norm."""
+    return float((as_torch(jax.block_until_ready(y)).float() - expected).norm() / expected.norm())
+
+
+def are_equal(a: jax.Array, b: jax.Array) -> bool:
+    """Bit for bit, but for the sign of 0."""
+    return torch.equal(*map(as_torch, jax.block_until_ready((a, b))))
+
+
+def compiled(n: int, k: int, m: int, cut: Cut | None = None) -> Any:
+    """See :func:`product`."""
     shape = jax.ShapeDtypeStruct
     tiles = shape(tiles_shape(n, k, GROUP_SIZE, SCALE_TYPE), jnp.int32)
     x, x_scale = jax.eval_shape(lambda: tokens_of(m, k))
-    kernel = jax.jit(product).lower(x, x_scale, tiles, shape((), jnp.float32)).compile()
-    pair = shape((n, k // 2), jnp.uint8), shape((n, k // GROUP_SIZE), SCALE_TYPE)
-    y = shape((m, n), jnp.bfloat16)
-    return kernel, error.lower(y, x, x_scale, *pair).compile(), jax.jit(jnp.array_equal).lower(y, y).compile()
+    return jax.jit(functools.partial(product, n=n, cut=cut)).lower(x, x_scale, tiles, shape((), jnp.float32)).compile()
 
 
-def chosen(m: int, n: int, k: int) -> dict[str, Any]:
-    """Which kernel runs, and how it cuts the product."""
+def product(
+    x: jax.Array, x_scale: jax.Array, tiles: jax.Array, tensor_scale: jax.Array, *, n: int, cut: Cut | None = None
+) -> jax.Array:
+    """As the library chooses, or with the given cut by the kernel that it belongs to."""
+    options: dict[str, Any] = {"group_size": GROUP_SIZE, "scale_dtype": SCALE_TYPE}
+    if cut is None:
+        return int4_fp8_matmul_tiled(x, x_scale, tiles, tensor_scale, n=n, **options)
+    weight = [tiles], [tensor_scale], [None]
+    if isinstance(cut, Streaming):
+        [y] = matvec(Rounded(x, x_scale), *weight, sizes=(n,), cut=cut, **options)
+    else:
+        [y] = matmul(x, x_scale, *weight, sizes=(n,), tiling=cut, **options)
+    return y
+
+
+def chosen(m: int, n: int, k: int) -> Cut:
+    """How the library cuts a product, and by which kernel."""
     share = share_bytes(GROUP_SIZE, SCALE_TYPE)
-    streaming = choose_streaming(m, n, k, share)
-    if streaming is not None:
-        return {"kernel": "matvec", **vars(streaming)}
-    return {"kernel": "matmul", **vars(choose_tiling(m, n, k, SHARES * share))}
+    return choose_streaming(m, n, k, share) or choose_tiling(m, n, k, SHARES * share)
 
 
 def torch_weights(n: int, k: int) -> tuple[list[Any], list[Any]]:
@@ -152,11 +181,11 @@ def measure(seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
         others = torch_weights(n, k)
         of_humming = [copy.deepcopy(layers[n, k]) for _ in range(copies(n * k // 2))] if layers else []
         for m in TOKENS:
-            kernel, error_of, are_equal = kernels[n, k, m]
+            kernel = kernels[n, k, m]
             x, x_scale = tokens_of(m, k)
             y = kernel(x, x_scale, tiles[0], one)
-            found = float(error_of(y, x, x_scale, *pairs[0]))
-            same = all(bool(are_equal(y, kernel(x, x_scale, tiles[0], one))) for _ in range(20))
+            found = distance(y, float_product(x, x_scale, *pairs[0]))
+            same = all(are_equal(y, kernel(x, x_scale, tiles[0], one)) for _ in range(20))
             if not (found <= TOLERANCE and same):
                 raise SystemExit(f"{n}x{k}, {m} tokens: error {found}, repeatable: {same}")
 
@@ -172,7 +201,7 @@ def measure(seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
                 "rows",
                 {
                     "n": n, "k": k, "m": m, "error": found, "weight_bytes": bytes_read, "microseconds": times,
-                    "cut": chosen(m, n, k),
+                    "cut": {"kernel": kernel_of(cut := chosen(m, n, k)), **asdict(cut)},
                 },
             )  # fmt: skip
         del others, of_humming

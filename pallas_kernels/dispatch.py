@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from pallas_kernels import reference, weight_layout
 from pallas_kernels.reference import Cache, Numerics
 from pallas_kernels.sources import Rounded, Source, Ungated, Unnormed
-from pallas_kernels.tiling import DECODE_ROWS, DECODE_SLOTS, MAX_ROW, MAX_TOKEN, choose_streaming, rounds_its_input
+from pallas_kernels.tiling import DECODE_ROWS, DECODE_SLOTS, MAX_ROW, MAX_TOKEN, rounds_its_input
+from pallas_kernels.tuned import choose_streaming
 
 
 # Mosaic takes a second to import, which only who runs a kernel should pay.

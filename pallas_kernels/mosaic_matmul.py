@@ -19,7 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.matmul_steps import Operation, Steps
-from pallas_kernels.tiling import BLOCK_N, WARPGROUPS, Tiling, choose_tiling, plan_rounds
+from pallas_kernels.tiling import BLOCK_N, WARPGROUPS, Tiling, plan_rounds
+from pallas_kernels.tuned import choose_tiling
 from pallas_kernels.weight_layout import TILE_K, TILE_N, tile_shape
 
 

@@ -23,8 +23,9 @@ from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.matvec_steps import Steps
 from pallas_kernels.mosaic_matmul import as_vectors
 from pallas_kernels.sources import Rounded, Source
-from pallas_kernels.tiling import MAX_TOKEN, SUMS_PITCH, WARPS, Streaming, choose_streaming, rounds_its_input
+from pallas_kernels.tiling import MAX_TOKEN, SUMS_PITCH, WARPS, Streaming, rounds_its_input
 from pallas_kernels.token_steps import TokenSteps
+from pallas_kernels.tuned import choose_streaming
 from pallas_kernels.weight_layout import share_bytes
 
 

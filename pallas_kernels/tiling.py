@@ -135,7 +135,7 @@ def plan_rounds(t: Tiling, row_blocks: int, token_tiles: int, steps: int) -> Rou
     return Rounds(t.share, clusters if whole else divided, whole, divided, whole_steps, part_steps)
 
 
-def choose_tiling(m: int, n: int, k: int, tile_bytes: int) -> Tiling:
+def tiling_by_rule(m: int, n: int, k: int, tile_bytes: int) -> Tiling:
     """A tiling for ``[m, k] x [n, k]``, by rules that follow from measurements on an H100."""
     blocks, steps = -(-n // BLOCK_N), -(-k // TILE_K)
     if m <= 64:
@@ -222,7 +222,7 @@ def rounds_its_input(cut: Streaming | None, m: int, k: int) -> bool:
     return m == 1 and cut is not None and cut.parts(k) == 1 and cut.halves and k <= MAX_TOKEN
 
 
-def choose_streaming(m: int, n: int, k: int, share: int) -> Streaming | None:
+def streaming_by_rule(m: int, n: int, k: int, share: int) -> Streaming | None:
     """As few parts as possible, then float16 if that fits, then many slots; None if the kernel takes no such shape."""
     if not 1 <= m <= FEW_TOKENS:
         return None

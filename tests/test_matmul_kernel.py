@@ -151,7 +151,7 @@ def test_named_kernel_is_refused_where_it_cannot_run():
 
 @given(st.integers(1, 20000), st.integers(1, 500), st.integers(1, 900), st.sampled_from([4160, 4224, 4352, 4608]))
 def test_chosen_tilings_fit_the_device(m, n_tiles, k_groups, tile_bytes):
-    chosen = tiling.choose_tiling(m, 64 * n_tiles, 32 * k_groups, tile_bytes)
+    chosen = tiling.tiling_by_rule(m, 64 * n_tiles, 32 * k_groups, tile_bytes)
     assert chosen.shared_memory(tile_bytes) <= tiling.SHARED_MEMORY
     assert chosen.stages >= 2
     assert chosen.split * chosen.share in (1, 2, 4)
@@ -178,7 +178,7 @@ def test_rounds_take_every_step_of_every_tile_once(m, row_blocks, steps, how):
 @given(st.integers(1, 16), st.integers(1, 2004), st.integers(1, 900), st.sampled_from([1040, 1056, 1088, 1152]))
 def test_chosen_streamings_fit_the_device(m, n_tiles, k_groups, share):
     n, k = 64 * n_tiles, 32 * k_groups
-    cut = tiling.choose_streaming(m, n, k, share)
+    cut = tiling.streaming_by_rule(m, n, k, share)
     if cut is None:  # more tokens are for the other kernel, where this one gains nothing
         assert m > 8
         return
@@ -192,7 +192,7 @@ def test_chosen_streamings_fit_the_device(m, n_tiles, k_groups, share):
 
 @pytest.mark.parametrize(("m", "k"), [(17, 4096), (16, 14336)])
 def test_many_inputs_are_not_for_the_kernel_of_few_tokens(m, k):
-    assert tiling.choose_streaming(m, 4096, k, 1040) is None
+    assert tiling.streaming_by_rule(m, 4096, k, 1040) is None
     with pytest.raises(NotImplementedError, match=f"{m} tokens by 128 outputs by {k} inputs"):
         mosaic_matvec.matvec(
             pk.Rounded(jnp.zeros((m, k), E4M3), jnp.ones(m)), [jnp.zeros((2, k // 128, 5, 208), jnp.int32)],
