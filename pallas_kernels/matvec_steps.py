@@ -1,6 +1,6 @@
 """The register-level steps of the matvec, which :mod:`pallas_kernels.mosaic_matvec` puts in order."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ THREADS = 32 * WARPS
 
 # What a code of 1 is worth when its bits are put into the upper byte of a float16.
 HALF_CODE_UNIT = 2.0**-16
+MINUS_HALF = 0x80808080  # twice, in that unit
 
 
 class Steps:
@@ -46,6 +47,7 @@ class Steps:
         self.results = -(-UNIT * 8 * self.blocks_of_tokens // (32 * cut.team))  # of a unit, that each thread adds up
         self.held = min(cut.rounds * cut.team, self.tiles)  # tiles whose inputs shared memory holds
         self.pitch = cut.inputs_pitch(k)
+        self.input_sums = self.held * self.groups * 8 * self.blocks_of_tokens  # of tiles, groups and tokens
         self.pieces = -(-self.m * self.held * TILE_K // (32 * THREADS))  # of inputs, that each thread stages
         self.scalar = plgpu.Layout.WG_SPLAT(())
         containers = {
@@ -215,60 +217,106 @@ class Steps:
 
         return cast(Operation, wait)
 
+    def _held_inputs(self, held: Any, tile: ir.Value) -> Callable[[int, int], list[ir.Value]]:
+        """The tensor core's second operand: of a tile's u-th 16 inputs and a block of tokens, two registers."""
+        lane = arith.andi(utils.thread_idx(), i32(31))
+        quad, base = arith.andi(lane, i32(3)), hopper.shared_address(held)
+        size = 2 if self.cut.halves else 1
+        column = arith.addi(
+            arith.muli(tile, i32(size * TILE_K)), arith.muli(quad, i32(16 if self.cut.halves else 32))
+        )  # fmt: skip
+        addresses = []
+        for block in range(self.blocks_of_tokens):
+            # Lanes of tokens behind the last repeat it; what they compute is not used.
+            token = arith.minui(arith.addi(arith.shrui(lane, i32(2)), i32(8 * block)), i32(self.m - 1))
+            addresses.append(arith.addi(base, arith.addi(column, arith.muli(token, i32(self.pitch)))))
+        loaded: dict[int, list[ir.Value]] = {}
+
+        def inputs(u: int, block: int) -> list[ir.Value]:
+            if self.cut.halves:
+                if u % 2 == 0:
+                    loaded[block] = hopper.load_shared(addresses[block], 32 * u)
+                return loaded[block][2 * (u % 2) : 2 * (u % 2) + 2]
+            if u % 4 == 0:
+                loaded[block] = hopper.load_shared(addresses[block], 4 * u)
+            return to_halves(loaded[block][u % 4])
+
+        return inputs
+
+    def _input_sums(self, sums: Any, tile: ir.Value) -> ir.Value:
+        """Where a lane's two tokens have the sums of a tile's first group."""
+        lane = arith.andi(utils.thread_idx(), i32(31))
+        size = 4 * 8 * self.blocks_of_tokens * self.groups
+        place = arith.addi(arith.muli(tile, i32(size)), arith.muli(arith.andi(lane, i32(3)), i32(8)))
+        return arith.addi(hopper.shared_address(sums), place)
+
+    def sum_inputs(self) -> Operation:
+        """``(held inputs, sums) -> ()``: minus half of the sum of each group's inputs, for codes as they are stored.
+
+        By the tensor core, which adds them up in float32: a warp takes every so manieth tile.
+        """
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=())
+        def add(_: Any, held: Any, sums: Any) -> Any:
+            word = ir.IntegerType.get_signless(32)
+            thread = utils.thread_idx()
+            first_row = arith.cmpi(arith.CmpIPredicate.ult, arith.andi(thread, i32(31)), i32(4))
+            for first in range(0, self.held, WARPS):
+                tile = arith.addi(arith.shrui(thread, i32(5)), i32(first))
+                exists = arith.cmpi(arith.CmpIPredicate.ult, tile, i32(self.held))
+                tile = arith.minui(tile, i32(self.held - 1))
+                inputs, place = self._held_inputs(held, tile), self._input_sums(sums, tile)
+                flag = arith.extui(word, arith.andi(exists, first_row))
+                for group in range(self.groups):
+                    totals = [[f32(0)] * 4 for _ in range(self.blocks_of_tokens)]
+                    for u in self._of_group(group):
+                        for block in range(self.blocks_of_tokens):
+                            totals[block] = tensor_core([i32(MINUS_HALF)] * 4, inputs(u, block), totals[block])
+                    for block, total in enumerate(totals):
+                        offset = 4 * 8 * (group * self.blocks_of_tokens + block)
+                        store_if(place, offset, [arith.bitcast(word, x) for x in total[:2]], flag)
+            return ()
+
+        return cast(Operation, add)
+
+    def _of_group(self, group: int) -> range:
+        """Its steps of 16 inputs in a tile."""
+        steps = TILE_K // 16 // self.groups
+        return range(group * steps, (group + 1) * steps)
+
     def multiply(self) -> Operation:
-        """``(sums, is first, codes, scales, held inputs, first held tile) -> sums``: adds a tile's product."""
+        """``(sums, is first, codes, scales, held inputs, first held tile, [inputs' sums]) -> sums``: adds a product."""
+        raw = self.cut.raw
 
         @plgpu.inline_mgpu(
             arg_types=(
                 self.layout["sums"], self.scalar, self.layout["codes"], self.layout["scales"], plgpu.RefType(),
-                self.scalar,
+                self.scalar, *[plgpu.RefType()] * raw,
             ),
             return_type=self.type["sums"],
         )  # fmt: skip
-        def add(_: Any, sums: Any, is_first: Any, codes: Any, scales: Any, held: Any, first: Any) -> Any:
+        def add(_: Any, sums: Any, is_first: Any, codes: Any, scales: Any, held: Any, first: Any, *of_raw: Any) -> Any:
             single = ir.F32Type.get()
-            thread = utils.thread_idx()
-            lane, (_, warp) = arith.andi(thread, i32(31)), self._in_team(thread)
-            loaded: dict[int, list[ir.Value]] = {}
+            _, warp = self._in_team(utils.thread_idx())
             tile = arith.minui(arith.addi(first.registers.item(), warp), i32(self.held - 1))
-            quad = arith.andi(lane, i32(3))
-            if self.cut.halves:
-                column = arith.addi(arith.muli(tile, i32(2 * TILE_K)), arith.muli(quad, i32(16)))
-            else:
-                column = arith.addi(arith.muli(tile, i32(TILE_K)), arith.muli(quad, i32(32)))
-            inputs = []
-            for block in range(self.blocks_of_tokens):
-                # Lanes of tokens behind the last repeat it; what they compute is not used.
-                token = arith.addi(arith.shrui(lane, i32(2)), i32(8 * block))
-                token = arith.minui(token, i32(self.m - 1))
-                inputs.append(arith.addi(column, arith.muli(token, i32(self.pitch))))
-            base = hopper.shared_address(held)
-            inputs = [arith.addi(base, offset) for offset in inputs]
+            inputs = self._held_inputs(held, tile)
+            begins = self._input_sums(of_raw[0], tile) if raw else None
             starts_anew = arith.cmpi(arith.CmpIPredicate.ne, is_first.registers.item(), i32(0))
             total = [arith.select(starts_anew, f32(0), r) for r in hopper.unpack(sums)]
             codes, scales = hopper.unpack(codes), hopper.unpack(scales)
-            per_group = 8 // self.groups
             for group in range(self.groups):
-                part = [f32(0)] * len(total)
-                for u in range(group * per_group, (group + 1) * per_group):
-                    a = decode_to_halves(codes[u])
+                part = [[f32(0)] * 4 for _ in range(self.blocks_of_tokens)]
+                if begins is not None:
                     for block in range(self.blocks_of_tokens):
-                        if self.cut.halves:
-                            if u % 2 == 0:
-                                loaded[block] = hopper.load_shared(inputs[block], 32 * u)
-                            x = loaded[block][2 * (u % 2) : 2 * (u % 2) + 2]
-                        else:
-                            if u % 4 == 0:
-                                loaded[block] = hopper.load_shared(inputs[block], 4 * u)
-                            x = to_halves(loaded[block][u % 4])
-                        part[4 * block : 4 * block + 4] = hopper.asm(
-                            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-                            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-                            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [*a, *x, *part[4 * block : 4 * block + 4]], [single] * 4,
-                        )  # fmt: skip
+                        words = hopper.load_shared(begins, 4 * 8 * (group * self.blocks_of_tokens + block), words=2)
+                        part[block] = [arith.bitcast(single, w) for w in words] * 2
+                for u in self._of_group(group):
+                    a = decode_to_halves(codes[u], raw)
+                    for block in range(self.blocks_of_tokens):
+                        part[block] = tensor_core(a, inputs(u, block), part[block])
                 pair = decode_scales(scales[group], self.scale_dtype)
-                part = by_row(part, list(pair))
-                total = [arith.addf(t, p) for t, p in zip(total, part, strict=True)]
+                scaled = by_row([x for of_block in part for x in of_block], list(pair))
+                total = [arith.addf(t, p) for t, p in zip(total, scaled, strict=True)]
             return hopper.pack(total)
 
         return cast(Operation, add)
@@ -423,11 +471,11 @@ def store_if(address: ir.Value, offset: int, words: Sequence[ir.Value], conditio
     hopper.asm(ptx, ",".join(["r"] * (count + 2)), [address, condition, *words], [])
 
 
-def decode_to_halves(word: ir.Value) -> list[ir.Value]:
+def decode_to_halves(word: ir.Value, raw: bool) -> list[ir.Value]:
     """A word of 8 codes as the first operand of an m16n8k16 product in float16, worth ``HALF_CODE_UNIT`` each.
 
     A code is (-1)^s (j + 1/2) - 1/2 where s is its sign and j its stored magnitude, and s, j and a half beside them
-    are a subnormal float16 once they are masked out of the word.
+    are a subnormal float16 once they are masked out of the word. ``raw``, the last half is left to be subtracted.
     """
     word_type = word.type
     rotated = hopper.pure_asm("shf.r.wrap.b32 $0, $1, $1, 4;", "=r,r", [word], word_type)
@@ -436,5 +484,14 @@ def decode_to_halves(word: ir.Value) -> list[ir.Value]:
         for source in (word, rotated):
             shifted = arith.shli(source, i32(shift)) if shift else source
             bits = hopper.and_or(shifted, i32(0x87008700), i32(0x00800080))
-            operand.append(hopper.f16x2("add.rn", bits, i32(0x80808080)))
+            operand.append(bits if raw else hopper.f16x2("add.rn", bits, i32(MINUS_HALF)))
     return operand
+
+
+def tensor_core(a: Sequence[ir.Value], b: Sequence[ir.Value], sums: Sequence[ir.Value]) -> list[ir.Value]:
+    """``sums + A · B`` of a warp: A of 16 rows by 16 in float16, B of 16 by 8."""
+    return hopper.asm(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [*a, *b, *sums], [ir.F32Type.get()] * 4,
+    )  # fmt: skip

@@ -55,7 +55,8 @@ def make_kernel(
         counts = (len(source.arrays()), has_residual, weights, weights, weights * has_bias)
         ends = itertools.accumulate((*counts, weights), initial=0)
         of_x, residual, w, tensor_scales, biases, y = (refs[start:end] for start, end in itertools.pairwise(ends))
-        held, partial, slots, arrivals, *kept = refs[len(refs) - len(scratch) :]
+        held, partial, slots, arrivals, *others = refs[len(refs) - len(scratch) :]
+        input_sums, kept = others[: cut.raw], others[cut.raw :]
         block = jax.lax.axis_index("block")
 
         def after(at: Any) -> Any:
@@ -75,6 +76,11 @@ def make_kernel(
             tile = (part * cut.rounds + at_round) * cut.team
             ops.request()(slots, arrivals, slot, unit(turn), tile, (part < parts).astype(jnp.int32), *w)
 
+        def sum_inputs() -> None:
+            if cut.raw:
+                ops.sum_inputs()(held, *input_sums)
+                ops.barrier()()
+
         ops.slots.open()(arrivals)
         # First, for all waits for the inputs, and what is read behind many tiles arrives behind them.
         if unrounded is None:
@@ -92,6 +98,7 @@ def make_kernel(
         else:
             ops.hold_inputs()(inputs, held)
         ops.barrier()()
+        sum_inputs()
 
         def step(_: Any, carry: Any) -> Any:
             at, to_read, slot, parity, sums = carry
@@ -103,10 +110,12 @@ def make_kernel(
                     ops.barrier()()
                     ops.hold_inputs()(ops.load_inputs()(of_x[0], part * cut.rounds * cut.team), held)
                     ops.barrier()()
+                    sum_inputs()
 
             codes, scales = ops.take()(slots, arrivals, slot, parity, (part * cut.rounds + at_round) * cut.team)
             request(to_read, slot)
-            sums = ops.multiply()(sums, (at_round == 0).astype(jnp.int32), codes, scales, held, at_round * cut.team)
+            is_first, tile = (at_round == 0).astype(jnp.int32), at_round * cut.team
+            sums = ops.multiply()(sums, is_first, codes, scales, held, tile, *input_sums)
 
             @pl.when(at_round == cut.rounds - 1)
             def unit_done() -> None:
@@ -130,6 +139,8 @@ def make_kernel(
         plgpu.SMEM((cut.slots * WARPS * ops.share_bytes // 4,), jnp.int32),
         plgpu.SMEM((cut.slots * WARPS * 2,), jnp.int32),
     ]
+    if cut.raw:
+        scratch.append(plgpu.SMEM((ops.input_sums,), jnp.float32))
     if parts > 1:
         scratch.append(plgpu.SMEM((turns * ops.teams * sums_size,), jnp.float32))
     kernel = plgpu.kernel(

@@ -45,6 +45,9 @@ from pallas_kernels.tiling import DecodeCut, Streaming, Tiling
         (13, 64, 416, 32, BF16, Streaming(2, 4, 1, False)),  # one unit for four teams
         (5, 4288, 384, 128, E4M3, Streaming(2, 8, 1, True)),  # units for one team more than for the other
         (12, 2176, 640, 64, E4M3, Streaming(1, 4, 1, False)),  # several teams, and inputs in two parts
+        (1, 64, 2432, 32, E4M3, Streaming(2, 16, 2, True, raw=True)),
+        (12, 2176, 640, 64, BF16, Streaming(1, 4, 1, False, raw=True)),
+        (16, 4288, 384, 128, E4M3, Streaming(2, 8, 1, True, raw=True)),
     ],
 )
 def test_matvec(m, n, k, group_size, scale_dtype, cut):
