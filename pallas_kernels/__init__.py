@@ -1,23 +1,15 @@
 """Operations of an INT4/FP8 Llama on raw arrays. Knows nothing of models or of pytrees of weights."""
 
-from pallas_kernels.dispatch import (
+from pallas_kernels.attention import decode_attention, prefill_attention, rotate_and_append, rotate_and_round
+from pallas_kernels.dispatch import has_hopper_gpu, implementations
+from pallas_kernels.packing import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
+from pallas_kernels.products import (
     TiledWeight,
-    decode_attention,
-    gate_quantize,
-    has_hopper_gpu,
-    implementations,
     int4_fp8_matmul,
     int4_fp8_matmul_tiled,
     int4_fp8_matmuls_tiled,
     int4_matmuls_tiled,
-    norm_quantize,
-    prefill_attention,
-    quantize_rows,
-    rotate_and_append,
-    rotate_and_round,
-    round_rows,
 )
-from pallas_kernels.packing import INT4_MAX, INT4_MIN, pack_int4, unpack_int4
 from pallas_kernels.reference import (
     E4M3_MAX,
     KEY_MAX,
@@ -33,6 +25,7 @@ from pallas_kernels.reference import (
     transpose_values,
     write_rows,
 )
+from pallas_kernels.rows import gate_quantize, norm_quantize, quantize_rows, round_rows
 from pallas_kernels.sources import Rounded, Source, Ungated, Unnormed, Unrounded
 from pallas_kernels.weight_layout import can_tile, from_tiles, to_tiles
 

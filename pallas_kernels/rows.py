@@ -1,0 +1,115 @@
+"""Operations on rows of activations that give e4m3: shapes are checked here, then an implementation is chosen."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import reference
+from pallas_kernels.dispatch import no_hopper, refused, register, require, select
+from pallas_kernels.sources import Rounded, Source, Ungated, Unnormed
+from pallas_kernels.tiling import MAX_ROW
+
+
+def _mosaic_rows(name: str) -> Callable[..., Any]:
+    def compute(*arrays: Any, **options: Any) -> Any:
+        from pallas_kernels import mosaic_rows
+
+        return getattr(mosaic_rows, name)(*arrays, **options)
+
+    return compute
+
+
+for _name, _reference in (
+    ("quantize_rows", reference.quantize_fp8),
+    ("norm_quantize", reference.norm_quantize),
+    ("gate_quantize", reference.gate_quantize),
+):
+    register(_name, mosaic_gpu=_mosaic_rows(_name), reference=_reference)
+
+
+def check_rows(op: str, *rows: jax.Array) -> None:
+    """Checks rows that belong together.
+
+    Raises:
+      ValueError: they are not matrices of one shape and dtype.
+    """
+    first = rows[0]
+    for other in rows:
+        if other.ndim != 2 or other.shape != first.shape or other.dtype != first.dtype:
+            raise ValueError(
+                f"{op}: the rows must be matrices of one shape and dtype, got "
+                + " and ".join(f"{r.dtype} {r.shape}" for r in rows)
+            )
+
+
+def _row_refusals(op: str, *rows: jax.Array) -> dict[str, str]:
+    """Why the Hopper kernels cannot take such rows, if they cannot; they must be matrices of one shape and dtype.
+
+    Raises:
+      ValueError: they are not.
+    """
+    check_rows(op, *rows)
+    first = rows[0]
+    reason, (m, k) = no_hopper(), first.shape
+    if first.dtype != jnp.bfloat16:
+        reason = f"the rows are {first.dtype}, not bfloat16"
+    elif k % 8 or k > MAX_ROW:
+        reason = f"{k} columns are no multiple of 8 up to {MAX_ROW}"
+    elif m == 0:
+        reason = "there are no rows"
+    return refused({"mosaic_gpu": reason})
+
+
+def quantize_rows(x: jax.Array, *, implementation: str | None = None) -> tuple[jax.Array, jax.Array]:
+    """:func:`pallas_kernels.quantize_fp8` of the rows of ``[m, k]``.
+
+    Raises:
+      ValueError: x is no matrix.
+      NotImplementedError: ``implementation`` does not exist, or takes no such rows or device.
+    """
+    op = "quantize_rows"
+    return select(op, implementation, _row_refusals(op, x))(x)
+
+
+def norm_quantize(
+    x: jax.Array, gain: jax.Array, *, eps: float, implementation: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """An RMS norm in e4m3; see :func:`pallas_kernels.reference.norm_quantize`.
+
+    Raises:
+      ValueError: shapes or dtypes do not belong together.
+      NotImplementedError: ``implementation`` does not exist, or takes no such rows or device.
+    """
+    op = "norm_quantize"
+    refusals = _row_refusals(op, x)
+    require(op, "gain", gain, x.shape[1:], (jnp.bfloat16, jnp.float32))
+    return select(op, implementation, refusals)(x, gain, eps=eps)
+
+
+def gate_quantize(gate: jax.Array, up: jax.Array, *, implementation: str | None = None) -> tuple[jax.Array, jax.Array]:
+    """``silu(gate) · up`` in e4m3; see :func:`pallas_kernels.reference.gate_quantize`.
+
+    Raises:
+      ValueError: shapes or dtypes do not belong together.
+      NotImplementedError: ``implementation`` does not exist, or takes no such rows or device.
+    """
+    op = "gate_quantize"
+    return select(op, implementation, _row_refusals(op, gate, up))(gate, up)
+
+
+def round_rows(source: Source, *, implementation: str | None = None) -> tuple[jax.Array, jax.Array]:
+    """The e4m3 activations that a source stands for, ``[m, k]``, and their ``[m]`` float32 scales.
+
+    Raises:
+      ValueError: shapes or dtypes do not belong together.
+      NotImplementedError: ``implementation`` does not exist, or takes no such rows or device.
+    """
+    if isinstance(source, Rounded):
+        return source.values, source.scale
+    if isinstance(source, Unnormed):
+        return norm_quantize(source.values, source.gain, eps=source.eps, implementation=implementation)
+    if isinstance(source, Ungated):
+        return gate_quantize(source.gate, source.up, implementation=implementation)
+    return quantize_rows(source.values, implementation=implementation)
