@@ -47,7 +47,7 @@ def rows(name: str, m: int, k: int) -> Case:
 
 
 def product(
-    implementation: str, m: int, sizes: tuple[int, ...], k: int, with_residual: bool = False, out_dtype: Any = BF16
+    implementation: str, m: int, sizes: tuple[int, ...], k: int, with_residual: bool = False, **options: Any
 ) -> Case:
     rng, group_size = np.random.default_rng(0), 128
     tiles = []
@@ -61,7 +61,7 @@ def product(
         weights = [pk.TiledWeight(t, jnp.float32(0.5), None, n) for t, n in zip(tiles, sizes, strict=True)]
         return pk.int4_fp8_matmuls_tiled(
             x8, scale, weights, residual,
-            group_size=group_size, scale_dtype=E4M3, out_dtype=out_dtype, implementation=implementation,
+            group_size=group_size, scale_dtype=E4M3, implementation=implementation, **options,
         )  # fmt: skip
 
     return multiply, (x8, scale, tiles, residual)
@@ -132,6 +132,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "matmul, divided tiles": lambda: product("mosaic_gpu", 600, (448, 128), 2048),
     "matmul, divided tiles, residual": lambda: product("mosaic_gpu", 130, (192,), 2048, with_residual=True),
     "matmul, divided tiles, float32": lambda: product("mosaic_gpu", 130, (192,), 2048, out_dtype=jnp.float32),
+    "matmul, folded": lambda: product("mosaic_gpu", 130, (192,), 512, numerics="folded"),
     "rotation of tokens": lambda: rotation("rotate_and_append", 3, 1, 8, 2, 128),
     "rotation of tokens, mixed": lambda: rotation("rotate_and_append", 3, 1, 8, 2, 64, with_tables=True),
     "rotation of prompts": lambda: rotation("rotate_and_round", 2, 150, 4, 2, 128),

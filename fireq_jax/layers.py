@@ -60,7 +60,7 @@ def apply_linears(
     added = None if residual is None else residual.reshape(-1, math.prod(out_shapes[0]))
     tiled = [weight for weight in weights if isinstance(weight, TiledInt4Weight)]
     products: Sequence[jax.Array]
-    if len(tiled) == len(weights) and len({(w.group_size, w.scale_dtype) for w in tiled}) == 1:
+    if len(tiled) == len(weights) and len({(w.group_size, w.scale_dtype, w.numerics) for w in tiled}) == 1:
         products = _tiled_products(source, tiled, flat, added, out_dtype, implementation)
     else:
         if len(weights) > 1 and any(map(takes_fp8, weights)):  # once for all of them
@@ -88,10 +88,11 @@ def _tiled_products(
         pallas_kernels.TiledWeight(weight.tiles, weight.tensor_scale, bias, math.prod(weight.out_shape))
         for weight, bias in zip(weights, biases, strict=True)
     ]
-    group_size, scale_dtype = weights[0].group_size, weights[0].scale_dtype
+    first = weights[0]
     products: Sequence[jax.Array] = pallas_kernels.int4_matmuls_tiled(
         source, operands, residual,
-        group_size=group_size, scale_dtype=scale_dtype, out_dtype=out_dtype, implementation=implementation,
+        group_size=first.group_size, scale_dtype=first.scale_dtype, numerics=first.numerics, out_dtype=out_dtype,
+        implementation=implementation,
     )  # fmt: skip
     return products
 

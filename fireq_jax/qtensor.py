@@ -83,11 +83,11 @@ class Int4Weight(_Int4):
     def tiled(self) -> "TiledInt4Weight | Int4Weight":
         """The weight as the Hopper matmul streams it, or as it is if that kernel does not take it."""
         n = math.prod(self.out_shape)
-        if self.numerics != "exact" or self.activations != "fp8" or not can_tile(n, self.group_size):
+        if self.activations != "fp8" or not can_tile(n, self.group_size):
             return self
         return TiledInt4Weight(
             to_tiles(self.codes, self.scales), self.tensor_scale, self.out_shape, self.in_shape, self.group_size,
-            self.scales.dtype.name,
+            self.scales.dtype.name, self.numerics,
         )  # fmt: skip
 
     def validate(self, name: str = "weight") -> None:
@@ -119,11 +119,11 @@ class Int4Weight(_Int4):
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["tiles", "tensor_scale"],
-    meta_fields=["out_shape", "in_shape", "group_size", "scale_dtype"],
+    meta_fields=["out_shape", "in_shape", "group_size", "scale_dtype", "numerics"],
 )
 @dataclass(frozen=True)
 class TiledInt4Weight(_Int4):
-    """An :class:`Int4Weight` with "exact" numerics and e4m3 activations, as the Hopper matmul streams it.
+    """An :class:`Int4Weight` with e4m3 activations, as the Hopper matmul streams it.
 
     Attributes:
       tiles: int32, codes and scales (:func:`pallas_kernels.to_tiles`).
@@ -132,6 +132,7 @@ class TiledInt4Weight(_Int4):
       in_shape: logical input axes.
       group_size: neighbours along k that share a scale.
       scale_dtype: of the scales in ``tiles``, "float8_e4m3fn" or "bfloat16".
+      numerics: as there.
     """
 
     tiles: jax.Array
@@ -140,13 +141,14 @@ class TiledInt4Weight(_Int4):
     in_shape: tuple[int, ...]
     group_size: int
     scale_dtype: str
+    numerics: Numerics = "exact"
 
     @property
     def rows(self) -> Int4Weight:
         """The weight with its codes in rows, bit for bit the one this was made from."""
         n, k = math.prod(self.out_shape), math.prod(self.in_shape)
         codes, scales = from_tiles(self.tiles, n, k, self.group_size, jnp.dtype(self.scale_dtype))
-        return Int4Weight(codes, scales, self.tensor_scale, self.out_shape, self.in_shape)
+        return Int4Weight(codes, scales, self.tensor_scale, self.out_shape, self.in_shape, self.numerics)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["codes", "scales"], meta_fields=["out_shape", "in_shape"])

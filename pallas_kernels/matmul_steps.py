@@ -36,6 +36,32 @@ def decode_codes(words: Sequence[ir.Value]) -> list[ir.Value]:
     return [register for word in words for register in hopper.asm(ptx, "=&r,=&r,r", [word], [word.type] * 2)]
 
 
+def fold_codes(words: Sequence[ir.Value], scales: Sequence[ir.Value]) -> list[ir.Value]:
+    """Words of 8 codes as operand registers of ``e4m3(code · scale)``, those of the first output and the second's.
+
+    FireQ's look-up (arXiv 2505.20839, section 3.1): the stored magnitudes, eight of positive codes and eight of
+    negative ones, choose bytes of two registers each, and the sign one of the two.
+    """
+    tables = []
+    for scale in scales:
+        sizes = [arith.mulf(scale, f32(i)) for i in range(9)]
+        minus = [arith.mulf(scale, f32(-i)) for i in range(1, 9)]
+        tables.append([hopper.to_e4m3x4(four) for four in (sizes[:4], sizes[4:8], minus[:4], minus[4:])])
+    # Of four bytes the lower three bits are brought together, four bits each, as a choice of bytes.
+    look_up = (
+        "{ .reg .b32 chosen, upper, positive, negative, signs; and.b32 chosen, $1, 0x07070707; "
+        "shr.b32 upper, chosen, 4; or.b32 chosen, chosen, upper; prmt.b32 chosen, chosen, 0, 0x4420; "
+        "prmt.b32 positive, $2, $3, chosen; prmt.b32 negative, $4, $5, chosen; prmt.b32 signs, $1, 0, 0xBA98; "
+        "lop3.b32 $0, negative, positive, signs, 0xE4; }"
+    )
+    registers = []
+    for word in words:
+        turned = hopper.pure_asm("shf.r.wrap.b32 $0, $1, $1, 4;", "=r,r", [word], word.type)
+        for source, table in zip((word, turned), tables, strict=True):
+            registers.append(hopper.pure_asm(look_up, "=r,r,r,r,r,r", [source, *table], word.type))
+    return registers
+
+
 def decode_scales(raw: ir.Value, scale_dtype: Any) -> tuple[ir.Value, ir.Value]:
     """A word of two neighbouring group scales, e4m3 in its lower half or bf16, as float32."""
     word, single = ir.IntegerType.get_signless(32), ir.F32Type.get()
@@ -87,12 +113,14 @@ class Steps:
       scale_dtype: of these scales.
       tiling: how the product is cut.
       scaled_tokens: tokens whose scales a container of factors has, where those are more than the tile's.
+      folded: whether weights are rounded to e4m3 with their group's scale, so that sums have no units.
     """
 
     def __init__(
         self, m: int, sizes: Sequence[int], group_size: int, scale_dtype: Any, tiling: Tiling,
-        scaled_tokens: int | None = None,
+        scaled_tokens: int | None = None, folded: bool = False,
     ) -> None:  # fmt: skip
+        self.folded = folded
         self.m, self.sizes, self.tiling = m, tuple(sizes), tiling
         self.group_size, self.scale_dtype = group_size, scale_dtype
         self.groups = TILE_K // group_size
@@ -117,7 +145,8 @@ class Steps:
     def load_weights(self) -> Operation:
         """``(stage, warpgroup, scales before) -> (operand, ratios, first scales, last scales)``.
 
-        The ratios bring a sum in units of one group's scale to those of the next, for each group of the step.
+        The ratios bring a sum in units of one group's scale to those of the next, for each group of the step; folded,
+        all of them and the scales are 1.
         """
 
         @plgpu.inline_mgpu(
@@ -137,6 +166,12 @@ class Steps:
                 load_scales(arith.addi(address, i32(4 * CODE_WORDS + g * SHARE_N * size)), self.scale_dtype)
                 for g in range(self.groups)
             ]
+            if self.folded:
+                each, ones = 8 // self.groups, [f32(1)] * 2
+                operand = [
+                    r for g, pair in enumerate(scales) for r in fold_codes(words[g * each : (g + 1) * each], pair)
+                ]
+                return tuple(map(hopper.pack, (operand, ones * self.groups, ones, ones)))
             ratio = "{ .reg .f32 r; rcp.approx.ftz.f32 r, $2; mul.f32 $0, $1, r; }"
             ratios = [
                 hopper.pure_asm(ratio, "=f,f,f", [old, new], old.type)
@@ -160,6 +195,8 @@ class Steps:
         def wait(_: Any, accumulator: Any, ratios: Any, *operands: Any) -> Any:
             keep = [register for operand in operands for register in hopper.unpack(operand)]
             registers = hopper.wait_for_wgmma(in_flight, hopper.unpack(accumulator), keep)
+            if self.folded:
+                return hopper.pack(registers)
             return hopper.pack(by_row(registers, hopper.unpack(ratios)[2 * group : 2 * group + 2]))
 
         return cast(Operation, wait)
@@ -198,7 +235,8 @@ class Steps:
             lane = arith.andi(hopper.thread_in_warpgroup(), i32(31))
             always = hopper.constant(1, bits=1)
             scale = load_if(self._of_weight(weight, [float_address(ref, i32(0)) for ref in tensor_scales]), always)
-            scale = arith.mulf(scale, f32(1 / CODE_UNIT))
+            if not self.folded:
+                scale = arith.mulf(scale, f32(1 / CODE_UNIT))
             factors = []
             for i in range(-(-self.tiling.tokens // 32)):
                 token = arith.addi(arith.addi(lane, i32(32 * i)), start.registers.item())

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.matmul_steps import Operation, Steps
+from pallas_kernels.reference import Numerics
 from pallas_kernels.tiling import BLOCK_N, WARPGROUPS, Tiling, plan_rounds
 from pallas_kernels.tuned import choose_tiling
 from pallas_kernels.weight_layout import TILE_K, TILE_N, tile_shape
@@ -34,12 +35,13 @@ def make_kernel(
     t: Tiling,
     has_residual: bool = False,
     out_dtype: Any = jnp.bfloat16,
+    folded: bool = False,
 ) -> Operation:
     """The kernel for one shape: ``(x8, x_scale, *tiles, *tensor_scales [1], *biases [n] if any) -> *y [m, n]``.
 
     Behind ``x_scale`` comes the residual, if there is one.
     """
-    ops = Steps(m, sizes, group_size, scale_dtype, t)
+    ops = Steps(m, sizes, group_size, scale_dtype, t, folded=folded)
     weights = len(sizes)
     steps = -(-k // TILE_K)
     parts = t.split * t.teams
@@ -54,7 +56,7 @@ def make_kernel(
     blocks, steps, part_steps = plan.clusters, plan.steps, plan.part_steps
     part = t.tokens // t.share  # tokens of a divided tile whose sums a block adds up
     part_tiling = dataclasses.replace(t, tokens=part, halves=1)
-    part_ops = Steps(m, sizes, group_size, scale_dtype, part_tiling, scaled_tokens=t.tokens)
+    part_ops = Steps(m, sizes, group_size, scale_dtype, part_tiling, scaled_tokens=t.tokens, folded=folded)
     cluster = t.share * t.split
 
     def of_weight(row: Any) -> tuple[Any, Any]:
@@ -371,7 +373,7 @@ def make_kernel(
     return cast(Operation, kernel)
 
 
-@functools.partial(jax.jit, static_argnames=("sizes", "group_size", "scale_dtype", "out_dtype", "tiling"))
+@functools.partial(jax.jit, static_argnames=("sizes", "group_size", "scale_dtype", "out_dtype", "numerics", "tiling"))
 def matmul(
     x8: jax.Array,
     x_scale: jax.Array,
@@ -384,9 +386,10 @@ def matmul(
     group_size: int,
     scale_dtype: Any,
     out_dtype: Any = jnp.bfloat16,
+    numerics: Numerics = "exact",
     tiling: Tiling | None = None,
 ) -> tuple[jax.Array, ...]:
-    """``y[m, n] = x_scale[m] · tensor_scale · Σ_k x8[m, k] · W[n, k] + bias[n]`` of several W, with exact group scales.
+    """``y[m, n] = x_scale[m] · tensor_scale · Σ_k x8[m, k] · W[n, k] + bias[n]`` of several W.
 
     Args:
       x8: ``[m, k]`` e4m3.
@@ -399,6 +402,7 @@ def matmul(
       group_size: 32, 64 or 128, a divisor of k.
       scale_dtype: of the group scales in ``tiles``, e4m3 or bf16.
       out_dtype: bf16, or float32 if there is no residual.
+      numerics: "exact" or "folded", see :func:`pallas_kernels.reference.int4_fp8_matmul`.
       tiling: chosen by :func:`choose_tiling` if None.
 
     Returns:
@@ -412,7 +416,9 @@ def matmul(
         tiling = choose_tiling(m, whole_blocks, k, 4 * rows * columns)
     has_bias = any(bias is not None for bias in biases)
     has_residual = residual is not None
-    kernel = make_kernel(m, sizes, k, group_size, jnp.dtype(scale_dtype), has_bias, tiling, has_residual, out_dtype)
+    kernel = make_kernel(
+        m, sizes, k, group_size, jnp.dtype(scale_dtype), has_bias, tiling, has_residual, out_dtype, numerics == "folded"
+    )  # fmt: skip
     beside = [] if residual is None else [residual]
     return tuple(kernel(x8, x_scale, *beside, *tiles, *as_vectors(sizes, tensor_scales, biases)))
 

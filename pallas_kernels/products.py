@@ -47,6 +47,7 @@ def _mosaic_matmul(
 def _mosaic_matvec(
     x8: jax.Array, x_scale: jax.Array, weights: Sequence[TiledWeight], residual: jax.Array | None, **options: Any
 ) -> tuple[jax.Array, ...]:
+    del options["numerics"]  # exact, or the kernel is not selected
     return _mosaic_matvec_of(Rounded(x8, x_scale), weights, residual, **options)
 
 
@@ -78,6 +79,11 @@ register(
 def _check_activations(op: str, x8: jax.Array, x_scale: jax.Array) -> None:
     require(op, "x8", x8, x8.shape, (jnp.float8_e4m3fn,))
     require(op, "x_scale", x_scale, x8.shape[:1], (jnp.float32,))
+
+
+def _check_numerics(op: str, numerics: str) -> None:
+    if numerics not in ("exact", "folded"):
+        raise ValueError(f"{op}: {numerics=} must be 'exact' or 'folded'")
 
 
 def _check_factors(op: str, tensor_scale: jax.Array, bias: jax.Array | None, n: int) -> None:
@@ -112,8 +118,7 @@ def int4_fp8_matmul(
     k, (n, groups) = x8.shape[1], scales.shape
     if groups == 0 or k % groups or (k // groups) % 2:
         raise ValueError(f"{op}: {k=} cannot be split into {groups} groups of an even size")
-    if numerics not in ("exact", "folded"):
-        raise ValueError(f"{op}: {numerics=} must be 'exact' or 'folded'")
+    _check_numerics(op, numerics)
     _check_activations(op, x8, x_scale)
     _check_factors(op, tensor_scale, bias, n)
     require(op, "codes", codes, (n, k // 2), (jnp.uint8,))
@@ -121,7 +126,9 @@ def int4_fp8_matmul(
     return compute(x8, x_scale, codes, scales, tensor_scale, bias, numerics=numerics, out_dtype=out_dtype)
 
 
-def _tiled_refusals(m: int, sizes: Sequence[int], k: int, share: int, out_dtype: Any) -> dict[str, str]:
+def _tiled_refusals(
+    m: int, sizes: Sequence[int], k: int, share: int, numerics: Numerics, out_dtype: Any
+) -> dict[str, str]:  # fmt: skip
     """Why the Hopper kernels cannot multiply with weights of so many outputs, if they cannot."""
     reason, n = no_hopper(), sum(sizes)
     odd = [size for size in sizes if size % weight_layout.TILE_N]
@@ -133,6 +140,8 @@ def _tiled_refusals(m: int, sizes: Sequence[int], k: int, share: int, out_dtype:
     if dtype not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)):
         reason = f"out_dtype={dtype.name} is not bfloat16 or float32"
     many = few = reason
+    if few is None and numerics != "exact":
+        few = f"{numerics=} is for the kernel of many tokens"
     if few is None and choose_streaming(m, n, k, share) is None:
         few = f"{m} tokens by {n} outputs by {k} inputs do not suit the kernel for few tokens"
     return refused({"mosaic_gpu": many, "mosaic_gpu_matvec": few})
@@ -168,10 +177,11 @@ def int4_fp8_matmuls_tiled(
     *,
     group_size: int,
     scale_dtype: Any,
+    numerics: Numerics = "exact",
     out_dtype: Any = jnp.bfloat16,
     implementation: str | None = None,
 ) -> tuple[jax.Array, ...]:
-    """:func:`int4_fp8_matmul` with exact numerics and several weights; one kernel takes all of them.
+    """:func:`int4_fp8_matmul` with several weights; one kernel takes all of them.
 
     Args:
       x8: ``[m, k]`` e4m3.
@@ -180,32 +190,34 @@ def int4_fp8_matmuls_tiled(
       residual: ``[m, n]`` of ``out_dtype``, to which the rounded product of the one weight is added; or None.
       group_size: inputs that share a weight scale: 32, 64 or 128, a divisor of k.
       scale_dtype: of the scales in the tiles, e4m3 or bf16.
+      numerics: "exact" or "folded".
       out_dtype: dtype of the results.
       implementation: "mosaic_gpu" (Hopper GPUs, n a multiple of 64, bf16 or float32 results), "mosaic_gpu_matvec" (the
-        same for up to 8 tokens, and up to 16 of small weights), "reference", or None.
+        same with exact numerics, for up to 8 tokens, and up to 16 of small weights), "reference", or None.
 
     Returns:
       ``[m, n]`` per weight.
 
     Raises:
-      ValueError: there is no weight, or shapes or dtypes do not belong together.
+      ValueError: there is no weight, shapes or dtypes do not belong together, or ``numerics`` is unknown.
       NotImplementedError: ``implementation`` does not exist, or takes no such shape or device.
     """
     op = "int4_fp8_matmul_tiled"
     if x8.ndim != 2:
         raise ValueError(f"{op}: x8 is a matrix, got {x8.shape}")
     m, k = x8.shape
+    _check_numerics(op, numerics)
     _check_activations(op, x8, x_scale)
     _check_tiled(op, weights, k, group_size, scale_dtype)
     _check_residual(op, residual, m, weights, out_dtype)
     share = weight_layout.share_bytes(group_size, scale_dtype)
-    settings = {"group_size": group_size, "scale_dtype": jnp.dtype(scale_dtype), "out_dtype": out_dtype}
-    refusals = _tiled_refusals(m, [weight.outputs for weight in weights], k, share, out_dtype)
+    settings = {"group_size": group_size, "scale_dtype": jnp.dtype(scale_dtype), "numerics": numerics}
+    refusals = _tiled_refusals(m, [weight.outputs for weight in weights], k, share, numerics, out_dtype)
     if residual is not None and residual.dtype != jnp.bfloat16:
         for name in ("mosaic_gpu", "mosaic_gpu_matvec"):
             refusals.setdefault(name, f"the residual is {residual.dtype}, not bfloat16")
     products: tuple[jax.Array, ...] = select(op, implementation, refusals)(
-        x8, x_scale, weights, residual, **settings
+        x8, x_scale, weights, residual, out_dtype=out_dtype, **settings
     )  # fmt: skip
     return products
 
@@ -217,6 +229,7 @@ def int4_matmuls_tiled(
     *,
     group_size: int,
     scale_dtype: Any,
+    numerics: Numerics = "exact",
     out_dtype: Any = jnp.bfloat16,
     implementation: str | None = None,
 ) -> tuple[jax.Array, ...]:
@@ -230,6 +243,7 @@ def int4_matmuls_tiled(
       residual: as there.
       group_size: as there.
       scale_dtype: as there.
+      numerics: as there.
       out_dtype: as there.
       implementation: of each part, see :func:`implementations`.
 
@@ -242,7 +256,8 @@ def int4_matmuls_tiled(
     """
     op = "int4_matmuls_tiled"
     settings = {"group_size": group_size, "scale_dtype": jnp.dtype(scale_dtype)}
-    if implementation in (None, "mosaic_gpu_matvec") and not isinstance(source, Rounded):
+    _check_numerics(op, numerics)
+    if implementation in (None, "mosaic_gpu_matvec") and numerics == "exact" and not isinstance(source, Rounded):
         rows = _check_source(op, source)
         if not _token_refusal(rows, weights, out_dtype, **settings):
             _check_tiled(op, weights, rows.shape[1], group_size, scale_dtype)
@@ -252,7 +267,8 @@ def int4_matmuls_tiled(
     rounding = None if implementation == "mosaic_gpu_matvec" else implementation
     x8, x_scale = round_rows(source, implementation=rounding)
     return int4_fp8_matmuls_tiled(
-        x8, x_scale, weights, residual, out_dtype=out_dtype, implementation=implementation, **settings
+        x8, x_scale, weights, residual,
+        numerics=numerics, out_dtype=out_dtype, implementation=implementation, **settings,
     )  # fmt: skip
 
 
@@ -278,7 +294,7 @@ def _token_refusal(
         return "activations or results are not bfloat16"
     if not rounds_its_input(choose_streaming(m, sum(sizes), k, share), m, k):
         return f"{m} tokens of {k} inputs are not one token of up to {MAX_TOKEN}"
-    return _tiled_refusals(m, sizes, k, share, out_dtype).get("mosaic_gpu_matvec")
+    return _tiled_refusals(m, sizes, k, share, "exact", out_dtype).get("mosaic_gpu_matvec")
 
 
 def int4_fp8_matmul_tiled(

@@ -186,11 +186,12 @@ def int4_fp8_matmul_tiled(
     n: int,
     group_size: int,
     scale_dtype: jnp.dtype,
+    numerics: Numerics = "exact",
     out_dtype: jnp.dtype = jnp.bfloat16,
 ) -> jax.Array:
     """:func:`int4_fp8_matmul` of a weight in the layout of :mod:`pallas_kernels.weight_layout`."""
     codes, scales = from_tiles(tiles, n, x8.shape[1], group_size, scale_dtype)
-    return int4_fp8_matmul(x8, x_scale, codes, scales, tensor_scale, bias, out_dtype=out_dtype)
+    return int4_fp8_matmul(x8, x_scale, codes, scales, tensor_scale, bias, numerics=numerics, out_dtype=out_dtype)
 
 
 def _dot(x: jax.Array, w: jax.Array) -> jax.Array:

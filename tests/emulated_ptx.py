@@ -204,8 +204,18 @@ class Machine:
         elif kind[0] == "prmt":
             source = np.stack([value(arguments[1]), value(arguments[2])], axis=1).view(np.uint8)
             selector, thread = value(arguments[3]), np.arange(self.block.threads)
-            picked = [source[thread, selector >> U32(4 * i) & U32(7)] for i in range(4)]
+            choices = [selector >> U32(4 * i) & U32(15) for i in range(4)]
+            picked = [source[thread, choice & U32(7)] for choice in choices]
+            # Of a choice's fourth bit: the byte's sign in all eight bits.
+            picked = [
+                np.where(choice & U32(8), np.uint8(255) * (byte >> 7), byte).astype(np.uint8)
+                for choice, byte in zip(choices, picked, strict=True)
+            ]
             assign(arguments[0], np.stack(picked, axis=1).copy().view(U32)[:, 0])
+        elif opcode == "shr.b32":
+            assign(arguments[0], value(arguments[1]) >> value(arguments[2]))
+        elif opcode == "or.b32":
+            assign(arguments[0], value(arguments[1]) | value(arguments[2]))
         elif opcode == "shl.b32":
             bits, by = value(arguments[1]), value(arguments[2])
             assign(arguments[0], np.where(by < 32, bits << np.minimum(by, U32(31)), U32(0)))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from test_matmul_kernel import (
     BF16,
     E4M3,
+    folded,
     frobenius,
     product,
     random_tokens,
@@ -122,6 +123,30 @@ def test_matmul(m, n, k, group_size, scale_dtype, how, monkeypatch):
         # ratios, float32 roundings that grow with the ratio of neighbouring scales.
         tolerance = {"rtol": rounding, "atol": 1e-5 * np.abs(expected).max()}
         np.testing.assert_allclose(np.asarray(y, np.float64), expected, **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group_size", "scale_dtype", "how"),
+    [
+        (1, 64, 32, 32, E4M3, Tiling(8, 2, halves=1, unroll=2, persistent=False)),
+        (33, 128, 640, 64, BF16, Tiling(64, 2, halves=2, unroll=4)),
+        (9, 192, 1152, 128, E4M3, Tiling(16, 4, halves=1, unroll=2, persistent=False, split=2)),
+        (40, 192, 640, 128, E4M3, Tiling(32, 3, unroll=2, share=2)),  # tiles that two blocks divide
+    ],
+)
+def test_folded_matmul(m, n, k, group_size, scale_dtype, how):
+    values, scales = random_weight(m, n, k, group_size, scale_dtype)
+    x, x_scale = random_tokens(m + 1, m, k)
+    tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
+    bias = jnp.asarray(np.random.default_rng(5).normal(size=n) * 100, jnp.float32)
+    expected = product(x, x_scale, *folded(values, scales), 0.5, bias)
+    with emulated(mosaic_matmul, matmul_steps):
+        [y] = mosaic_matmul.matmul(
+            x, x_scale, [tiles], [jnp.float32(0.5)], [bias], sizes=(n,), group_size=group_size,
+            scale_dtype=scale_dtype, out_dtype=jnp.float32, numerics="folded", tiling=how,
+        )  # fmt: skip
+    # Sums in float32, of terms as large as the largest result.
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,9 @@ def assert_same(actual, expected):
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-@pytest.mark.parametrize("recipe", ["rtn", "rtn_bf16", "data_free", fireq_jax.Recipe(group_size=32)], ids=str)
+@pytest.mark.parametrize(
+    "recipe", ["rtn", "rtn_bf16", "rtn_folded", "data_free", fireq_jax.Recipe(group_size=32)], ids=str
+)
 def test_tiles_go_back_to_the_same_rows(model, recipe):
     rows = fireq_jax.quantize(model[1], recipe, layout="rows")
     tiles = fireq_jax.to_layout(rows, "tiles")
@@ -38,16 +40,16 @@ def test_tiles_go_back_to_the_same_rows(model, recipe):
     assert_same(fireq_jax.to_layout(tiles, "tiles"), tiles)
     assert_same(fireq_jax.quantize(model[1], recipe, layout="tiles"), tiles)
     for ours, theirs in zip(int4_leaves(tiles), int4_leaves(rows), strict=True):
-        assert (ours.shape, ours.group_size) == (theirs.shape, theirs.group_size)
+        assert (ours.shape, ours.group_size, ours.numerics) == (theirs.shape, theirs.group_size, theirs.numerics)
         np.testing.assert_array_equal(ours.dequantize(), theirs.dequantize())
 
 
-@pytest.mark.parametrize("numerics", ["exact", "folded"])
-def test_only_weights_that_the_kernel_takes_are_tiled(model, numerics):
-    recipe = fireq_jax.Recipe(numerics=numerics, lm_head="int4")
+@pytest.mark.parametrize("activations", ["fp8", "none"])
+def test_only_weights_that_the_kernel_takes_are_tiled(model, activations):
+    recipe = fireq_jax.Recipe(activations=activations, lm_head="int4")
     tiles = fireq_jax.quantize(model[1], recipe, layout="tiles")
     tiled = {type(x) for x in int4_leaves(tiles["layers_0"])}
-    assert tiled == {fireq_jax.TiledInt4Weight if numerics == "exact" else fireq_jax.Int4Weight}
+    assert tiled == {fireq_jax.TiledInt4Weight if activations == "fp8" else fireq_jax.Int4Weight}
     assert isinstance(tiles["lm_head"]["kernel"], fireq_jax.Int4Weight)  # 131 outputs
 
 
@@ -58,10 +60,11 @@ def test_auto_suits_the_device(model):
         fireq_jax.quantize(model[1], "rtn", layout="columns")
 
 
-def test_the_layout_does_not_change_the_model(model):
+@pytest.mark.parametrize("recipe", ["data_free", "rtn_folded"])
+def test_the_layout_does_not_change_the_model(model, recipe):
     network, params = model
     network = network.clone(implementation="reference")
-    rows = fireq_jax.quantize(params, layout="rows")
+    rows = fireq_jax.quantize(params, recipe, layout="rows")
     tiles = fireq_jax.to_layout(rows, "tiles")
     logits = [jax.jit(network.apply)({"params": p}, TOKENS) for p in (rows, tiles)]
     np.testing.assert_array_equal(*logits)

@@ -278,6 +278,12 @@ GPU_SHAPES = [
 ON_GPU = [*KERNELS, *((matmul, shape) for shape in GPU_SHAPES)]
 
 
+def folded(values, scales):
+    """Weights rounded to e4m3 with their scales, and what is left of these."""
+    scaled = values.reshape(*scales.shape, -1) * np.asarray(scales, np.float32)[..., None]
+    return np.clip(scaled, -448, 448).astype(E4M3).astype(np.float32).reshape(values.shape), np.ones_like(scales)
+
+
 def on_gpu(multiply, m, n, k, group_size, scale_dtype, bias=True, repeats=1, **how):
     """Kernel results of equal calls, and the float32 product of the same inputs."""
     values, scales = random_weight(m, n, k, group_size, scale_dtype)
@@ -286,6 +292,8 @@ def on_gpu(multiply, m, n, k, group_size, scale_dtype, bias=True, repeats=1, **h
     offsets = jnp.asarray(np.random.default_rng(5).normal(size=n) * 100, jnp.float32) if bias else None
     kernel = jax.jit(functools.partial(multiply, n=n, group_size=group_size, scale_dtype=scale_dtype, **how))
     results = [kernel(x, x_scale, tiles, jnp.float32(0.5), offsets) for _ in range(repeats)]
+    if how.get("numerics") == "folded":
+        values, scales = folded(values, scales)
     w = (values.reshape(*scales.shape, -1) * np.asarray(scales, np.float32)[..., None]).reshape(n, k)
     expected = jnp.matmul(x.astype(jnp.float32), jnp.asarray(w).T, precision="highest") * x_scale[:, None] * 0.5
     return results, np.asarray(expected if offsets is None else expected + offsets, np.float64)
@@ -329,6 +337,17 @@ def test_kernel_against_float32(multiply, sizes):
 )
 def test_tilings_agree_with_float32(how):
     results, expected = on_gpu(matmul, 300, 1088, 1664, 128, E4M3, bias=False, repeats=3, tiling=how)
+    assert frobenius(results[0], expected) < TOLERANCE
+    np.testing.assert_array_equal(np.asarray(results[0]).view(np.uint16), np.asarray(results[2]).view(np.uint16))
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize(
+    "shape", [(1, 192, 576, 64, BF16), (40, 640, 2816, 128, E4M3), (513, 1088, 4224, 32, E4M3)], ids=str
+)
+def test_folded_against_float32(shape):
+    results, expected = on_gpu(matmul, *shape, repeats=3, numerics="folded")
     assert frobenius(results[0], expected) < TOLERANCE
     np.testing.assert_array_equal(np.asarray(results[0]).view(np.uint16), np.asarray(results[2]).view(np.uint16))
 
