@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_cli import run
 
-from fireq_jax import benchmark, torch_benchmark
+from fireq_jax import benchmark, kernel_profile, timed_calls, torch_benchmark
 from fireq_jax.kv_cache import cache_bytes_per_token
 from fireq_jax.quantize import parameter_bytes
 
@@ -96,7 +96,7 @@ def test_wrong_kernels_are_not_timed(monkeypatch):
         return out if implementation else -10 * out
 
     monkeypatch.setattr(pallas_kernels, "decode_attention", wrong)
-    monkeypatch.setattr(benchmark, "_prefill_call", lambda *_: pytest.fail("was timed"))
+    monkeypatch.setattr(benchmark, "prefill_call", lambda *_: pytest.fail("was timed"))
     jax.clear_caches()
     with pytest.raises(RuntimeError, match="the kernels' logits are"):
         benchmark.run_benchmark("toy", prefill=[(1, 8)])
@@ -110,9 +110,9 @@ def test_out_of_memory_is_a_result():
     def broken():
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    assert benchmark._unless_too_large(too_much) is None
+    assert timed_calls.unless_too_large(too_much) is None
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        benchmark._unless_too_large(broken)
+        timed_calls.unless_too_large(broken)
 
 
 def test_torch_is_measured_in_a_process_of_its_own(monkeypatch, capsys):
@@ -153,11 +153,11 @@ def test_torch_is_measured_in_a_process_of_its_own(monkeypatch, capsys):
     ],
 )
 def test_kernels_belong_to_operations(kernel, operator):
-    assert benchmark.operator_of(kernel) == operator
+    assert kernel_profile.operator_of(kernel) == operator
 
 
 def test_random_weights_have_the_sizes_of_the_model():
-    params = benchmark.random_params(benchmark.SIZES["toy"])
+    params = timed_calls.random_params(benchmark.SIZES["toy"])
     assert parameter_bytes(params) == 722176
     kernel = np.asarray(params["layers_0"]["mlp"]["gate"]["kernel"], np.float32)
     assert 0.019 < kernel.std() < 0.021

@@ -3,7 +3,8 @@
 import jax
 
 import fireq_jax
-from fireq_jax.benchmark import SIZES, random_params
+from fireq_jax.benchmark import SIZES
+from fireq_jax.timed_calls import random_params
 
 STEPS, SETTLED = 1000, 10
 
