@@ -164,6 +164,25 @@ def test_prompts_of_any_shape_on_the_emulated_multiprocessor(case, multiprocesso
 
 
 @pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "multiprocessors"),
+    [
+        (40, 8, 128, 1),  # the same lanes take eight heads, of several kv heads
+        (28, 4, 64, 1),  # all seven of one
+        (11, 1, 64, 1),  # six, then five
+        (20, 4, 128, 400),  # one, as all blocks run at once
+    ],
+)
+def test_heads_of_the_same_lanes_on_the_emulated_multiprocessor(
+    heads, kv_heads, head_dim, multiprocessors, monkeypatch
+):  # fmt: skip
+    monkeypatch.setattr(mosaic_append, "STREAMING_MULTIPROCESSORS", multiprocessors)
+    arrays, options = inputs(2, 11, heads, kv_heads, head_dim, 40, [3, 30], [11, 4], True)
+    with emulated(mosaic_append, append_steps, row_steps):
+        prompt, cache = rotate_and_round(*arrays, **options)
+    check_prompt(arrays, options, lambda *_, **__: (prompt, cache))
+
+
+@pytest.mark.parametrize(
     ("operation", "case"),
     [
         *((rotate_and_append, case) for case in CASES),
