@@ -12,16 +12,18 @@ from pallas_kernels.products import (
 )
 from pallas_kernels.reference import (
     E4M3_MAX,
-    KEY_MAX,
     Numerics,
-    apply_ropes,
     dequantize_int4,
-    hadamard,
-    quantize_blocks,
     quantize_fp8,
-    quantize_kv,
     round_to_bf16,
     round_to_e4m3,
+)
+from pallas_kernels.reference_attention import (
+    KEY_MAX,
+    apply_ropes,
+    hadamard,
+    quantize_blocks,
+    quantize_kv,
     transpose_values,
     write_rows,
 )

@@ -19,7 +19,8 @@ from pallas_kernels import hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.packing import INT4_MIN
-from pallas_kernels.reference import E4M3_MAX, KEY_MAX, MANTISSA, SCALE_TOKENS
+from pallas_kernels.reference import E4M3_MAX
+from pallas_kernels.reference_attention import KEY_MAX, MANTISSA, SCALE_TOKENS
 from pallas_kernels.row_steps import across_block, balanced, e4m3_scale, largest_magnitude, to_floats
 
 EACH = 4  # neighbouring channels of each half of a head that a lane holds
@@ -546,8 +547,8 @@ class BlockSteps(Steps):
     def _turn(self, values: Sequence[ir.Value], factor: ir.Value, turned: ir.Value, behind: int) -> None:
         """Puts values into shared memory, a row per channel, at the address ``turned``.
 
-        Tokens come to the places that :func:`pallas_kernels.reference.transpose_values` gives them. The lanes of a
-        token and of the next one exchange halves, so that each writes two tokens at once.
+        Tokens come to the places that :func:`pallas_kernels.reference_attention.transpose_values` gives them. The lanes
+        of a token and of the next one exchange halves, so that each writes two tokens at once.
         """
         d, lanes = self.shape.head_dim, self.shape.lanes
         number = arith.addi(arith.divui(utils.thread_idx(), i32(lanes)), i32(behind))

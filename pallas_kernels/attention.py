@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import reference
+from pallas_kernels import reference_attention
 from pallas_kernels.dispatch import no_hopper, refused, register, require, select
-from pallas_kernels.reference import Cache
+from pallas_kernels.reference_attention import Cache
 from pallas_kernels.tiling import DECODE_ROWS, DECODE_SLOTS
 
 Prompt = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
@@ -39,10 +39,10 @@ def _mosaic_prefill(*arrays: Any, out_dtype: Any, **options: Any) -> jax.Array:
     return mosaic_prefill.prefill_attention(*arrays, **options)
 
 
-register("prefill_attention", mosaic_gpu=_mosaic_prefill, reference=reference.prefill_attention)
-register("rotate_and_append", mosaic_gpu=_mosaic_append, reference=reference.rotate_and_append)
-register("rotate_and_round", mosaic_gpu=_mosaic_round, reference=reference.rotate_and_round)
-register("decode_attention", mosaic_gpu=_mosaic_decode, reference=reference.decode_attention)
+register("prefill_attention", mosaic_gpu=_mosaic_prefill, reference=reference_attention.prefill_attention)
+register("rotate_and_append", mosaic_gpu=_mosaic_append, reference=reference_attention.rotate_and_append)
+register("rotate_and_round", mosaic_gpu=_mosaic_round, reference=reference_attention.rotate_and_round)
+register("decode_attention", mosaic_gpu=_mosaic_decode, reference=reference_attention.decode_attention)
 
 
 def _check_queries(op: str, q8: jax.Array, q_scale: jax.Array, kv_heads: int, head_dim: int) -> None:
@@ -96,7 +96,7 @@ def prefill_attention(
     out_dtype: Any = jnp.bfloat16,
     implementation: str | None = None,
 ) -> jax.Array:
-    """FP8 causal attention of a prompt; see :func:`pallas_kernels.reference.prefill_attention`.
+    """FP8 causal attention of a prompt; see :func:`pallas_kernels.reference_attention.prefill_attention`.
 
     The Hopper kernel keeps scores in float16. Keys of :func:`quantize_blocks` and :func:`rotate_and_round` allow that;
     if keys are larger than ``KEY_MAX``, scores may be infinite and results NaN.
@@ -110,9 +110,9 @@ def prefill_attention(
         raise ValueError(f"{op}: k8 must be [batch, tokens, kv heads, head_dim], got {k8.shape}")
     b, t, kv, d = k8.shape
     _check_queries(op, q8, q_scale, kv, d)
-    blocks = -(-t // reference.SCALE_TOKENS)
+    blocks = -(-t // reference_attention.SCALE_TOKENS)
     require(op, "k8", k8, (q8.shape[0], q8.shape[1], kv, d), (jnp.float8_e4m3fn,))
-    require(op, "v8", v8, (b, kv, d, blocks * reference.SCALE_TOKENS), (jnp.float8_e4m3fn,))
+    require(op, "v8", v8, (b, kv, d, blocks * reference_attention.SCALE_TOKENS), (jnp.float8_e4m3fn,))
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         require(op, name, scale, (b, kv, blocks), (jnp.float32,))
     require(op, "lengths", lengths, (b,), (jnp.int32,))
@@ -186,7 +186,9 @@ def rotate_and_append(
     key_offset: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, Cache]:
-    """E4m3 queries, and int4 keys and values in the cache; see :func:`pallas_kernels.reference.rotate_and_append`.
+    """E4m3 queries, and int4 keys and values in the cache.
+
+    See :func:`pallas_kernels.reference_attention.rotate_and_append`.
 
     Raises:
       ValueError: shapes or dtypes do not belong together.
@@ -211,7 +213,7 @@ def rotate_and_round(
     key_offset: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[Prompt, Cache]:
-    """What prefill attention takes, and the cache; see :func:`pallas_kernels.reference.rotate_and_round`.
+    """What prefill attention takes, and the cache; see :func:`pallas_kernels.reference_attention.rotate_and_round`.
 
     Raises:
       ValueError: shapes or dtypes do not belong together.
@@ -250,7 +252,7 @@ def decode_attention(
     out_dtype: Any = jnp.bfloat16,
     implementation: str | None = None,
 ) -> jax.Array:
-    """Attention of new tokens to the int4 cache; see :func:`pallas_kernels.reference.decode_attention`.
+    """Attention of new tokens to the int4 cache; see :func:`pallas_kernels.reference_attention.decode_attention`.
 
     Raises:
       ValueError: shapes or dtypes do not belong together.

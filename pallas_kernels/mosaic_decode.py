@@ -134,7 +134,7 @@ def decode_attention(
     out_dtype: Any = jnp.bfloat16,
     cut: DecodeCut | None = None,
 ) -> jax.Array:
-    """:func:`pallas_kernels.reference.decode_attention` for up to 16 query rows per kv head.
+    """:func:`pallas_kernels.reference_attention.decode_attention` for up to 16 query rows per kv head.
 
     Args:
       q8: ``[b, t, h, d]`` e4m3; d is 64 or 128, and t times the query heads of a kv head at most 16.

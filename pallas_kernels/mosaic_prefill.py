@@ -11,7 +11,7 @@ after and adds up the values of the block before, while the warpgroup weighs a b
 Queries are an operand in shared memory, weights one in registers. Scores, their powers and sums are float16, two to a
 register, which halves both registers and instructions. The registers of the scores, rounded, are those of the second
 product's operand up to the order of bytes, because the values lie in a matching order of keys
-(:func:`pallas_kernels.reference.transpose_values`).
+(:func:`pallas_kernels.reference_attention.transpose_values`).
 """
 
 import dataclasses
@@ -26,11 +26,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.prefill_steps import ROWS, PrefillShape, Steps
-from pallas_kernels.reference import (
-    E4M3_MAX,
+from pallas_kernels.reference import E4M3_MAX, dequantize_int4
+from pallas_kernels.reference_attention import (
     KEY_MAX,
     Cache,
-    dequantize_int4,
     expand_blocks,
     quantize_blocks,
     restore_values,
@@ -359,7 +358,7 @@ def prefill_attention(
     *,
     softmax_scale: float,
 ) -> jax.Array:
-    """:func:`pallas_kernels.reference.prefill_attention`, a prefix rounded from int4 to e4m3.
+    """:func:`pallas_kernels.reference_attention.prefill_attention`, a prefix rounded from int4 to e4m3.
 
     Args:
       q8: ``[b, t, h, d]`` e4m3; d is 64 or 128.
