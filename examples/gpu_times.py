@@ -76,11 +76,12 @@ def record(
     ``measure`` gets the seconds behind which it is to begin nothing more; a run that is cut off leaves what it has.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    device = torch.cuda.get_device_name()
-    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}-{device_name(device)}.json")
+    parser.add_argument("--out", type=Path, help="docs/results, by the benchmark's name and the device's, if not given")
     parser.add_argument("--commit", required=True, help="to record")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing more after this time")
     args = parser.parse_args()
+    device = torch.cuda.get_device_name()
+    target = args.out or RESULTS / f"{name}-{device_name(device)}.json"
     results: dict[str, Any] = {
         "command": f"python examples/{Path(script).name}",
         "commit": args.commit,
@@ -91,4 +92,4 @@ def record(
     }
     for part, row in measure(args.seconds):
         results[part].append(row)
-        write_json(args.out, results)
+        write_json(target, results)

@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from convert.folder import write_text
+from pallas_kernels.tuned import device_name
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 
 def of_devices(name: str) -> list[dict[str, Any]]:
     """What a benchmark of that name measured, a device each: of ``name-h100.json``, ``name-h200.json`` ..."""
-    return [json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob(f"{name}-[a-z][0-9]*.json"))]
+    stored = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted(RESULTS.glob(f"{name}-*.json"))}
+    return [found for stem, found in stored.items() if stem == f"{name}-{device_name(found.get('device', ''))}"]
 
 
 def fill(page: Path, marker: str, text: str) -> None:
