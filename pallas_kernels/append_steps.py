@@ -5,6 +5,7 @@ code: what it reads next is asked for before it works on what has come, and no r
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
@@ -126,12 +127,17 @@ class Steps:
         """Words of a lane's channels, zeros where there is no row; of ``head_dim / 2`` columns only one half."""
         d, words = self.shape.head_dim, []
         for half in range(2 * columns // d):
-            words += load_words(row.behind(half * d // 2 * size), EACH * size // 4)
+            offset = row.offset + half * d // 2 * size
+            words += hopper.load_global(EACH * size // 4, row.address, row.exists, offset)
         return words
 
     def _floats(self, row: Row, columns: int) -> list[ir.Value]:
         """As :meth:`_load`, of float32."""
         return to_floats(self._load(row, columns, 4), 4)
+
+    def _word(self, ref: Any, index: ir.Value) -> ir.Value:
+        """Of a vector of words that nothing writes."""
+        return hopper.load_global(1, hopper.global_address(ref, 4, (index, 1)), load=hopper.READ_ONLY)[0]
 
     def _rotation(self, cosines: Row, sines: Row) -> tuple[list[ir.Value], list[ir.Value]]:
         """Of a token."""
@@ -201,17 +207,15 @@ class Steps:
             def load(several: Sequence[int]) -> list[list[ir.Value]]:
                 return [self._load(sources.behind(2 * d * i)._replace(exists=exists(i)), d, 2) for i in several]
 
-            tables: dict[Any, list[ir.Value]] = {}
+            # Whether for all units it is the same heads of theirs that share a kv head.
+            aligned = group % each == 0 or each % group == 0
 
-            def scaled(i: int, values: Sequence[ir.Value]) -> list[ir.Value]:
-                whole = group % each == 0 or each % group == 0  # of the same kv head for all units
-                key = i // group if whole else i
-                if key not in tables:
-                    kv_head = arith.divui(arith.addi(head, i32(i)), i32(group))
-                    tables.clear()
-                    kv_head = arith.minui(kv_head, i32(s.kv_heads - 1))
-                    tables[key] = self._floats(self._row(scales, 4, kv_head, d), d)
-                return times(values, tables[key])
+            @functools.cache
+            def table(first: int) -> list[ir.Value]:
+                """The scales of the kv head that a head reads."""
+                kv_head = arith.divui(arith.addi(head, i32(first)), i32(group))
+                kv_head = arith.minui(kv_head, i32(s.kv_heads - 1))
+                return self._floats(self._row(scales, 4, kv_head, d), d)
 
             step = 1 if s.mixed else TOGETHER  # mixing takes registers, and waits for nothing
             together = [range(i, min(i + step, each)) for i in range(0, each, step)]
@@ -223,15 +227,12 @@ class Steps:
                     following = load(together[number + 1])
                 made = [self._rotated(words, rotation) for words in loaded]
                 if s.scaled:
-                    made = [scaled(i, values) for i, values in zip(several, made, strict=True)]
+                    firsts = [i // group * group if aligned else i for i in several]
+                    made = [times(values, table(first)) for first, values in zip(firsts, made, strict=True)]
                 if s.mixed:
                     made = [self._mixed(values) for values in made]
                 peaks = [largest_magnitude(values) for values in made]
-                distance = 1
-                while distance < s.lanes:  # side by side
-                    others = [hopper.exchange(peak, distance) for peak in peaks]
-                    peaks = [hopper.maximum_or_nan(a, b) for a, b in zip(peaks, others, strict=True)]
-                    distance *= 2
+                peaks = hopper.all_across_lanes(peaks, hopper.maximum_or_nan, s.lanes)
                 for i, values, peak in zip(several, made, peaks, strict=True):
                     flag = here if (it := exists(i)) is None else arith.andi(here, it)
                     zero = arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0))
@@ -336,7 +337,7 @@ class Steps:
             token, head = arith.divui(unit, i32(s.kv_heads)), arith.remui(unit, i32(s.kv_heads))
             words = self._load(self._row(x, 2, unit, d), d, 2)
             sequence, number = arith.divui(token, i32(s.tokens)), arith.remui(token, i32(s.tokens))
-            start, length = (load_word(hopper.global_address(ref, 4, (sequence, 1))) for ref in (starts, lengths))
+            start, length = (self._word(ref, sequence) for ref in (starts, lengths))
             if kind == "keys":
                 rotation = self._rotation(*(self._row(x, 4, token, d // 2) for x in (cosines, sines)))
                 registers = self._key(words, rotation, *self._tables_of_keys(scale, offset, head))
@@ -402,7 +403,7 @@ class BlockSteps(Steps):
         s = self.shape
         row, number = arith.divui(block, i32(self.blocks)), arith.remui(block, i32(self.blocks))
         sequence, head = arith.divui(row, i32(s.kv_heads)), arith.remui(row, i32(s.kv_heads))
-        start, length = (load_word(hopper.global_address(ref, 4, (sequence, 1))) for ref in (starts, lengths))
+        start, length = (self._word(ref, sequence) for ref in (starts, lengths))
         number = arith.muli(number, i32(SCALE_TOKENS))
         number = arith.addi(number, arith.divui(utils.thread_idx(), i32(s.lanes)))
         real = arith.minsi(length, i32(s.tokens))
@@ -438,13 +439,10 @@ class BlockSteps(Steps):
 
     def _hold(self, held: Any, number: int, registers: Sequence[ir.Value]) -> None:
         """Puts a thread's registers of a token, four or a multiple, into shared memory."""
-        constraint, fours = "f" if registers[0].type == ir.F32Type.get() else "r", len(registers) // 4
+        fours = len(registers) // 4
         for j in range(fours):
             own, offset = self._place(held, fours * number + j)
-            hopper.asm(
-                f"st.shared.v4.b32 [$0+{offset}], {{$1, $2, $3, $4}};", ",".join(["r"] + [constraint] * 4),
-                [own, *registers[4 * j : 4 * j + 4]], [],
-            )  # fmt: skip
+            hopper.store_shared(own, registers[4 * j : 4 * j + 4], offset)
         # Or ptxas would keep all of them in registers for as long as it can.
         hopper.asm("bar.warp.sync 0xffffffff;", "", [], [])
 
@@ -600,25 +598,6 @@ def rounded(registers: Sequence[ir.Value], factor: ir.Value) -> list[ir.Value]:
     """A lane's channels of the first and of the second half, times the factor, as words of four e4m3."""
     scaled = [arith.mulf(r, factor) for r in registers]
     return [hopper.to_e4m3x4(scaled[EACH * half : EACH * (half + 1)]) for half in range(2)]
-
-
-def load_word(address: ir.Value) -> ir.Value:
-    """A word of global memory."""
-    return hopper.asm("ld.global.nc.b32 $0, [$1];", "=r,l", [address], [ir.IntegerType.get_signless(32)])[0]
-
-
-def load_words(row: Row, count: int) -> list[ir.Value]:
-    """Two or four neighbouring words of global memory, or zeros."""
-    word = ir.IntegerType.get_signless(32)
-    listed = ", ".join(f"${i}" for i in range(count))
-    load = f"ld.global.v{count}.b32 {{{listed}}}, [${count}+{row.offset}];"
-    if row.exists is None:
-        return hopper.asm(load, ",".join(["=r"] * count + ["l"]), [row.address], [word] * count)
-    zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(count))
-    return hopper.asm(
-        f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; {zeros} @p {load} }}",
-        ",".join(["=&r"] * count + ["l", "r"]), [row.address, arith.extui(word, row.exists)], [word] * count,
-    )  # fmt: skip
 
 
 def store_global(kind: str, constraint: str, row: Row, value: ir.Value) -> None:

@@ -119,27 +119,9 @@ def codes_to_bf16(pair: ir.Value) -> list[ir.Value]:
     return pairs
 
 
-def multiply_add(sums: Sequence[ir.Value], a: Sequence[ir.Value], b: Sequence[ir.Value], kind: str) -> list[ir.Value]:
-    """m16n8k16 of "f16" or "bf16" operands."""
-    return hopper.asm(
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
-        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [*a, *b, *sums], [ir.F32Type.get()] * 4,
-    )  # fmt: skip
-
-
-def load_words_if(words: int, address: ir.Value, condition: ir.Value, offset: int = 0) -> list[ir.Value]:
-    """Words of global memory, zeros where the condition does not hold."""
-    flag = arith.extui(integer(32), condition)
-    out = [f"${i}" for i in range(words)]
-    vector = f".v{words}" if words > 1 else ""
-    listed = "{" + ", ".join(out) + "}" if words > 1 else out[0]
-    zeros = " ".join(f"mov.b32 {register}, 0;" for register in out)
-    return hopper.asm(
-        f"{{ .reg .pred p; setp.ne.b32 p, ${words + 1}, 0; {zeros} "
-        f"@p ld.global.nc.L1::no_allocate{vector}.b32 {listed}, [${words}+{offset}]; }}",
-        ",".join(["=&r"] * words + ["l", "r"]), [address, flag], [integer(32)] * words,
-    )  # fmt: skip
+def load_once(words: int, address: ir.Value, condition: ir.Value, offset: int = 0) -> list[ir.Value]:
+    """Words of global memory that nothing reads again, zeros where the condition does not hold."""
+    return hopper.load_global(words, address, condition, offset, f"{hopper.READ_ONLY}.L1::no_allocate")
 
 
 class Steps:
@@ -202,7 +184,7 @@ class Steps:
                 address = hopper.global_address(q8, 1, (row, s.head_dim), (t, s.head_dim // 4))
                 start = [f32(0)] * 4
                 for w in range(self.words):
-                    low, high = load_words_if(2, address, exists, 8 * w)
+                    low, high = load_once(2, address, exists, 8 * w)
                     pairs = []
                     for i in range(4):  # elements i and i + 4 of eight, as the codes of keys come
                         pair = hopper.pure_asm(f"prmt.b32 $0, $1, $2, {i | (4 + i) << 4};", "=r,r,r", [low, high], word)
@@ -213,7 +195,7 @@ class Steps:
                         pairs.append(pair)
                     for e in range(2):
                         eight = [i32(0x80088008)] * 2 + [i32(0x80808080)] * 2  # minus
-                        start = multiply_add(start, eight, pairs[2 * e : 2 * e + 2], "f16")
+                        start = hopper.multiply_tiles(start, eight, pairs[2 * e : 2 * e + 2], "f16")
                     queries += pairs
                 starts += start[:2]
                 for column in range(2):
@@ -221,10 +203,10 @@ class Steps:
                     token, member, exists = self._place(row)
                     token = arith.addi(first_token, token)
                     head = arith.addi(first_head, member)
-                    [scale] = load_words_if(1, hopper.global_address(q_scale, 4, (token, s.heads), (head, 1)), exists)
+                    [scale] = load_once(1, hopper.global_address(q_scale, 4, (token, s.heads), (head, 1)), exists)
                     scale = arith.bitcast(ir.F32Type.get(), scale)
                     factors.append(arith.mulf(scale, f32(self.softmax_scale * LOG2_E / CODE_UNIT)))
-                    [position] = load_words_if(1, hopper.global_address(positions, 4, (token, 1)), exists)
+                    [position] = load_once(1, hopper.global_address(positions, 4, (token, 1)), exists)
                     limits.append(arith.select(exists, arith.addi(position, i32(1)), i32(0)))
             return tuple(map(hopper.pack, (queries, factors, starts, limits)))
 
@@ -363,7 +345,7 @@ class Steps:
                 for i, operand in enumerate(self._value_operands(values, half)):
                     for n, of_rows in enumerate(weights):
                         at = size * n + 4 + 4 * i
-                        registers[at : at + 4] = multiply_add(
+                        registers[at : at + 4] = hopper.multiply_tiles(
                             registers[at : at + 4], operand, of_rows[2 * half : 2 * half + 2], "bf16"
                         )
             return hopper.pack(registers)
@@ -382,7 +364,7 @@ class Steps:
                     operand = [low[2 * e], high[2 * e], low[2 * e + 1], high[2 * e + 1]]
                     for n, sums in enumerate(scores):
                         at = 2 * (self.k_steps * n + 2 * w + e)
-                        sums[4 * half : 4 * half + 4] = multiply_add(
+                        sums[4 * half : 4 * half + 4] = hopper.multiply_tiles(
                             sums[4 * half : 4 * half + 4], operand, queries[at : at + 2], "f16"
                         )
         return scores

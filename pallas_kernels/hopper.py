@@ -121,18 +121,27 @@ def store_float_if(address: ir.Value, value: ir.Value, condition: ir.Value) -> N
     )  # fmt: skip
 
 
-def load_global_x4(address: ir.Value, condition: ir.Value, offset: int = 0, read_only: bool = True) -> list[ir.Value]:
-    """Four 32-bit words at a 16-byte aligned global address, zeros where the condition does not hold.
+READ_ONLY = "ld.global.nc"  # of memory that the kernel does not write, so that its lines may stay in the cache
 
-    ``read_only`` memory is not written by the kernel, so that its lines may stay in the cache of the multiprocessor.
+
+def load_global(
+    words: int, address: ir.Value, condition: ir.Value | None = None, offset: int = 0, load: str = "ld.global"
+) -> list[ir.Value]:
+    """1, 2 or 4 neighbouring words at a global address that is aligned to all of them.
+
+    They are zeros where the condition, a bit, does not hold. ``load`` is the instruction; unlike a plain one,
+    ``READ_ONLY`` may be moved before stores.
     """
-    word = ir.IntegerType.get_signless(32)
-    load = "ld.global.nc" if read_only else "ld.global"
-    ptx = (
-        "{ .reg .pred p; setp.ne.b32 p, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; "
-        f"@p {load}.v4.u32 {{$0, $1, $2, $3}}, [$4+{offset}]; }}"
-    )
-    return asm(ptx, "=&r,=&r,=&r,=&r,l,r", [address, arith.extui(word, condition)], [word] * 4)
+    word, registers = ir.IntegerType.get_signless(32), [f"${i}" for i in range(words)]
+    vector, listed = (f".v{words}", "{" + ", ".join(registers) + "}") if words > 1 else ("", registers[0])
+    instruction = f"{load}{vector}.b32 {listed}, [${words}+{offset}];"
+    if condition is None:
+        return asm(instruction, ",".join(["=r"] * words + ["l"]), [address], [word] * words)
+    zeros = " ".join(f"mov.b32 {register}, 0;" for register in registers)
+    return asm(
+        f"{{ .reg .pred p; setp.ne.b32 p, ${words + 1}, 0; {zeros} @p {instruction} }}",
+        ",".join(["=&r"] * words + ["l", "r"]), [address, arith.extui(word, condition)], [word] * words,
+    )  # fmt: skip
 
 
 def wait_for_phase(barrier: ir.Value, parity: ir.Value) -> None:
@@ -152,6 +161,15 @@ def load_shared(address: ir.Value, offset: int = 0, words: int = 4) -> list[ir.V
     vector, listed = (f".v{words}", f"{{{out}}}") if words > 1 else ("", out)
     ptx = f"ld.shared{vector}.b32 {listed}, [${words}+{offset}];"
     return asm(ptx, ",".join(["=r"] * words + ["r"]), [address], [word] * words)
+
+
+def store_shared(address: ir.Value, registers: Sequence[ir.Value], offset: int = 0) -> None:
+    """Writes 1, 2 or 4 float32 or words to a shared address that is aligned to all of them."""
+    count, kind = len(registers), "f" if registers[0].type == ir.F32Type.get() else "r"
+    names = [f"${i + 1}" for i in range(count)]
+    vector, listed = (f".v{count}", "{" + ", ".join(names) + "}") if count > 1 else ("", names[0])
+    constraints = ",".join(["r"] + [kind] * count)
+    asm(f"st.shared{vector}.b32 [$0+{offset}], {listed};", constraints, [address, *registers], [])
 
 
 def wait_for_wgmma(in_flight: int, registers: Sequence[ir.Value], keep: Sequence[ir.Value] = ()) -> list[ir.Value]:
@@ -361,10 +379,29 @@ def across_lanes(
 
     If they are some lanes ``apart``, that many times ``lanes`` are meant, and each result is of every so manieth one.
     """
-    distance = apart
+    return all_across_lanes([value], combine, lanes, apart)[0]
+
+
+def all_across_lanes(
+    values: Sequence[ir.Value], combine: Callable[[ir.Value, ir.Value], ir.Value], lanes: int = 32, apart: int = 1
+) -> list[ir.Value]:
+    """:func:`across_lanes` of several registers side by side, so that none waits for another one's exchanges."""
+    values, distance = list(values), apart
     while distance < lanes * apart:
-        value, distance = combine(value, exchange(value, distance)), 2 * distance
-    return value
+        others = [exchange(value, distance) for value in values]
+        values, distance = [combine(a, b) for a, b in zip(values, others, strict=True)], 2 * distance
+    return values
+
+
+def multiply_tiles(
+    sums: Sequence[ir.Value], a: Sequence[ir.Value], b: Sequence[ir.Value], kind: str
+) -> list[ir.Value]:  # fmt: skip
+    """``sums + A · B`` of a warp, m16n8k16: operands of "f16" or "bf16", sums in float32."""
+    return asm(
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [*a, *b, *sums], [ir.F32Type.get()] * 4,
+    )  # fmt: skip
 
 
 def maximum(a: ir.Value, b: ir.Value) -> ir.Value:

@@ -44,7 +44,7 @@ def fold_codes(words: Sequence[ir.Value], scales: Sequence[ir.Value]) -> list[ir
     """
     tables = []
     for scale in scales:
-        sizes = [arith.mulf(scale, f32(i)) for i in range(9)]
+        sizes = [arith.mulf(scale, f32(i)) for i in range(8)]
         minus = [arith.mulf(scale, f32(-i)) for i in range(1, 9)]
         tables.append([hopper.to_e4m3x4(four) for four in (sizes[:4], sizes[4:8], minus[:4], minus[4:])])
     # Of four bytes the lower three bits are brought together, four bits each, as a choice of bytes.
@@ -424,9 +424,7 @@ class Steps:
             for i in range(0, self.registers, 4):
                 offset, four = (half * self.registers + i) * 512, registers[i : i + 4]
                 if barrier is None:
-                    hopper.asm(
-                        f"st.shared.v4.f32 [$0+{offset}], {{$1, $2, $3, $4}};", "r,f,f,f,f", [address, *four], []
-                    )
+                    hopper.store_shared(address, four, offset)
                 else:
                     hopper.send_floats(address, offset, four, barrier)
             return ()

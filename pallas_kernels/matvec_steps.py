@@ -172,7 +172,7 @@ class Steps:
                 row = arith.muli(arith.extui(i64, token), hopper.constant(self.k, bits=64))
                 address = arith.addi(arith.addi(source, row), arith.extui(i64, column))
                 for half in range(2):
-                    words += hopper.load_global_x4(address, inside, 16 * half)
+                    words += hopper.load_global(4, address, inside, 16 * half, hopper.READ_ONLY)
             return hopper.pack(words)
 
         return cast(Operation, load)
@@ -271,7 +271,9 @@ class Steps:
                     totals = [[f32(0)] * 4 for _ in range(self.blocks_of_tokens)]
                     for u in self._of_group(group):
                         for block in range(self.blocks_of_tokens):
-                            totals[block] = tensor_core([i32(MINUS_HALF)] * 4, inputs(u, block), totals[block])
+                            totals[block] = hopper.multiply_tiles(
+                                totals[block], [i32(MINUS_HALF)] * 4, inputs(u, block), "f16"
+                            )
                     for block, total in enumerate(totals):
                         offset = 4 * 8 * (group * self.blocks_of_tokens + block)
                         store_if(place, offset, [arith.bitcast(word, x) for x in total[:2]], flag)
@@ -313,7 +315,7 @@ class Steps:
                 for u in self._of_group(group):
                     a = decode_to_halves(codes[u], raw)
                     for block in range(self.blocks_of_tokens):
-                        part[block] = tensor_core(a, inputs(u, block), part[block])
+                        part[block] = hopper.multiply_tiles(part[block], a, inputs(u, block), "f16")
                 pair = decode_scales(scales[group], self.scale_dtype)
                 scaled = by_row([x for of_block in part for x in of_block], list(pair))
                 total = [arith.addf(t, p) for t, p in zip(total, scaled, strict=True)]
@@ -375,7 +377,7 @@ class Steps:
             address = arith.addi(base, arith.muli(arith.addi(arith.muli(row, i32(SUMS_PITCH)), column), i32(4)))
             for i, register in enumerate(hopper.unpack(sums)):
                 offset = 4 * ((i // 4 * 8 + i % 2) * SUMS_PITCH + i % 4 // 2 * 8)
-                hopper.asm(f"st.shared.f32 [$0+{offset}], $1;", "r,f", [address, register], [])
+                hopper.store_shared(address, [register], offset)
             results = []
             outputs = self._start(unit, rest[: len(self.sizes)])
             width = self._of_weight(unit, [i32(n) for n in self.sizes])
@@ -486,12 +488,3 @@ def decode_to_halves(word: ir.Value, raw: bool) -> list[ir.Value]:
             bits = hopper.and_or(shifted, i32(0x87008700), i32(0x00800080))
             operand.append(bits if raw else hopper.f16x2("add.rn", bits, i32(MINUS_HALF)))
     return operand
-
-
-def tensor_core(a: Sequence[ir.Value], b: Sequence[ir.Value], sums: Sequence[ir.Value]) -> list[ir.Value]:
-    """``sums + A · B`` of a warp: A of 16 rows by 16 in float16, B of 16 by 8."""
-    return hopper.asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [*a, *b, *sums], [ir.F32Type.get()] * 4,
-    )  # fmt: skip

@@ -10,7 +10,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import hopper
-from pallas_kernels.decode_steps import LOWEST, MASKED, ROWS, Steps, integer, lane_parts, load_words_if
+from pallas_kernels.decode_steps import LOWEST, MASKED, ROWS, Steps, integer, lane_parts, load_once
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
 
@@ -60,17 +60,12 @@ class MergeSteps:
                     row = arith.addi(arith.muli(t, i32(2)), i32(ROWS * n + column))
                     row = arith.addi(arith.muli(warp, i32(s.row_blocks * ROWS)), row)
                     place = arith.addi(base, arith.muli(row, i32(4 * pitch)))
-                    hopper.asm(f"st.shared.v2.f32 [$0+{4 * d}], {{$1, $2}};", "r,f,f", [place, largest, total], [])
+                    hopper.store_shared(place, [largest, total], 4 * d)
                     # A lane's outputs are neighbours in the head.
                     place = arith.addi(place, arith.muli(g, i32(4 * (d // 8))))
                     mine = [registers[size * n + 4 + i] for i in range(column, self.steps.outputs, 2)]
                     for i in range(0, len(mine), 4):
-                        hopper.asm(
-                            f"st.shared.v4.f32 [$0+{4 * i}], {{$1, $2, $3, $4}};",
-                            "r,f,f,f,f",
-                            [place, *mine[i : i + 4]],
-                            [],
-                        )
+                        hopper.store_shared(place, mine[i : i + 4], 4 * i)
             hopper.block_barrier()
             thread = utils.thread_idx()
             # Thread i takes element i of every row it reaches.
@@ -160,8 +155,8 @@ class MergeSteps:
                 address = hopper.global_address(partial, 4, (block, s.rows * s.pitch), (row, s.pitch))
                 mine = arith.addi(address, arith.extui(integer(64), arith.muli(element, i32(4))))
                 words = [
-                    load_words_if(1, mine, exists),
-                    *(load_words_if(1, address, exists, 4 * (s.head_dim + j)) for j in (0, 1)),
+                    load_once(1, mine, exists),
+                    *(load_once(1, address, exists, 4 * (s.head_dim + j)) for j in (0, 1)),
                 ]
                 value, peak, weight = (arith.bitcast(single, word) for [word] in words)
                 parts.append((value, arith.select(exists, peak, f32(MASKED)), weight))

@@ -403,10 +403,7 @@ class Steps:
         def hold(_: Any, output: Any, held: Any) -> Any:
             registers = hopper.unpack(output)
             for i, place in self._held(held):
-                hopper.asm(
-                    f"st.shared.v4.f32 [$0+{place[1]}], {{$1, $2, $3, $4}};", "r,f,f,f,f",
-                    [place[0], *registers[i : i + 4]], [],
-                )  # fmt: skip
+                hopper.store_shared(place[0], registers[i : i + 4], place[1])
             return ()
 
         return cast(Operation, hold)

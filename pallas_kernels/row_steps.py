@@ -51,9 +51,7 @@ class Steps:
         size, words = jnp.dtype(dtype).itemsize, []
         for column, exists in self._places():
             for offset in range(0, VECTOR * size, 16):
-                words += hopper.load_global_x4(
-                    self._address(ref, row, column, size), exists, offset, read_only=False
-                )  # fmt: skip
+                words += hopper.load_global(4, self._address(ref, row, column, size), exists, offset)
         return to_floats(words, size)
 
     def _write(self, ref: Any, row: ir.Value, words: Sequence[ir.Value]) -> None:

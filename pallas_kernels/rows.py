@@ -21,12 +21,9 @@ def _mosaic_rows(name: str) -> Callable[..., Any]:
     return compute
 
 
-for _name, _reference in (
-    ("quantize_rows", reference.quantize_fp8),
-    ("norm_quantize", reference.norm_quantize),
-    ("gate_quantize", reference.gate_quantize),
-):
-    register(_name, mosaic_gpu=_mosaic_rows(_name), reference=_reference)
+register("quantize_rows", mosaic_gpu=_mosaic_rows("quantize_rows"), reference=reference.quantize_fp8)
+register("norm_quantize", mosaic_gpu=_mosaic_rows("norm_quantize"), reference=reference.norm_quantize)
+register("gate_quantize", mosaic_gpu=_mosaic_rows("gate_quantize"), reference=reference.gate_quantize)
 
 
 def check_rows(op: str, *rows: jax.Array) -> None:

@@ -53,7 +53,7 @@ class TokenSteps:
                     exists = arith.cmpi(arith.CmpIPredicate.ult, column, i32(self.steps.k))
                     address = hopper.global_address(ref, size, (column, 1))
                     for offset in range(0, VECTOR * size, 16):
-                        words += hopper.load_global_x4(address, exists, offset)
+                        words += hopper.load_global(4, address, exists, offset, hopper.READ_ONLY)
             return hopper.pack(words)
 
         return cast(Operation, read)
