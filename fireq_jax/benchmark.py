@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from fireq_jax import torch_benchmark
+from fireq_jax import timed_calls, torch_benchmark
 from fireq_jax.config import LlamaConfig, RopeConfig, resolve_recipe
 from fireq_jax.kernel_profile import kernel_times
 from fireq_jax.kv_cache import cache_bytes_per_token
@@ -26,13 +26,11 @@ from fireq_jax.timed_calls import (
     Measured,
     Params,
     copy_bandwidth,
-    decode,
     decode_call,
     decode_step_call,
     feed_forward_call,
     feed_forward_fp8_call,
     generate_call,
-    prefill,
     prefill_call,
     random_params,
     random_tokens,
@@ -223,9 +221,9 @@ def distances_from_float(model: Llama, params: Params, float_params: Params) -> 
         kept = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
         kept |= {f"layers_{i}": params[f"layers_{i}"] for i in range(few)}
         network = small.clone(implementation=implementation)
-        first, cache = prefill(network, kept, tokens[:, :-1], lengths, 132)
-        second, _ = decode(network, kept, tokens[:, -1:], cache)
-        alone, _ = decode(network, kept, tokens[:1, -1:], jax.tree.map(lambda array: array[:1], cache))
+        first, cache = timed_calls.prefill(network, kept, tokens[:, :-1], lengths, 132)
+        second, _ = timed_calls.decode(network, kept, tokens[:, -1:], cache)
+        alone, _ = timed_calls.decode(network, kept, tokens[:1, -1:], jax.tree.map(lambda array: array[:1], cache))
         return jnp.concatenate([first, second[:, 0], alone[:, 0]])
 
     expected = logits(float_params, None)
