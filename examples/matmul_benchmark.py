@@ -66,7 +66,9 @@ def float_product(x: jax.Array, x_scale: jax.Array, codes: jax.Array, scales: ja
     nibbles = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1).to(torch.float32)
     values = torch.where(nibbles > 7, nibbles - 16, nibbles).unflatten(1, (scales.shape[1], -1))
     w = (values * of_groups.float().unsqueeze(-1)).flatten(1)
-    return torch.matmul(tokens.float(), w.t()) * factors.unsqueeze(1)
+    product = torch.matmul(tokens.float(), w.t()) * factors.unsqueeze(1)
+    torch.cuda.synchronize()  # before JAX may use the memory of what was handed over for something else
+    return product
 
 
 def distance(y: jax.Array, expected: torch.Tensor) -> float:

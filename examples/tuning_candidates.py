@@ -21,9 +21,9 @@ TILES = (8, 16, 32, 64, 128, 256)  # numbers of tokens that a tile may have
 
 def streamings(m: int, n: int, k: int, share: int) -> Iterator[Streaming]:
     """Cuts for the kernel of few tokens; of one token those that it can round itself, of many in one part or two."""
-    for parts, team, raw, slots in itertools.product((1, 2) if m > 8 else (1,), (4, 8, 16), (False, True), (2, 3)):
+    for parts, team, slots in itertools.product((1, 2) if m > 8 else (1,), (4, 8, 16), (2, 3)):
         rounds = math.ceil(math.ceil(k / (TILE_K * team)) / parts)
-        cuts = [Streaming(slots, team, rounds, halves, raw) for halves in (True, False)]
+        cuts = [Streaming(slots, team, rounds, halves) for halves in (True, False)]
         fitting = [cut for cut in cuts if cut.shared_memory(m, n, k, share) <= SHARED_MEMORY]
         yield from (cut for cut in fitting[:1] if m > 1 or rounds_its_input(cut, m, k))
 

@@ -1,6 +1,7 @@
 """The register-level steps of decode attention, which :mod:`pallas_kernels.mosaic_decode` puts in order."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, cast
@@ -212,43 +213,61 @@ class Steps:
 
         return cast(Operation, load)
 
-    def request(self) -> Operation:
-        """``(slots, arrivals, k, k scales, v, v scales, sequence, kv head, slot, first, end) -> ()``.
+    def request(self, reads: bool) -> Operation:
+        """``(warp, slots, arrivals, k, k scales, v, v scales, sequence, kv head, slot, first, end, [tile]) -> ()``.
 
-        Has each warp's tile of cache slots from ``first`` on copied, up to ``end``, rounded up to a multiple of 8.
+        Has each warp's tile of cache slots from ``first`` on copied, up to ``end``, rounded up to a multiple of 8. If
+        somebody ``reads`` the slot before, given is the tile that it gave.
         """
         s = self.shape
 
-        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 6, *[self.scalar] * 5), return_type=())
-        def copy(_: Any, slots: Any, arrivals: Any, k: Any, k_scales: Any, v: Any, v_scales: Any, *where: Any) -> Any:
+        @plgpu.inline_mgpu(
+            arg_types=(
+                self.slots.warp_layout, *[plgpu.RefType()] * 6, *[self.scalar] * 5, *[self.layout["tile"]] * reads,
+            ),
+            return_type=(),
+        )  # fmt: skip
+        def copy(_: Any, warp: Any, slots: Any, arrivals: Any, *others: Any) -> Any:
+            (k, k_scales, v, v_scales), where, given = others[:4], others[4:9], others[9:]
             sequence, kv_head, slot, first, end = (x.registers.item() for x in where)
-            first = arith.addi(first, arith.muli(arith.shrui(utils.thread_idx(), i32(5)), i32(DECODE_TILE)))
+            [warp, zero] = hopper.unpack(warp)
+            first = arith.addi(first, arith.muli(warp, i32(DECODE_TILE)))
             rows = arith.minsi(arith.maxsi(arith.subi(end, first), i32(0)), i32(DECODE_TILE))
             rows = arith.andi(arith.addi(rows, i32(DECODE_SLOTS - 1)), i32(-DECODE_SLOTS))
-            wanted = arith.extui(integer(32), arith.cmpi(arith.CmpIPredicate.ne, rows, i32(0)))
             pair = arith.addi(arith.muli(sequence, i32(s.kv_heads)), kv_head)
             parts, at = [], 0
             for array, row_bytes in ((k, s.head_dim // 2), (v, s.head_dim // 2), (k_scales, 2), (v_scales, 2)):
                 source = hopper.global_address(array, 1, (pair, s.slots * row_bytes), (first, row_bytes))
                 parts.append((source, at, arith.muli(rows, i32(row_bytes))))
                 at += DECODE_TILE * row_bytes
-            self.slots.request(self.slots.place(slots, slot), self.slots.barrier(arrivals, slot), parts, wanted)
+            total = functools.reduce(arith.addi, (size for _, _, size in parts))
+            self.slots.request(
+                self.slots.place(slots, slot, warp), self.slots.barrier(arrivals, slot, warp), parts, total,
+                self._of_each_load(hopper.unpack(given[0])) if reads else [], zero,
+            )  # fmt: skip
             return ()
 
         return cast(Operation, copy)
 
+    def _of_each_load(self, tile: list[ir.Value]) -> list[ir.Value]:
+        """A register of every load that :meth:`take` makes."""
+        keys, values, scales = tile[: 4 * self.words], tile[4 * self.words : -8], tile[-8:]
+        return keys[:: self.words] + values[:: self.words // 2] + scales
+
     def take(self) -> Operation:
-        """``(slots, arrivals, slot, parity) -> tile``: waits for a warp's tile and reads it into registers."""
+        """``(warp, slots, arrivals, slot, parity) -> tile``: waits for a warp's tile and reads it into registers."""
         row_bytes = self.shape.head_dim // 2
 
         @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(), plgpu.RefType(), self.scalar, self.scalar), return_type=self.type["tile"]
+            arg_types=(self.slots.warp_layout, *[plgpu.RefType()] * 2, *[self.scalar] * 2),
+            return_type=self.type["tile"],
         )
-        def read(_: Any, slots: Any, arrivals: Any, slot: Any, parity: Any) -> Any:
+        def read(_: Any, warp: Any, slots: Any, arrivals: Any, slot: Any, parity: Any) -> Any:
+            [warp, _] = hopper.unpack(warp)
             g, t, _warp = lane_parts()
             slot = slot.registers.item()
-            hopper.wait_for_phase(self.slots.barrier(arrivals, slot), parity.registers.item())
-            place = self.slots.place(slots, slot)
+            hopper.wait_for_phase(self.slots.barrier(arrivals, slot, warp), parity.registers.item())
+            place = self.slots.place(slots, slot, warp)
             keys, values, scales = [], [], []
             mine = arith.addi(arith.muli(g, i32(row_bytes)), arith.muli(t, i32(row_bytes // 4)))
             address = arith.addi(place, mine)

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, llvm, scf
 
 WARPGROUP = 128
 FREE_BARRIER = 8  # the first of the block's 16 barriers that the compiler leaves alone: it has one per warpgroup
@@ -96,6 +96,40 @@ def pure_asm(ptx: str, constraints: str, operands: Sequence[ir.Value], result: i
 def thread_in_warpgroup() -> ir.Value:
     """0 to 127, int32."""
     return arith.remui(utils.thread_idx(), i32(WARPGROUP))
+
+
+def warp_number() -> ir.Value:
+    """Of this thread's warp in its block, in a form of which the compiler sees that all lanes have the same.
+
+    What is computed from it then takes no vector instructions.
+    """
+    warp = arith.shrui(utils.thread_idx(), i32(5))
+    return asm("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "=r,r", [warp], [warp.type])[0]
+
+
+def unknown_zero() -> ir.Value:
+    """A 0 of which the compiler does not know that it is one: the second coordinate of a block in a grid of one."""
+    return asm("mov.u32 $0, %ctaid.y;", "=r", [], [ir.IntegerType.get_signless(32)])[0]
+
+
+def run_where(condition: ir.Value, body: Callable[[], None]) -> None:
+    """Has what a function emits run by the threads where a bit holds."""
+    branch = cast(Any, scf.IfOp)(condition)
+    with ir.InsertionPoint(branch.then_block):
+        body()
+        scf.yield_([])
+
+
+def split_address(address: ir.Value) -> list[ir.Value]:
+    """The lower and the upper half of a global address, for a container."""
+    word, upper = ir.IntegerType.get_signless(32), arith.shrui(address, constant(32, bits=64))
+    return [arith.trunci(word, address), arith.trunci(word, upper)]
+
+
+def join_address(low: ir.Value, high: ir.Value) -> ir.Value:
+    """Inverse of :func:`split_address`."""
+    i64 = ir.IntegerType.get_signless(64)
+    return arith.ori(arith.shli(arith.extui(i64, high), constant(32, bits=64)), arith.extui(i64, low))
 
 
 def shared_address(ref: ir.Value) -> ir.Value:
@@ -340,6 +374,11 @@ def permute(a: ir.Value, b: ir.Value, selector: int) -> ir.Value:
 def and_or(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     """``a & b | c``, in one instruction."""
     return pure_asm("lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [a, b, c], a.type)
+
+
+def either_and(a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """``(a | b) & c``, in one instruction."""
+    return pure_asm("lop3.b32 $0, $1, $2, $3, 0xA8;", "=r,r,r,r", [a, b, c], a.type)
 
 
 def halves_to_e4m3x4(low: ir.Value, high: ir.Value) -> ir.Value:

@@ -1,6 +1,8 @@
 """The register-level steps of the matvec, which :mod:`pallas_kernels.mosaic_matvec` puts in order."""
 
-from collections.abc import Callable, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import hopper
 from pallas_kernels.hopper import f32, i32
-from pallas_kernels.matmul_steps import Operation, by_row, decode_scales, float_address, load_if
+from pallas_kernels.matmul_steps import Operation, decode_scales, float_address, load_if
 from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS, SUMS_PITCH, UNIT, WARPS, Streaming
 from pallas_kernels.warp_slots import WarpSlots
 from pallas_kernels.weight_layout import CODE_WORDS, SHARE_N, SHARES, TILE_K, share_bytes
@@ -44,25 +46,27 @@ class Steps:
         self.team, self.teams = cut.team, WARPS // cut.team
         self.units = sum(self.sizes) // UNIT
         self.blocks = min(STREAMING_MULTIPROCESSORS, self.units)
-        self.results = -(-UNIT * 8 * self.blocks_of_tokens // (32 * cut.team))  # of a unit, that each thread adds up
-        self.held = min(cut.rounds * cut.team, self.tiles)  # tiles whose inputs shared memory holds
-        self.pitch = cut.inputs_pitch(k)
-        self.input_sums = self.held * self.groups * 8 * self.blocks_of_tokens  # of tiles, groups and tokens
+        self.results = -(-UNIT * m // (32 * cut.team))  # of a unit, that each thread adds up
+        self.held = cut.rounds * cut.team  # tiles whose inputs shared memory holds, zeros behind the last one
+        self.all_exist = cut.parts(k) * self.held == self.tiles  # tiles that warps are to take
+        # Of a block of eight tokens a lane has sums of two outputs for two tokens, of which the second may be none.
+        self.columns = 1 if m == 1 else 2
+        self.pitch = cut.inputs_pitch()
         self.pieces = -(-self.m * self.held * TILE_K // (32 * THREADS))  # of inputs, that each thread stages
         self.scalar = plgpu.Layout.WG_SPLAT(())
         containers = {
             "inputs": (8 * self.pieces, jnp.int32),
+            "location": (3, jnp.int32),
             "codes": (8, jnp.int32),
             "scales": (self.groups, jnp.int32),
-            "sums": (4 * self.blocks_of_tokens, jnp.float32),
+            "sums": (2 * self.columns * self.blocks_of_tokens, jnp.float32),
             "factors": (self.results + len(self.sizes), jnp.float32),
         }
         self.layout = {name: hopper.container_layout(count) for name, (count, _) in containers.items()}
         self.type = {name: hopper.container_type(count, dtype) for name, (count, dtype) in containers.items()}
 
-    def _in_team(self, thread: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """The team of a thread, and its warp's number there."""
-        warp = arith.shrui(thread, i32(5))
+    def _in_team(self, warp: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """A warp's team, and its number there."""
         return arith.shrui(warp, i32(self.team.bit_length() - 1)), arith.andi(warp, i32(self.team - 1))
 
     def _unit(self, first: Any, team: ir.Value) -> ir.Value:
@@ -84,56 +88,85 @@ class Steps:
         """Of an array per weight, the address of that of the weight which a unit belongs to."""
         return self._of_weight(unit, [hopper.global_address(ref, 1) for ref in refs])
 
-    def request(self) -> Operation:
-        """``(slots, arrivals, slot, first unit, first tile, wanted, *tiles) -> ()``: has each warp's share copied.
+    def locate(self) -> Operation:
+        """``(warp, first unit, first tile, end, *tiles) -> location``: of a warp's shares of its team's unit.
 
-        Behind the last tile, and where it is not wanted, nothing is copied, and the slot's barrier completes at once.
+        The address of the first one, and how many tiles there are from its tile on, up to ``end``: none behind the last
+        unit.
         """
 
         @plgpu.inline_mgpu(
-            arg_types=(*[plgpu.RefType()] * 2, *[self.scalar] * 4, *[plgpu.RefType()] * len(self.sizes)), return_type=()
+            arg_types=(self.slots.warp_layout, *[self.scalar] * 3, *[plgpu.RefType()] * len(self.sizes)),
+            return_type=self.type["location"],
         )
-        def copy(_: Any, slots: Any, arrivals: Any, slot: Any, unit: Any, first: Any, wanted: Any, *tiles: Any) -> Any:
-            i64, word = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32)
-            thread, slot = utils.thread_idx(), slot.registers.item()
-            team, warp = self._in_team(thread)
-            unit, tile = self._unit(unit, team), arith.addi(first.registers.item(), warp)
-            exists = arith.andi(
-                arith.cmpi(arith.CmpIPredicate.slt, tile, i32(self.tiles)),
-                arith.cmpi(arith.CmpIPredicate.slt, unit, i32(self.units)),
-            )
-            exists = arith.andi(arith.extui(word, exists), wanted.registers.item())
+        def find(_: Any, warp: Any, unit: Any, first: Any, end: Any, *tiles: Any) -> Any:
+            i64 = ir.IntegerType.get_signless(64)
+            team, member = self._in_team(hopper.unpack(warp)[0])
+            unit, tile = self._unit(unit, team), arith.addi(first.registers.item(), member)
+            exists = arith.cmpi(arith.CmpIPredicate.slt, unit, i32(self.units))
+            left = arith.select(exists, arith.subi(end.registers.item(), tile), i32(0))
             within = self._in_weight(unit)
             index = arith.addi(arith.muli(arith.shrui(within, i32(2)), i32(self.tiles)), tile)
             index = arith.addi(arith.muli(index, i32(SHARES)), arith.andi(within, i32(SHARES - 1)))
             offset = arith.muli(arith.extui(i64, index), hopper.constant(self.share_bytes, bits=64))
-            source = arith.addi(self._start(unit, tiles), offset)
+            address = arith.addi(self._start(unit, tiles), offset)
+            return hopper.pack([*hopper.split_address(address), left])
+
+        return cast(Operation, find)
+
+    def _exists(self, left: ir.Value, step: int) -> ir.Value:
+        """Whether there is the tile that a warp takes so many steps behind its first one."""
+        return arith.cmpi(arith.CmpIPredicate.slt, i32(0 if self.all_exist else step * self.team), left)
+
+    def request(self, step: int, reads: bool) -> Operation:
+        """``(warp, location, slots, arrivals, slot, [codes, scales]) -> ()``: has each warp's share of a step copied.
+
+        What does not exist is not copied, and the slot's barrier completes at once. If somebody ``reads`` the slot
+        before, given is what it gave.
+        """
+
+        @plgpu.inline_mgpu(
+            arg_types=(
+                self.slots.warp_layout, self.layout["location"], *[plgpu.RefType()] * 2, self.scalar,
+                *[self.layout["codes"], self.layout["scales"]] * reads,
+            ),
+            return_type=(),
+        )  # fmt: skip
+        def copy(_: Any, warp: Any, location: Any, slots: Any, arrivals: Any, slot: Any, *given: Any) -> Any:
+            [warp, zero], [*halves, left] = hopper.unpack(warp), hopper.unpack(location)
+            read = []
+            if reads:  # of each load one register, the codes' two and that of the last scales
+                codes, scales = map(hopper.unpack, given)
+                read = [codes[3], codes[7], scales[-1]]
+            slot = slot.registers.item()
+            offset = hopper.constant(step * self.team * SHARES * self.share_bytes, bits=64)
+            source = arith.addi(hopper.join_address(*halves), offset)
+            size = i32(self.share_bytes)
+            total = arith.select(self._exists(left, step), size, i32(0))
             self.slots.request(
-                self.slots.place(slots, slot), self.slots.barrier(arrivals, slot),
-                [(source, 0, i32(self.share_bytes))], exists,
+                self.slots.place(slots, slot, warp), self.slots.barrier(arrivals, slot, warp),
+                [(source, 0, size)], total, read, zero,
             )  # fmt: skip
             return ()
 
         return cast(Operation, copy)
 
-    def take(self) -> Operation:
-        """``(slots, arrivals, slot, parity, first tile) -> (codes, scales)``: waits for a slot and reads it.
+    def take(self, step: int) -> Operation:
+        """``(warp, location, slots, arrivals, slot, parity) -> (codes, scales)``: waits for a slot and reads it.
 
-        Behind the last tile the scales are zero, and the codes any.
+        Of a tile that does not exist the scales are zero, and the codes any; if its unit does not either, both are any.
         """
 
         @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(), plgpu.RefType(), self.scalar, self.scalar, self.scalar),
+            arg_types=(self.slots.warp_layout, self.layout["location"], *[plgpu.RefType()] * 2, *[self.scalar] * 2),
             return_type=(self.type["codes"], self.type["scales"]),
         )
-        def read(_: Any, slots: Any, arrivals: Any, slot: Any, parity: Any, first: Any) -> Any:
+        def read(_: Any, warp: Any, location: Any, slots: Any, arrivals: Any, slot: Any, parity: Any) -> Any:
             word = ir.IntegerType.get_signless(32)
-            thread, slot = utils.thread_idx(), slot.registers.item()
-            lane, (_, warp) = arith.andi(thread, i32(31)), self._in_team(thread)
-            tile = arith.addi(first.registers.item(), warp)
-            exists = arith.cmpi(arith.CmpIPredicate.slt, tile, i32(self.tiles))
-            hopper.wait_for_phase(self.slots.barrier(arrivals, slot), parity.registers.item())
-            place = self.slots.place(slots, slot)
+            lane, slot = arith.andi(utils.thread_idx(), i32(31)), slot.registers.item()
+            [warp, _], [*_, left] = hopper.unpack(warp), hopper.unpack(location)
+            hopper.wait_for_phase(self.slots.barrier(arrivals, slot, warp), parity.registers.item())
+            place = self.slots.place(slots, slot, warp)
             address = arith.addi(place, arith.muli(lane, i32(16)))
             codes = hopper.load_shared(address) + hopper.load_shared(address, 512)
             size = jnp.dtype(self.scale_dtype).itemsize
@@ -142,7 +175,7 @@ class Steps:
             for group in range(self.groups):
                 load = f"ld.shared.{'u16' if size == 1 else 'b32'} $0, [$1+{4 * CODE_WORDS + group * SHARE_N * size}];"
                 [scale] = hopper.asm(load, "=r,r", [address], [word])
-                scales.append(arith.select(exists, scale, i32(0)))
+                scales.append(scale if self.all_exist else arith.select(self._exists(left, step), scale, i32(0)))
             return hopper.pack(codes), hopper.pack(scales)
 
         return cast(Operation, read)
@@ -217,8 +250,11 @@ class Steps:
 
         return cast(Operation, wait)
 
-    def _held_inputs(self, held: Any, tile: ir.Value) -> Callable[[int, int], list[ir.Value]]:
-        """The tensor core's second operand: of a tile's u-th 16 inputs and a block of tokens, two registers."""
+    def _held_inputs(self, held: Any, tile: ir.Value, later: int) -> Callable[[int, int], list[ir.Value]]:
+        """The tensor core's second operand: of a tile's u-th 16 inputs and a block of tokens, two registers.
+
+        ``later`` is how many tiles behind that one are meant.
+        """
         lane = arith.andi(utils.thread_idx(), i32(31))
         quad, base = arith.andi(lane, i32(3)), hopper.shared_address(held)
         size = 2 if self.cut.halves else 1
@@ -230,98 +266,58 @@ class Steps:
             # Lanes of tokens behind the last repeat it; what they compute is not used.
             token = arith.minui(arith.addi(arith.shrui(lane, i32(2)), i32(8 * block)), i32(self.m - 1))
             addresses.append(arith.addi(base, arith.addi(column, arith.muli(token, i32(self.pitch)))))
+        offset = later * size * TILE_K
         loaded: dict[int, list[ir.Value]] = {}
 
         def inputs(u: int, block: int) -> list[ir.Value]:
             if self.cut.halves:
                 if u % 2 == 0:
-                    loaded[block] = hopper.load_shared(addresses[block], 32 * u)
+                    loaded[block] = hopper.load_shared(addresses[block], offset + 32 * u)
                 return loaded[block][2 * (u % 2) : 2 * (u % 2) + 2]
             if u % 4 == 0:
-                loaded[block] = hopper.load_shared(addresses[block], 4 * u)
+                loaded[block] = hopper.load_shared(addresses[block], offset + 4 * u)
             return to_halves(loaded[block][u % 4])
 
         return inputs
-
-    def _input_sums(self, sums: Any, tile: ir.Value) -> ir.Value:
-        """Where a lane's two tokens have the sums of a tile's first group."""
-        lane = arith.andi(utils.thread_idx(), i32(31))
-        size = 4 * 8 * self.blocks_of_tokens * self.groups
-        place = arith.addi(arith.muli(tile, i32(size)), arith.muli(arith.andi(lane, i32(3)), i32(8)))
-        return arith.addi(hopper.shared_address(sums), place)
-
-    def sum_inputs(self) -> Operation:
-        """``(held inputs, sums) -> ()``: minus half of the sum of each group's inputs, for codes as they are stored.
-
-        By the tensor core, which adds them up in float32: a warp takes every so manieth tile.
-        """
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=())
-        def add(_: Any, held: Any, sums: Any) -> Any:
-            word = ir.IntegerType.get_signless(32)
-            thread = utils.thread_idx()
-            first_row = arith.cmpi(arith.CmpIPredicate.ult, arith.andi(thread, i32(31)), i32(4))
-            for first in range(0, self.held, WARPS):
-                tile = arith.addi(arith.shrui(thread, i32(5)), i32(first))
-                exists = arith.cmpi(arith.CmpIPredicate.ult, tile, i32(self.held))
-                tile = arith.minui(tile, i32(self.held - 1))
-                inputs, place = self._held_inputs(held, tile), self._input_sums(sums, tile)
-                flag = arith.extui(word, arith.andi(exists, first_row))
-                for group in range(self.groups):
-                    totals = [[f32(0)] * 4 for _ in range(self.blocks_of_tokens)]
-                    for u in self._of_group(group):
-                        for block in range(self.blocks_of_tokens):
-                            totals[block] = hopper.multiply_tiles(
-                                totals[block], [i32(MINUS_HALF)] * 4, inputs(u, block), "f16"
-                            )
-                    for block, total in enumerate(totals):
-                        offset = 4 * 8 * (group * self.blocks_of_tokens + block)
-                        store_if(place, offset, [arith.bitcast(word, x) for x in total[:2]], flag)
-            return ()
-
-        return cast(Operation, add)
 
     def _of_group(self, group: int) -> range:
         """Its steps of 16 inputs in a tile."""
         steps = TILE_K // 16 // self.groups
         return range(group * steps, (group + 1) * steps)
 
-    def multiply(self) -> Operation:
-        """``(sums, is first, codes, scales, held inputs, first held tile, [inputs' sums]) -> sums``: adds a product."""
-        raw = self.cut.raw
+    def multiply(self, step: int) -> Operation:
+        """``(warp, sums, codes, scales, held inputs, first held tile) -> sums``: adds a step's product."""
 
         @plgpu.inline_mgpu(
             arg_types=(
-                self.layout["sums"], self.scalar, self.layout["codes"], self.layout["scales"], plgpu.RefType(),
-                self.scalar, *[plgpu.RefType()] * raw,
+                self.slots.warp_layout, *(self.layout[name] for name in ("sums", "codes", "scales")),
+                plgpu.RefType(), self.scalar,
             ),
             return_type=self.type["sums"],
         )  # fmt: skip
-        def add(_: Any, sums: Any, is_first: Any, codes: Any, scales: Any, held: Any, first: Any, *of_raw: Any) -> Any:
-            single = ir.F32Type.get()
-            _, warp = self._in_team(utils.thread_idx())
-            tile = arith.minui(arith.addi(first.registers.item(), warp), i32(self.held - 1))
-            inputs = self._held_inputs(held, tile)
-            begins = self._input_sums(of_raw[0], tile) if raw else None
-            starts_anew = arith.cmpi(arith.CmpIPredicate.ne, is_first.registers.item(), i32(0))
-            total = [arith.select(starts_anew, f32(0), r) for r in hopper.unpack(sums)]
-            codes, scales = hopper.unpack(codes), hopper.unpack(scales)
+        def add(_: Any, warp: Any, sums: Any, codes: Any, scales: Any, held: Any, first: Any) -> Any:
+            _, member = self._in_team(hopper.unpack(warp)[0])
+            tile = arith.addi(first.registers.item(), member)
+            inputs = self._held_inputs(held, tile, later=step * self.team)
+            total, codes, scales = hopper.unpack(sums), hopper.unpack(codes), hopper.unpack(scales)
             for group in range(self.groups):
                 part = [[f32(0)] * 4 for _ in range(self.blocks_of_tokens)]
-                if begins is not None:
-                    for block in range(self.blocks_of_tokens):
-                        words = hopper.load_shared(begins, 4 * 8 * (group * self.blocks_of_tokens + block), words=2)
-                        part[block] = [arith.bitcast(single, w) for w in words] * 2
                 for u in self._of_group(group):
-                    a = decode_to_halves(codes[u], raw)
+                    a = decode_to_halves(codes[u])
                     for block in range(self.blocks_of_tokens):
                         part[block] = hopper.multiply_tiles(part[block], a, inputs(u, block), "f16")
                 pair = decode_scales(scales[group], self.scale_dtype)
-                scaled = by_row([x for of_block in part for x in of_block], list(pair))
-                total = [arith.addf(t, p) for t, p in zip(total, scaled, strict=True)]
+                total = [
+                    hopper.multiply_add(part[block][column + 2 * row], pair[row], total[i])
+                    for i, (block, row, column) in enumerate(self._registers())
+                ]
             return hopper.pack(total)
 
         return cast(Operation, add)
+
+    def _registers(self) -> Iterator[tuple[int, int, int]]:
+        """Of each of a thread's sums the block of tokens, which of its two outputs and which of its two tokens."""
+        return itertools.product(range(self.blocks_of_tokens), range(2), range(self.columns))
 
     def _results(self, thread: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
         """The token and the output of each result that a thread adds up."""
@@ -348,7 +344,7 @@ class Steps:
         return cast(Operation, load)
 
     def finish(self, has_bias: bool, parts: int, has_residual: bool = False) -> Operation:
-        """``(sums, partial, factors, first unit, part, [units' sums, turn], [residual], *outputs, *biases) -> ()``.
+        """``(warp, sums, partial, factors, unit, part, [units' sums, turn], [residual], *outputs, *biases) -> ()``.
 
         Adds up the sums of a team's warps, in their order, and those of the parts before; of the last part, writes y,
         or in bf16 the residual plus that.
@@ -357,27 +353,27 @@ class Steps:
 
         @plgpu.inline_mgpu(
             arg_types=(
-                self.layout["sums"], plgpu.RefType(), self.layout["factors"], self.scalar, self.scalar,
+                self.slots.warp_layout, self.layout["sums"], plgpu.RefType(), self.layout["factors"],
+                *[self.scalar] * 2,
                 *([plgpu.RefType(), self.scalar] if parts > 1 else []),
                 *[plgpu.RefType()] * (has_residual + len(self.sizes) * (1 + has_bias)),
             ),
             return_type=(),
         )  # fmt: skip
-        def write(_: Any, sums: Any, partial: Any, factors: Any, unit: Any, part: Any, *rest: Any) -> Any:
+        def write(_: Any, warp: Any, sums: Any, partial: Any, factors: Any, unit: Any, part: Any, *rest: Any) -> Any:
             i64, word, single = ir.IntegerType.get_signless(64), ir.IntegerType.get_signless(32), ir.F32Type.get()
             before, rest = (rest[:2], rest[2:]) if parts > 1 else ((), rest)
             residual, rest = rest[:has_residual], rest[has_residual:]
             thread = utils.thread_idx()
-            lane, warp = arith.andi(thread, i32(31)), arith.shrui(thread, i32(5))
-            team, _ = self._in_team(thread)
+            lane, [warp, _] = arith.andi(thread, i32(31)), hopper.unpack(warp)
+            team, _ = self._in_team(warp)
             unit, part = self._unit(unit, team), part.registers.item()
             base = hopper.shared_address(partial)
             row = arith.addi(arith.muli(warp, i32(tokens)), arith.muli(arith.andi(lane, i32(3)), i32(2)))
             column = arith.shrui(lane, i32(2))
             address = arith.addi(base, arith.muli(arith.addi(arith.muli(row, i32(SUMS_PITCH)), column), i32(4)))
-            for i, register in enumerate(hopper.unpack(sums)):
-                offset = 4 * ((i // 4 * 8 + i % 2) * SUMS_PITCH + i % 4 // 2 * 8)
-                hopper.store_shared(address, [register], offset)
+            for register, (block, half, token_of_two) in zip(hopper.unpack(sums), self._registers(), strict=True):
+                hopper.store_shared(address, [register], 4 * ((8 * block + token_of_two) * SUMS_PITCH + 8 * half))
             results = []
             outputs = self._start(unit, rest[: len(self.sizes)])
             width = self._of_weight(unit, [i32(n) for n in self.sizes])
@@ -399,7 +395,9 @@ class Steps:
             load = "{{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.f32 $0, 0f00000000; @p ld.shared.f32 $0, [$1+{}]; }}"
             of_tokens, of_weights = hopper.unpack(factors)[: self.results], hopper.unpack(factors)[self.results :]
             of_all = arith.mulf(self._of_weight(unit, of_weights), f32(1 / HALF_CODE_UNIT))
-            for factor, (token, output, index, here, offset_of_output, addend) in zip(of_tokens, results, strict=True):
+
+            def add_up(factor: ir.Value, result: tuple[Any, ...]) -> None:
+                token, output, index, here, offset_of_output, addend = result
                 element = arith.addi(arith.muli(token, i32(SUMS_PITCH)), output)
                 of_team = arith.addi(element, arith.muli(team, i32(self.team * SUMS_PITCH * tokens)))
                 address = arith.addi(base, arith.muli(of_team, i32(4)))
@@ -425,20 +423,24 @@ class Steps:
                         "r,f,r", [at, total, flag], [],
                     )  # fmt: skip
                     last = arith.andi(here, arith.cmpi(arith.CmpIPredicate.eq, part, i32(parts - 1)))
-                result = arith.mulf(total, arith.mulf(factor, of_all))
+                y = arith.mulf(total, arith.mulf(factor, of_all))
                 if offset_of_output is not None:
-                    result = arith.addf(result, offset_of_output)
+                    y = arith.addf(y, offset_of_output)
                 if addend is not None:
-                    rounded = arith.shli(hopper.to_bf16x2(result, f32(0)), i32(16))
-                    result = arith.addf(addend, arith.bitcast(single, rounded))
+                    rounded = arith.shli(hopper.to_bf16x2(y, f32(0)), i32(16))
+                    y = arith.addf(addend, arith.bitcast(single, rounded))
                 offset = arith.muli(arith.extui(i64, index), hopper.constant(self.out_size, bits=64))
                 store = "cvt.rn.bf16.f32 b, $1; @p st.global.b16 [$0], b;"
                 if self.out_size == 4:
                     store = "@p st.global.f32 [$0], $1;"
                 hopper.asm(
                     f"{{ .reg .pred p; .reg .b16 b; setp.ne.b32 p, $2, 0; {store} }}", "l,f,r",
-                    [arith.addi(outputs, offset), result, arith.extui(word, last)], [],
+                    [arith.addi(outputs, offset), y, arith.extui(word, last)], [],
                 )  # fmt: skip
+
+            for factor, result in zip(of_tokens, results, strict=True):
+                # Most threads have none, of few tokens, and whole warps are to go on.
+                hopper.run_where(result[3], functools.partial(add_up, factor, result))
             return ()
 
         return cast(Operation, write)
@@ -473,11 +475,11 @@ def store_if(address: ir.Value, offset: int, words: Sequence[ir.Value], conditio
     hopper.asm(ptx, ",".join(["r"] * (count + 2)), [address, condition, *words], [])
 
 
-def decode_to_halves(word: ir.Value, raw: bool) -> list[ir.Value]:
+def decode_to_halves(word: ir.Value) -> list[ir.Value]:
     """A word of 8 codes as the first operand of an m16n8k16 product in float16, worth ``HALF_CODE_UNIT`` each.
 
     A code is (-1)^s (j + 1/2) - 1/2 where s is its sign and j its stored magnitude, and s, j and a half beside them
-    are a subnormal float16 once they are masked out of the word. ``raw``, the last half is left to be subtracted.
+    are a subnormal float16 once they are masked out of the word.
     """
     word_type = word.type
     rotated = hopper.pure_asm("shf.r.wrap.b32 $0, $1, $1, 4;", "=r,r", [word], word_type)
@@ -486,5 +488,5 @@ def decode_to_halves(word: ir.Value, raw: bool) -> list[ir.Value]:
         for source in (word, rotated):
             shifted = arith.shli(source, i32(shift)) if shift else source
             bits = hopper.and_or(shifted, i32(0x87008700), i32(0x00800080))
-            operand.append(bits if raw else hopper.f16x2("add.rn", bits, i32(MINUS_HALF)))
+            operand.append(hopper.f16x2("add.rn", bits, i32(MINUS_HALF)))
     return operand

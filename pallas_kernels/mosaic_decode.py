@@ -44,6 +44,7 @@ def make_kernel(shape: DecodeShape, softmax_scale: float, out_dtype: Any) -> Ope
         split, pair = jax.lax.rem(block, jnp.int32(cut.splits)), jax.lax.div(block, jnp.int32(cut.splits))
         sequence, kv_head = jax.lax.div(pair, jnp.int32(s.kv_heads)), jax.lax.rem(pair, jnp.int32(s.kv_heads))
         ops.slots.open()(arrivals)
+        warp = ops.slots.warp()()
         end = functools.reduce(jnp.maximum, (positions[sequence, i] for i in range(s.tokens))) + 1
         # Splits take equal numbers of whole rounds of the sequence as long as it is now.
         rounds = jax.lax.div(end + stride - 1, jnp.int32(stride))
@@ -51,11 +52,12 @@ def make_kernel(shape: DecodeShape, softmax_scale: float, out_dtype: Any) -> Ope
         first = split * each
         mine = jnp.maximum(jnp.minimum(each, rounds - first), 0)
 
-        def request(i: Any, slot: Any) -> None:
+        def request(i: Any, slot: Any, *tile: Any) -> None:
             """The tile of round i, or nothing behind the last one."""
             stop = jnp.where(i < mine, end, 0)
             arrays = (k, k_scales, v, v_scales)
-            ops.request()(shared, arrivals, *arrays, sequence, kv_head, slot, (first + i) * stride, stop)
+            where = (sequence, kv_head, slot, (first + i) * stride, stop)
+            ops.request(reads=bool(tile))(warp, shared, arrivals, *arrays, *where, *tile)
 
         for slot in range(cut.depth):  # before the queries, whose conversion waits for them
             request(jnp.int32(slot), jnp.int32(slot))
@@ -63,8 +65,8 @@ def make_kernel(shape: DecodeShape, softmax_scale: float, out_dtype: Any) -> Ope
 
         def step(i: Any, carry: Any) -> Any:
             state, slot, parity = carry
-            tile = ops.take()(shared, arrivals, slot, parity)
-            request(i + cut.depth, slot)
+            tile = ops.take()(warp, shared, arrivals, slot, parity)
+            request(i + cut.depth, slot, tile)
             state = ops.attend()(state, tile, *of_rows, (first + i) * stride, end)
             slot += 1
             parity = jnp.where(slot == cut.depth, 1 - parity, parity)

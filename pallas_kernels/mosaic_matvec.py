@@ -47,7 +47,8 @@ def make_kernel(
     """
     ops = Steps(m, sizes, k, group_size, scale_dtype, out_dtype, cut)
     unrounded = None if isinstance(source, Rounded) else TokenSteps(ops, source)
-    parts, turns = cut.parts(k), cut.turns(sum(sizes))
+    parts, turns, steps = cut.parts(k), cut.turns(sum(sizes)), cut.steps()
+    chunks = cut.rounds // steps
     weights = len(sizes)
     sums_size = SUMS_PITCH * 8 * ops.blocks_of_tokens
 
@@ -55,31 +56,41 @@ def make_kernel(
         counts = (len(source.arrays()), has_residual, weights, weights, weights * has_bias)
         ends = itertools.accumulate((*counts, weights), initial=0)
         of_x, residual, w, tensor_scales, biases, y = (refs[start:end] for start, end in itertools.pairwise(ends))
-        held, partial, slots, arrivals, *others = refs[len(refs) - len(scratch) :]
-        input_sums, kept = others[: cut.raw], others[cut.raw :]
+        held, partial, slots, arrivals, *kept = refs[len(refs) - len(scratch) :]
         block = jax.lax.axis_index("block")
 
-        def after(at: Any) -> Any:
-            """The part, turn and round that come next; they are gone through in this order, rounds first."""
-            part, turn, at_round = at
-            at_round += 1
-            turn += (at_round == cut.rounds).astype(jnp.int32)
-            at_round = jnp.where(at_round == cut.rounds, 0, at_round)
-            part += (turn == turns).astype(jnp.int32)
-            return part, jnp.where(turn == turns, 0, turn), at_round
+        warp = ops.slots.warp()()
+
+        def after(part: Any, turn: Any, chunk: Any) -> tuple[Any, Any, Any]:
+            """The part, turn and chunk that come next; they are gone through in this order, chunks first."""
+            chunk, turn = (chunk + 1, turn) if chunks > 1 else (chunk, turn + 1)
+            if chunks > 1:
+                turn += (chunk == chunks).astype(jnp.int32)
+                chunk = jnp.where(chunk == chunks, 0, chunk)
+            if parts > 1:  # else units behind the last one do not exist
+                part += (turn == turns).astype(jnp.int32)
+                turn = jnp.where(turn == turns, 0, turn)
+            return part, turn, chunk
 
         def unit(turn: Any) -> Any:
             return block + turn * (ops.teams * ops.blocks)
 
-        def request(at: Any, slot: Any) -> None:
-            part, turn, at_round = at
-            tile = (part * cut.rounds + at_round) * cut.team
-            ops.request()(slots, arrivals, slot, unit(turn), tile, (part < parts).astype(jnp.int32), *w)
+        def locate(part: Any, turn: Any, chunk: Any) -> Any:
+            """Where the shares of a chunk are."""
+            first, end = (part * cut.rounds + chunk * steps) * cut.team, jnp.int32(ops.tiles)
+            if parts > 1:
+                end = jnp.where(part < parts, jnp.minimum(end, (part + 1) * ops.held), 0)
+            return ops.locate()(warp, unit(turn), first, end, *w)
 
-        def sum_inputs() -> None:
-            if cut.raw:
-                ops.sum_inputs()(held, *input_sums)
-                ops.barrier()()
+        def used(use: Any, count: int) -> Any:
+            """What ``use`` is after so many steps: it counts up to twice the slots, and begins anew."""
+            use += count % (2 * cut.slots)
+            return jnp.where(use >= 2 * cut.slots, use - 2 * cut.slots, use)
+
+        def slot_of(use: Any) -> tuple[Any, Any]:
+            """The slot that it means, and the parity of its phase."""
+            odd = (use >= cut.slots).astype(jnp.int32)
+            return use - odd * cut.slots, odd
 
         ops.slots.open()(arrivals)
         # First, for all waits for the inputs, and what is read behind many tiles arrives behind them.
@@ -87,51 +98,63 @@ def make_kernel(
             inputs = ops.load_inputs()(of_x[0], jnp.int32(0))
             factors = ops.load_factors(True)(of_x[1], *tensor_scales)
         else:
-            raw = unrounded.load()(*of_x)
+            words = unrounded.load()(*of_x)
             factors = ops.load_factors(False)(*tensor_scales)
-        to_read = (jnp.int32(0),) * 3
-        for slot in range(cut.slots):
-            request(to_read, jnp.int32(slot))
-            to_read = after(to_read)
+        at = (jnp.int32(0),) * 3
+        ahead = []  # places of the chunks that come next
+        for step in range(cut.slots):
+            if step % steps == 0:
+                ahead.append(locate(*at))
+                at = after(*at)
+            ops.request(step % steps, reads=False)(warp, ahead[-1], slots, arrivals, jnp.int32(step))
         if unrounded is not None:
-            factors = unrounded.hold()(raw, factors, held, partial.at[0], partial.at[1])
+            factors = unrounded.hold()(words, factors, held, partial.at[0], partial.at[1])
         else:
             ops.hold_inputs()(inputs, held)
         ops.barrier()()
-        sum_inputs()
 
-        def step(_: Any, carry: Any) -> Any:
-            at, to_read, slot, parity, sums = carry
-            part, turn, at_round = at
+        def next_part(part: Any) -> None:
+            ops.barrier()()
+            ops.hold_inputs()(ops.load_inputs()(of_x[0], part * ops.held), held)
+            ops.barrier()()
+
+        def run_chunk(part: Any, turn: Any, chunk: Any, carry: Any) -> Any:
+            """Multiplies; and requests what comes ``cut.slots`` steps later, into the slot that becomes free."""
+            use, ahead, sums = carry
+            furthest = (part, turn, chunk)
+            for _ in ahead:
+                furthest = after(*furthest)
+            ahead = [*ahead, locate(*furthest)]
+            for step in range(steps):
+                slot, parity = slot_of(used(use, step))
+                codes, scales = ops.take(step)(warp, ahead[0], slots, arrivals, slot, parity)
+                later, its_step = divmod(step + cut.slots, steps)
+                ops.request(its_step, reads=True)(warp, ahead[later], slots, arrivals, slot, codes, scales)
+                first = chunk * (steps * cut.team)
+                sums = ops.multiply(step)(warp, sums, codes, scales, held, first)
+            return used(use, steps), ahead[1:], sums
+
+        def run_unit(part: Any, turn: Any, carry: Any) -> Any:
+            use, ahead = carry
+            sums = jnp.zeros((hopper.WARPGROUP * 2 * ops.columns * ops.blocks_of_tokens,), jnp.float32)
+            carry = use, ahead, plgpu.layout_cast(sums, ops.layout["sums"])
+            if chunks == 1:
+                carry = run_chunk(part, turn, jnp.int32(0), carry)
+            else:
+                carry = jax.lax.fori_loop(0, chunks, lambda i, carry: run_chunk(part, turn, i, carry), carry)
+            use, ahead, sums = carry
+            odd = jax.lax.rem(part * turns + turn, jnp.int32(2))
+            before = [*kept, turn] if parts > 1 else []
+            finish = ops.finish(has_bias, parts, has_residual)
+            finish(warp, sums, partial.at[odd], factors, unit(turn), part, *before, *residual, *y, *biases)
+            return use, ahead
+
+        def run_part(part: Any, carry: Any) -> Any:
             if parts > 1:
+                pl.when(part > 0)(lambda: next_part(part))
+            return jax.lax.fori_loop(0, turns, lambda turn, carry: run_unit(part, turn, carry), carry)
 
-                @pl.when((turn == 0) & (at_round == 0) & (part > 0))
-                def next_part() -> None:
-                    ops.barrier()()
-                    ops.hold_inputs()(ops.load_inputs()(of_x[0], part * cut.rounds * cut.team), held)
-                    ops.barrier()()
-                    sum_inputs()
-
-            codes, scales = ops.take()(slots, arrivals, slot, parity, (part * cut.rounds + at_round) * cut.team)
-            request(to_read, slot)
-            is_first, tile = (at_round == 0).astype(jnp.int32), at_round * cut.team
-            sums = ops.multiply()(sums, is_first, codes, scales, held, tile, *input_sums)
-
-            @pl.when(at_round == cut.rounds - 1)
-            def unit_done() -> None:
-                odd = jax.lax.rem(part * turns + turn, jnp.int32(2))
-                before = [*kept, turn] if parts > 1 else []
-                finish = ops.finish(has_bias, parts, has_residual)
-                finish(sums, partial.at[odd], factors, unit(turn), part, *before, *residual, *y, *biases)
-
-            slot += 1
-            parity = jnp.where(slot == cut.slots, 1 - parity, parity)
-            return after(at), after(to_read), jnp.where(slot == cut.slots, 0, slot), parity, sums
-
-        sums = jnp.zeros((hopper.WARPGROUP * 4 * ops.blocks_of_tokens,), jnp.float32)
-        sums = plgpu.layout_cast(sums, ops.layout["sums"])
-        first = ((jnp.int32(0),) * 3, to_read, jnp.int32(0), jnp.int32(0), sums)
-        jax.lax.fori_loop(0, parts * cut.rounds * turns, step, first)
+        jax.lax.fori_loop(0, parts, run_part, (jnp.int32(0), ahead))
 
     scratch: list[Any] = [
         plgpu.SMEM((m * ops.pitch // 4,), jnp.int32),
@@ -139,8 +162,6 @@ def make_kernel(
         plgpu.SMEM((cut.slots * WARPS * ops.share_bytes // 4,), jnp.int32),
         plgpu.SMEM((cut.slots * WARPS * 2,), jnp.int32),
     ]
-    if cut.raw:
-        scratch.append(plgpu.SMEM((ops.input_sums,), jnp.float32))
     if parts > 1:
         scratch.append(plgpu.SMEM((turns * ops.teams * sums_size,), jnp.float32))
     kernel = plgpu.kernel(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.weight_layout import CODE_WORDS, SHARE_N, TILE_K, TILE_N
+from pallas_kernels.weight_layout import SHARE_N, TILE_K, TILE_N
 
 WARPGROUPS = 2  # that compute; a third one copies
 BLOCK_N = WARPGROUPS * TILE_N
@@ -184,24 +184,28 @@ class Streaming:
       rounds: tiles of each warp, per unit, whose inputs shared memory holds; where that is not all of them, the units
         are gone through several times.
       halves: whether shared memory holds the inputs as float16, not e4m3, so that no loop converts them.
-      raw: whether codes are multiplied as they come out of their words, larger by a half, and begin with minus half of
-        the inputs' sums, which shared memory then holds: four instructions less for eight codes.
     """
 
     slots: int
     team: int
     rounds: int
     halves: bool
-    raw: bool = False
 
     def parts(self, k: int) -> int:
         """How often the units are gone through."""
         return -(-k // (TILE_K * self.team * self.rounds))
 
-    def inputs_pitch(self, k: int) -> int:
+    def inputs_pitch(self) -> int:
         """Bytes from a token's inputs to the next one's: so that what a load takes lies in different banks."""
-        tiles = min(self.rounds * self.team, -(-k // TILE_K))
-        return tiles * TILE_K * (2 if self.halves else 1) + (64 if self.halves else 16)
+        return self.rounds * self.team * TILE_K * (2 if self.halves else 1) + (64 if self.halves else 16)
+
+    def steps(self) -> int:
+        """Tiles of a warp that are written out one behind another: a divisor of ``rounds``, so that a loop does all.
+
+        One of four to eight if there is one, else the largest up to sixteen.
+        """
+        divisors = [i for i in range(1, 17) if self.rounds % i == 0]
+        return max([i for i in divisors if 4 <= i <= 8] or divisors)
 
     def turns(self, n: int) -> int:
         """Units of each team of a block."""
@@ -210,10 +214,8 @@ class Streaming:
     def shared_memory(self, m: int, n: int, k: int, share: int) -> int:
         """Bytes of shared memory for a weight of such shares, rounded up array by array as the compiler does."""
         sums = 4 * SUMS_PITCH * 8 * -(-m // 8)
-        tiles, most_groups = min(self.rounds * self.team, -(-k // TILE_K)), (share - 4 * CODE_WORDS) // SHARE_N
         arrays = [
-            m * self.inputs_pitch(k),
-            4 * 8 * -(-m // 8) * tiles * most_groups if self.raw else 0,
+            m * self.inputs_pitch(),
             2 * WARPS * sums,
             self.slots * WARPS * share,
             self.slots * WARPS * 8,

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
+import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -17,12 +18,6 @@ from pallas_kernels.matmul_steps import Operation
 EVICT_FIRST = 0x12F0000000000000
 
 
-def lane_leads(thread: ir.Value) -> ir.Value:
-    """1 in the first lane of each warp, else 0."""
-    first = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(thread, i32(31)), i32(0))
-    return arith.extui(ir.IntegerType.get_signless(32), first)
-
-
 class WarpSlots:
     """Slots in shared memory that bulk copies fill, some for each warp of a block; no other warp uses them.
 
@@ -34,17 +29,27 @@ class WarpSlots:
 
     def __init__(self, warps: int, count: int, size: int) -> None:
         self.warps, self.count, self.size = warps, count, size
+        self.warp_layout, self.warp_type = hopper.container_layout(2), hopper.container_type(2, jnp.int32)
 
-    def _index(self, slot: ir.Value) -> ir.Value:
-        return arith.addi(arith.muli(slot, i32(self.warps)), arith.shrui(utils.thread_idx(), i32(5)))
+    def warp(self) -> Operation:
+        """``() -> warp``: a container of the number of a thread's warp and of an unknown zero, for other steps."""
 
-    def place(self, slots: ir.Value, slot: ir.Value) -> ir.Value:
-        """The shared address of the warp's slot of that number."""
-        return arith.addi(hopper.shared_address(slots), arith.muli(self._index(slot), i32(self.size)))
+        @plgpu.inline_mgpu(arg_types=(), return_type=self.warp_type)
+        def number(_: Any) -> Any:
+            return hopper.pack([hopper.warp_number(), hopper.unknown_zero()])
 
-    def barrier(self, barriers: ir.Value, slot: ir.Value) -> ir.Value:
+        return cast(Operation, number)
+
+    def _index(self, slot: ir.Value, warp: ir.Value) -> ir.Value:
+        return arith.addi(arith.muli(slot, i32(self.warps)), warp)
+
+    def place(self, slots: ir.Value, slot: ir.Value, warp: ir.Value) -> ir.Value:
+        """The shared address of a warp's slot of that number."""
+        return arith.addi(hopper.shared_address(slots), arith.muli(self._index(slot, warp), i32(self.size)))
+
+    def barrier(self, barriers: ir.Value, slot: ir.Value, warp: ir.Value) -> ir.Value:
         """The shared address of that slot's mbarrier."""
-        return arith.addi(hopper.shared_address(barriers), arith.muli(self._index(slot), i32(8)))
+        return arith.addi(hopper.shared_address(barriers), arith.muli(self._index(slot, warp), i32(8)))
 
     def open(self) -> Operation:
         """``(barriers) -> ()``: makes the warps' barriers, which their first lanes arrive at."""
@@ -57,38 +62,45 @@ class WarpSlots:
         return cast(Operation, make)
 
     def _make_barriers(self, barriers: ir.Value) -> None:
-        leads = lane_leads(utils.thread_idx())
+        warp = arith.shrui(utils.thread_idx(), i32(5))
         for slot in range(self.count):
             hopper.asm(
-                "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p mbarrier.init.shared.b64 [$0], 1; }",
-                "r,r", [self.barrier(barriers, i32(slot)), leads], [],
+                "{ .reg .pred p; elect.sync _|p, 0xffffffff; @p mbarrier.init.shared.b64 [$0], 1; }",
+                "r", [self.barrier(barriers, i32(slot), warp)], [],
             )  # fmt: skip
         hopper.asm("fence.mbarrier_init.release.cluster;", "", [], [])
         hopper.asm("fence.proxy.async.shared::cta;", "", [], [])
 
     def request(
-        self, place: ir.Value, barrier: ir.Value, parts: Sequence[tuple[ir.Value, int, ir.Value]], wanted: ir.Value
+        self,
+        place: ir.Value,
+        barrier: ir.Value,
+        parts: Sequence[tuple[ir.Value, int, ir.Value]],
+        total: ir.Value,
+        read: Sequence[ir.Value],
+        unknown_zero: ir.Value,
     ) -> None:
         """Has a slot filled with parts: global address, place in the slot, and bytes, multiples of 16.
 
-        Where ``wanted`` is 0 nothing is copied, and the barrier's phase is over at once. All lanes have read what the
-        slot held before the copy may overwrite it.
+        ``total`` is the sum of their bytes, or 0: then nothing is copied, and the barrier's phase is over at once.
+        ``read`` has a register of every load from the slot since it was filled. A copy may overtake loads that wait
+        behind others, so it is made to need all of them.
         """
-        total = functools.reduce(arith.addi, (size for _, _, size in parts))
-        leads = lane_leads(utils.thread_idx())
+        # The lane is elected by an instruction of which the compiler knows that it elects one: else it writes a loop.
         hopper.asm(
-            "{ .reg .pred p; setp.ne.b32 p, $1, 0; bar.warp.sync 0xffffffff; "
-            "@p mbarrier.arrive.expect_tx.shared.b64 _, [$0], $2; }",
-            "r,r,r", [barrier, leads, arith.muli(total, wanted)], [],
+            "{ .reg .pred p; bar.warp.sync 0xffffffff; elect.sync _|p, 0xffffffff; "
+            "@p mbarrier.arrive.expect_tx.shared.b64 _, [$0], $1; }",
+            "r,r", [barrier, total], [],
         )  # fmt: skip
+        nothing = i32(0)
+        if read:
+            *others, last = read
+            nothing = hopper.either_and(functools.reduce(arith.ori, others), last, unknown_zero)
         for source, at, size in parts:
             hopper.asm(
-                "{ .reg .pred p; setp.ne.b32 p, $4, 0; "
+                "{ .reg .pred p; elect.sync _|p, 0xffffffff; setp.gt.and.s32 p, $4, $5, p; "
                 "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-                "[$0], [$1], $2, [$3], $5; }",
-                "r,l,r,r,r,l",
-                [
-                    arith.addi(place, i32(at)), source, size, barrier, arith.andi(leads, wanted),
-                    hopper.constant(EVICT_FIRST, bits=64),
-                ], [],
+                f"[$0+{at}], [$1], $2, [$3], $6; }}",
+                "r,l,r,r,r,r,l",
+                [place, source, size, barrier, total, nothing, hopper.constant(EVICT_FIRST, bits=64)], [],
             )  # fmt: skip

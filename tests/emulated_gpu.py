@@ -76,6 +76,7 @@ def emulated(*modules):
         cmpf=lambda kind, a, b: Register(comparisons[kind](a.values, b.values)),
         select=lambda c, a, b: Register(np.where(c.values, a.values, b.values)),
         extui=lambda kind, a: Register(a.values.astype(kind)),
+        trunci=lambda kind, a: Register(a.values.astype(kind)),
         bitcast=lambda kind, a: Register(a.values.view(kind)),
         CmpIPredicate=SimpleNamespace(eq="eq", ne="ne", slt="slt", sle="sle", ult="ult"),
         CmpFPredicate=SimpleNamespace(OLE="OLE", OEQ="OEQ", OGT="OGT"),
@@ -154,6 +155,8 @@ def emulated(*modules):
         "cluster_arrive_done": lambda: machine.block.cluster.arrive(member()),
         "cluster_wait": lambda: machine.block.cluster.wait(member(), machine.failures),
         "warpgroup_barrier": lambda: None,
+        "unknown_zero": lambda: constant(0, 32),
+        "run_where": lambda condition, body: body(),  # whose loads and stores have conditions of their own
         "shared_address": lambda ref: Register(machine.full(ref.address, U32)),
         "to_bf16x2": lambda low, high: pure_asm("cvt.rn.bf16x2.f32 $0, $1, $2;", "", [high, low], U32),
     }  # fmt: skip

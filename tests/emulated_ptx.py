@@ -128,6 +128,8 @@ class Machine:
         elif kind[0] == "vote":
             warps = names[arguments[1]].reshape(-1, 32)
             names[arguments[0]] = np.repeat(warps.any(1), 32)
+        elif kind[0] == "elect":
+            names[arguments[0].removeprefix("_|")] = np.arange(self.block.threads) % 32 == 0
         elif opcode == "or.pred":
             names[arguments[0]] = names[arguments[1]] | names[arguments[2]]
         elif kind[0] == "selp":
@@ -161,6 +163,8 @@ class Machine:
             self.block.barrier()
         elif opcode == "setp.ne.and.b32":
             names[arguments[0]] = (value(arguments[1]) != value(arguments[2])) & names[arguments[3]]
+        elif opcode == "setp.gt.and.s32":
+            names[arguments[0]] = (value(arguments[1], np.int32) > value(arguments[2], np.int32)) & names[arguments[3]]
         elif opcode == "setp.neu.f32":
             names[arguments[0]] = value(arguments[1], F32) != value(arguments[2], F32)
         elif opcode == "setp.gt.f32":
@@ -199,7 +203,10 @@ class Machine:
             names[arguments[0]] = value(arguments[1], F32).astype(ml_dtypes.bfloat16).view(B16)
         elif kind[0] == "lop3":
             a, b, c = (value(x) for x in arguments[1:4])
-            table = {0xEA: (a & b) | c, 0x6A: (a & b) ^ c, 0xE4: (a & c) | (b & ~c), 0xD8: (a & ~c) | (b & c)}
+            table = {
+                0xEA: (a & b) | c, 0xA8: (a | b) & c, 0x6A: (a & b) ^ c, 0xE4: (a & c) | (b & ~c),
+                0xD8: (a & ~c) | (b & c),
+            }  # fmt: skip
             assign(arguments[0], table[int(arguments[4], 0)])
         elif kind[0] == "prmt":
             source = np.stack([value(arguments[1]), value(arguments[2])], axis=1).view(np.uint8)
@@ -225,8 +232,8 @@ class Machine:
         elif opcode == "mad.lo.u32":
             a, b, c = (value(x) for x in arguments[1:])
             assign(arguments[0], a * b + c)
-        elif opcode in ("and.b32", "add.u32", "add.s32"):
-            operation = {"and": np.bitwise_and, "add": np.add}[kind[0]]
+        elif opcode in ("and.b32", "add.u32", "add.s32", "mul.lo.u32"):
+            operation = {"and": np.bitwise_and, "add": np.add, "mul": np.multiply}[kind[0]]
             assign(arguments[0], operation(value(arguments[1]), value(arguments[2])))
         elif opcode in ("shf.r.wrap.b32", "shf.l.wrap.b32"):
             low, high, shift = value(arguments[1]), value(arguments[2]), int(arguments[3])

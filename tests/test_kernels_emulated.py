@@ -46,9 +46,12 @@ from pallas_kernels.tiling import DecodeCut, Streaming, Tiling
         (13, 64, 416, 32, BF16, Streaming(2, 4, 1, False)),  # one unit for four teams
         (5, 4288, 384, 128, E4M3, Streaming(2, 8, 1, True)),  # units for one team more than for the other
         (12, 2176, 640, 64, E4M3, Streaming(1, 4, 1, False)),  # several teams, and inputs in two parts
-        (1, 64, 2432, 32, E4M3, Streaming(2, 16, 2, True, raw=True)),
-        (12, 2176, 640, 64, BF16, Streaming(1, 4, 1, False, raw=True)),
-        (16, 4288, 384, 128, E4M3, Streaming(2, 8, 1, True, raw=True)),
+        (1, 64, 2432, 32, E4M3, Streaming(2, 16, 2, True)),
+        (16, 4288, 384, 128, E4M3, Streaming(3, 8, 1, True)),
+        (4, 128, 2432, 64, BF16, Streaming(2, 4, 5, True)),  # five steps, so that slots change places
+        (2, 4288, 2304, 128, E4M3, Streaming(3, 4, 5, True)),
+        (1, 128, 9216, 128, E4M3, Streaming(2, 4, 18, True)),  # a loop over parts of a unit
+        (6, 2176, 4608, 64, E4M3, Streaming(3, 4, 4, False)),  # three parts, and slots that change places
     ],
 )
 def test_matvec(m, n, k, group_size, scale_dtype, cut):
