@@ -4,15 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from pallas_kernels.tiling import (
-    FEW_TOKENS,
-    SHARED_MEMORY,
-    Streaming,
-    Tiling,
-    rounds_its_input,
-    streaming_by_rule,
-    tiling_by_rule,
-)
+from pallas_kernels.tiling import SHARED_MEMORY, Streaming, Tiling, rounds_its_input, streaming_by_rule, tiling_by_rule
 from pallas_kernels.tuned import Cut
 from pallas_kernels.weight_layout import SHARES, TILE_K
 
@@ -20,9 +12,9 @@ TILES = (8, 16, 32, 64, 128, 256)  # numbers of tokens that a tile may have
 
 
 def streamings(m: int, n: int, k: int, share: int) -> Iterator[Streaming]:
-    """Cuts for the kernel of few tokens; of one token those that it can round itself, of many in one part or two."""
-    for parts, team, slots in itertools.product((1, 2) if m > 8 else (1,), (4, 8, 16), (2, 3)):
-        rounds = math.ceil(math.ceil(k / (TILE_K * team)) / parts)
+    """Cuts for the kernel of few tokens; of one token those that it can round itself."""
+    for team, slots in itertools.product((4, 8, 16), (2, 3)):
+        rounds = math.ceil(k / (TILE_K * team))
         cuts = [Streaming(slots, team, rounds, halves) for halves in (True, False)]
         fitting = [cut for cut in cuts if cut.shared_memory(m, n, k, share) <= SHARED_MEMORY]
         yield from (cut for cut in fitting[:1] if m > 1 or rounds_its_input(cut, m, k))
@@ -30,24 +22,31 @@ def streamings(m: int, n: int, k: int, share: int) -> Iterator[Streaming]:
 
 def tilings(m: int, k: int) -> Iterator[Tiling]:
     """Cuts for the other kernel: of up to 64 tokens by the inputs, of more by the tokens, or by both."""
-    whole = next((tokens for tokens in TILES if tokens >= m), TILES[-1])
+    whole, steps = next((tokens for tokens in TILES if tokens >= m), TILES[-1]), math.ceil(k / TILE_K)
     if m <= 64:
-        for stages, (split, teams) in itertools.product((4, 8), ((1, 1), (2, 1), (2, 2), (4, 1))):
-            if math.ceil(k / TILE_K) >= 2 * split * teams:
+        for stages, (split, teams) in itertools.product((4, 8), ((1, 1), (1, 2), (2, 1))):
+            if steps >= 2 * split * teams:
                 yield Tiling(whole, stages, halves=1, unroll=2, split=split, teams=teams, persistent=False)
+        for (teams, stages), split in itertools.product(((2, 8), (2, 12), (4, 12), (4, 16)), (1, 2, 4)):
+            if steps >= 2 * split * teams:
+                yield Tiling(whole, stages, halves=1, unroll=2, split=split, teams=teams, sides=1, persistent=False)
         return
-    sizes = [tokens for tokens in (whole, whole // 2) if tokens >= 64]
+    sizes = [tokens for tokens in (whole, whole // 2) if tokens >= 128]
     for tokens, share in itertools.product(sizes, (1, 2)):
-        yield Tiling(tokens, {256: 4, 128: 6, 64: 8}[tokens], share=share)
+        yield Tiling(tokens, {256: 4, 128: 6}[tokens], share=share)
     if m <= 256:
-        for tokens, teams in itertools.product(sizes, (1, 2)):
-            yield Tiling(tokens, 4, split=2, teams=teams, persistent=False)
+        yield Tiling(128, 4, persistent=False)
+        yield Tiling(128, 6, halves=1, unroll=2, teams=2, sides=1, persistent=False)
+        for tokens in sizes:
+            yield Tiling(tokens, 4, split=2, persistent=False)
 
 
 def candidates(m: int, n: int, k: int, share: int) -> list[Cut]:
     """What the rules choose for a weight ``[n, k]`` in shares of so many bytes, then all others that fit."""
     by_rule = streaming_by_rule(m, n, k, share) or tiling_by_rule(m, n, k, SHARES * share)
-    others: list[Cut] = list(streamings(m, n, k, share)) if m <= FEW_TOKENS else []
-    if m > 8:  # of fewer the first kernel was always the faster one
-        others += [t for t in tilings(m, k) if t.shared_memory(SHARES * share) <= SHARED_MEMORY]
+    others: list[Cut]
+    if isinstance(by_rule, Streaming):  # of few tokens always the faster kernel, and of more never
+        others = list(streamings(m, n, k, share))
+    else:
+        others = [t for t in tilings(m, k) if t.shared_memory(SHARES * share) <= SHARED_MEMORY]
     return [by_rule, *(cut for cut in others if cut != by_rule)]

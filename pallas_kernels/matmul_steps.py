@@ -11,7 +11,7 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import hopper
 from pallas_kernels.hopper import f32, i32
-from pallas_kernels.tiling import BLOCK_N, WARPGROUPS, Tiling
+from pallas_kernels.tiling import Tiling
 from pallas_kernels.weight_layout import CODE_WORDS, SHARE_N, SHARES, TILE_K, share_bytes
 
 Operation = Callable[..., Any]
@@ -127,7 +127,7 @@ class Steps:
         self.half = tiling.tokens // tiling.halves
         self.registers = self.half // 2
         self.part_registers = tiling.tokens // tiling.share // 2  # of a divided tile, for each of a cluster's blocks
-        self.part_bytes = tiling.tokens // tiling.share * BLOCK_N * 4
+        self.part_bytes = tiling.tokens // tiling.share * tiling.outputs * 4
         self.share_bytes = share_bytes(group_size, scale_dtype)
         self.swizzle = (cast(Any, plgpu.SwizzleTransform)(128),)
         self.scalar = plgpu.Layout.WG_SPLAT(())
@@ -365,12 +365,12 @@ class Steps:
         return arith.addi(arith.muli(warp, i32(16)), row)
 
     def meet(self) -> Operation:
-        """``(pair) -> ()``: waits for both of two warpgroups, with a barrier that nothing else uses."""
+        """``(side) -> ()``: waits for that warpgroup of each team, with a barrier that nothing else uses."""
 
         @plgpu.inline_mgpu(arg_types=(self.scalar,), return_type=())
-        def wait(_: Any, pair: Any) -> Any:
-            barrier = arith.addi(pair.registers.item(), i32(hopper.FREE_BARRIER))
-            hopper.asm(f"bar.sync $0, {2 * hopper.WARPGROUP};", "r", [barrier], [])
+        def wait(_: Any, side: Any) -> Any:
+            barrier = arith.addi(side.registers.item(), i32(hopper.FREE_BARRIER))
+            hopper.asm(f"bar.sync $0, {self.tiling.teams * hopper.WARPGROUP};", "r", [barrier], [])
             return ()
 
         return cast(Operation, wait)
@@ -378,7 +378,7 @@ class Steps:
     def open_landing(self) -> Operation:
         """``(landing) -> ()``: makes the barrier at which other blocks' sums land, and announces their bytes."""
         t = self.tiling
-        size = (t.split - 1) * t.tokens * BLOCK_N * 4 if t.split > 1 else (t.share - 1) * self.part_bytes
+        size = (t.split - 1) * t.tokens * t.outputs * 4 if t.split > 1 else (t.share - 1) * self.part_bytes
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=())
         def make(_: Any, landing: Any) -> Any:
@@ -442,7 +442,7 @@ class Steps:
             registers = by_row(hopper.unpack(accumulator), hopper.unpack(scales))
             address = arith.muli(hopper.thread_in_warpgroup(), i32(16))
             address = arith.addi(hopper.shared_address(received), address)
-            apart, offset = self.tiling.tokens * BLOCK_N * 4, half * self.registers * 512
+            apart, offset = self.tiling.tokens * self.tiling.outputs * 4, half * self.registers * 512
             registers = self._add_received(registers, address, senders, apart, offset)
             return hopper.pack(registers)
 
@@ -462,7 +462,7 @@ class Steps:
         """Where the first sender's sums for this thread land, in the place of the steps' inputs."""
         address = arith.addi(
             arith.muli(hopper.thread_in_warpgroup(), i32(16)),
-            arith.muli(side.registers.item(), i32(self.part_bytes // WARPGROUPS)),
+            arith.muli(side.registers.item(), i32(self.part_bytes // self.tiling.sides)),
         )
         return arith.addi(hopper.shared_address(stages), address)
 

@@ -45,28 +45,33 @@ def make_kernel(shape: DecodeShape, softmax_scale: float, out_dtype: Any) -> Ope
         sequence, kv_head = jax.lax.div(pair, jnp.int32(s.kv_heads)), jax.lax.rem(pair, jnp.int32(s.kv_heads))
         ops.slots.open()(arrivals)
         warp = ops.slots.warp()()
+
+        def request(at: Any, slot: Any, stop: Any, *tile: Any) -> None:
+            """The warps' tiles from a slot of the cache on, up to ``stop``."""
+            arrays, where = (k, k_scales, v, v_scales), (sequence, kv_head, slot, at, stop)
+            ops.request(reads=bool(tile))(warp, shared, arrivals, *arrays, *where, *tile)
+
+        if cut.splits == 1:  # before it is known how long the sequence is; slots behind its end may be anything
+            for i in range(cut.depth):
+                request(jnp.int32(i * stride), jnp.int32(i), jnp.int32(s.slots))
         end = functools.reduce(jnp.maximum, (positions[sequence, i] for i in range(s.tokens))) + 1
         # Splits take equal numbers of whole rounds of the sequence as long as it is now.
         rounds = jax.lax.div(end + stride - 1, jnp.int32(stride))
         each = jax.lax.div(rounds + cut.splits - 1, jnp.int32(cut.splits))
         first = split * each
         mine = jnp.maximum(jnp.minimum(each, rounds - first), 0)
-
-        def request(i: Any, slot: Any, *tile: Any) -> None:
-            """The tile of round i, or nothing behind the last one."""
-            stop = jnp.where(i < mine, end, 0)
-            arrays = (k, k_scales, v, v_scales)
-            where = (sequence, kv_head, slot, (first + i) * stride, stop)
-            ops.request(reads=bool(tile))(warp, shared, arrivals, *arrays, *where, *tile)
-
-        for slot in range(cut.depth):  # before the queries, whose conversion waits for them
-            request(jnp.int32(slot), jnp.int32(slot))
+        if cut.splits == 1:  # what was asked for must have come before the memory serves for something else
+            mine = jnp.maximum(mine, cut.depth)
+        else:
+            for i in range(cut.depth):  # before the queries, whose conversion waits for them
+                request((first + i) * stride, jnp.int32(i), jnp.where(i < mine, end, 0))
         of_rows = ops.load_queries()(q8, q_scale, positions, sequence, kv_head)
 
         def step(i: Any, carry: Any) -> Any:
             state, slot, parity = carry
             tile = ops.take()(warp, shared, arrivals, slot, parity)
-            request(i + cut.depth, slot, tile)
+            later = i + cut.depth
+            request((first + later) * stride, slot, jnp.where(later < mine, end, 0), tile)
             state = ops.attend()(state, tile, *of_rows, (first + i) * stride, end)
             slot += 1
             parity = jnp.where(slot == cut.depth, 1 - parity, parity)

@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper
 from pallas_kernels.matmul_steps import Operation, Steps
 from pallas_kernels.reference import Numerics
-from pallas_kernels.tiling import BLOCK_N, WARPGROUPS, Tiling, plan_rounds
+from pallas_kernels.tiling import BLOCK_N, Tiling, plan_rounds
 from pallas_kernels.tuned import choose_tiling
 from pallas_kernels.weight_layout import TILE_K, TILE_N, tile_shape
 
@@ -47,7 +47,7 @@ def make_kernel(
     parts = t.split * t.teams
     if parts > 1:  # every part takes as many steps; those behind the last one read zeros
         steps = math.ceil(steps / (parts * t.unroll)) * t.unroll
-    ends_of_rows = list(itertools.accumulate(-(-n // BLOCK_N) for n in sizes))  # counted through all weights
+    ends_of_rows = list(itertools.accumulate(-(-n // t.outputs) for n in sizes))  # counted through all weights
     rows, token_tiles = ends_of_rows[-1], -(-m // t.tokens)
     row_groups = -(-rows // t.share)
     tiles = row_groups * token_tiles
@@ -58,6 +58,7 @@ def make_kernel(
     part_tiling = dataclasses.replace(t, tokens=part, halves=1)
     part_ops = Steps(m, sizes, group_size, scale_dtype, part_tiling, scaled_tokens=t.tokens, folded=folded)
     cluster = t.share * t.split
+    at_once = 2 // t.sides  # steps that are copied together
 
     def of_weight(row: Any) -> tuple[Any, Any]:
         """The weight that a row of blocks belongs to, and its number there."""
@@ -87,7 +88,7 @@ def make_kernel(
         received: Any = rest.pop() if rest else None
         block, warpgroup = jax.lax.axis_index("block"), jax.lax.axis_index("warpgroup")
         peer = jax.lax.axis_index("peer") if cluster > 1 else jnp.int32(0)
-        side, team = jax.lax.rem(warpgroup, jnp.int32(WARPGROUPS)), jax.lax.div(warpgroup, jnp.int32(WARPGROUPS))
+        side, team = jax.lax.rem(warpgroup, jnp.int32(t.sides)), jax.lax.div(warpgroup, jnp.int32(t.sides))
         first_step = peer * (steps * t.teams) if t.split > 1 else 0
         if plan.divided:
             mine = plan.whole + (block < plan.divided).astype(jnp.int32)
@@ -113,6 +114,9 @@ def make_kernel(
             """Where step s of the block's tile i is; a team's slots are always the same ones."""
             return jax.lax.rem(i * (steps * t.teams) + s, t.stages)
 
+        def barrier_of(slot: Any) -> Any:
+            return slot if at_once == 1 else jax.lax.div(slot, jnp.int32(at_once))
+
         @pl.when(team == t.teams)
         def produce() -> None:
             if persistent:
@@ -124,18 +128,19 @@ def make_kernel(
                 row, token, first, count = tile_of(i)
                 weight, row = of_weight(row)
 
-                def produce_step(s: Any, _: None) -> None:
+                def produce_step(j: Any, _: None) -> None:
+                    s = j * at_once
                     slot, at = slot_of(i, s), first_step + first + s
+                    barrier = full.at[barrier_of(slot)]
 
                     @pl.when(i * (steps * t.teams) + s >= t.stages)
                     def reuse() -> None:
-                        plgpu.barrier_wait(empty.at[slot])
+                        plgpu.barrier_wait(empty.at[barrier_of(slot)])
 
                     def copy_tokens(together: str | None) -> None:
-                        plgpu.copy_gmem_to_smem(
-                            x.at[pl.ds(token * t.tokens, t.tokens), pl.ds(at * TILE_K, TILE_K)], x_smem.at[slot],
-                            full.at[slot], collective_axes=together,
-                        )  # fmt: skip
+                        for u in range(at_once):
+                            inputs = x.at[pl.ds(token * t.tokens, t.tokens), pl.ds((at + u) * TILE_K, TILE_K)]
+                            plgpu.copy_gmem_to_smem(inputs, x_smem.at[slot + u], barrier, collective_axes=together)
 
                     together = "peer" if t.share > 1 else None
                     if plan.divided:
@@ -145,12 +150,13 @@ def make_kernel(
                         copy_tokens(together)
 
                     def copy_weight(i: int) -> None:
-                        tiles = w[i].at[pl.ds(row * WARPGROUPS, WARPGROUPS), at]
-                        plgpu.copy_gmem_to_smem(tiles, w_smem.at[slot], full.at[slot])
+                        # Two tiles, as copies must be of whole 128 bytes.
+                        where = (pl.ds(row * 2, 2), at) if at_once == 1 else (row, pl.ds(at, 2))
+                        plgpu.copy_gmem_to_smem(w[i].at[where], w_smem.at[barrier_of(slot)], barrier)
 
                     for_weight(weight, copy_weight)
 
-                jax.lax.fori_loop(0, count * t.teams, produce_step, None)
+                jax.lax.fori_loop(0, count * t.teams // at_once, produce_step, None)
 
             jax.lax.fori_loop(0, mine, produce_tile, None)
             if t.split > 1:
@@ -164,7 +170,7 @@ def make_kernel(
         def compute_tile(i: Any, _: None) -> None:
             row, token, _, count = tile_of(i)
             weight, row = of_weight(row)
-            output = row * BLOCK_N + side * TILE_N
+            output = row * t.outputs + side * TILE_N
             first_result = token * t.tokens  # the first token of the results that this block writes
             if plan.divided:
                 first_result += jnp.where(is_whole(i), 0, peer * part)
@@ -190,11 +196,12 @@ def make_kernel(
                 at = slot(s)
                 if ends:
                     exists = s < count
-                    pl.when(exists)(lambda: plgpu.barrier_wait(full.at[at]))
+                    pl.when(exists)(lambda: plgpu.barrier_wait(full.at[barrier_of(at)]))
                     at = jnp.where(exists, at, slot(s - 1))
                 else:
-                    plgpu.barrier_wait(full.at[at])
-                return ops.load_weights()(w_smem.at[at], side, last)
+                    plgpu.barrier_wait(full.at[barrier_of(at)])
+                tile = side if at_once == 1 else jax.lax.rem(at, jnp.int32(2))
+                return ops.load_weights()(w_smem.at[barrier_of(at)], tile, last)
 
             def chain(s: Any, length: int, carry: Any) -> Any:
                 """``length`` steps whose wgmmas overlap; none runs at the end.
@@ -213,7 +220,7 @@ def make_kernel(
                             if u or group:
                                 accumulators[1] = ops.settle(1, group, 1)(accumulators[1], ratios, before)
                                 if group == 0:
-                                    release(empty.at[slot(s + u - 1)])
+                                    release(empty.at[barrier_of(slot(s + u - 1))])
                             accumulators[1] = ops.multiply(1, group)(accumulators[1], operand, tokens, first)
                         following, next_ratios, next_group = operand, ratios, group + 1
                         if group == ops.groups - 1:
@@ -223,11 +230,11 @@ def make_kernel(
                             accumulators[0], next_ratios, operand, following
                         )
                         if t.halves == 1 and group == ops.groups - 1:
-                            release(empty.at[slot(s + u)])
+                            release(empty.at[barrier_of(slot(s + u))])
                         before, operand, ratios = operand, following, next_ratios
                 if t.halves == 2:
                     accumulators[1] = ops.settle(0, 0, 1)(accumulators[1], ratios, before)
-                    release(empty.at[slot(s + length - 1)])
+                    release(empty.at[barrier_of(slot(s + length - 1))])
                 return operand, ratios, unit, last, tuple(accumulators)
 
             empty_sum = jnp.zeros((hopper.WARPGROUP * ops.registers,), jnp.float32)
@@ -303,7 +310,7 @@ def make_kernel(
                 @pl.when(team > 0)
                 def other_team() -> None:
                     for h in range(t.halves):
-                        ops.send(h, within_block=True)(accumulators[h], unit, received.at[t.split - 1, side])
+                        ops.send(h, within_block=True)(accumulators[h], unit, received.at[t.split - 2 + team, side])
 
                 ops.meet()(side)
 
@@ -342,21 +349,22 @@ def make_kernel(
                 hopper.cluster_arrive_done()
                 hopper.cluster_wait()
 
-    barriers = plgpu.Barrier(num_arrivals=2, num_barriers=t.stages)
+    full_barriers = plgpu.Barrier(num_arrivals=at_once + 1, num_barriers=t.stages // at_once)  # of copies
+    empty_barriers = plgpu.Barrier(num_arrivals=2, num_barriers=t.stages // at_once)
     shared = plgpu.ClusterBarrier(collective_axes=("peer",), num_arrivals=2, num_barriers=t.stages)
     scratch: list[Any] = [
         plgpu.SMEM((t.stages, t.tokens, TILE_K), jnp.float8_e4m3fn, transforms=ops.swizzle),
-        plgpu.SMEM((t.stages, WARPGROUPS, *tile_shape(group_size, scale_dtype)), jnp.int32),
-        plgpu.SMEM((WARPGROUPS, t.tokens, TILE_N), jnp.bfloat16, transforms=ops.swizzle),
-        barriers,
-        shared if t.share > 1 else barriers,
+        plgpu.SMEM((t.stages // at_once, 2, *tile_shape(group_size, scale_dtype)), jnp.int32),
+        plgpu.SMEM((t.sides, t.tokens, TILE_N), jnp.bfloat16, transforms=ops.swizzle),
+        full_barriers,
+        shared if t.share > 1 else empty_barriers,
     ]
     if parts > 1:
-        scratch.append(plgpu.SMEM((t.split + t.teams - 2, WARPGROUPS, TILE_N * t.tokens), jnp.float32))
+        scratch.append(plgpu.SMEM((t.split + t.teams - 2, t.sides, TILE_N * t.tokens), jnp.float32))
     if t.split > 1 or plan.divided:
         scratch.append(plgpu.SMEM((2,), jnp.int32))
     if has_residual:
-        scratch.append(plgpu.Barrier(num_arrivals=1, num_barriers=WARPGROUPS))
+        scratch.append(plgpu.Barrier(num_arrivals=1, num_barriers=t.sides))
     cluster_axis: dict[str, Any] = {"cluster": (cluster,), "cluster_names": ("peer",)} if cluster > 1 else {}
     kernel = plgpu.kernel(
         body,
@@ -364,7 +372,7 @@ def make_kernel(
         scratch_types=scratch,
         grid=(blocks,),
         grid_names=("block",),
-        num_threads=WARPGROUPS * t.teams + 1,
+        num_threads=t.sides * t.teams + 1,
         thread_name="warpgroup",
         compiler_params=hopper.COMPILER_PARAMS,
         kernel_name="int4_matmul",

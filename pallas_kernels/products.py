@@ -193,7 +193,7 @@ def int4_fp8_matmuls_tiled(
       numerics: "exact" or "folded".
       out_dtype: dtype of the results.
       implementation: "mosaic_gpu" (Hopper GPUs, n a multiple of 64, bf16 or float32 results), "mosaic_gpu_matvec" (the
-        same with exact numerics, for up to 8 tokens, and up to 16 of small weights), "reference", or None.
+        same with exact numerics, for up to 8 tokens, or 16 where that was measured to be faster), "reference", or None.
 
     Returns:
       ``[m, n]`` per weight.

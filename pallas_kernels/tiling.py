@@ -9,11 +9,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.weight_layout import SHARE_N, TILE_K, TILE_N
 
-WARPGROUPS = 2  # that compute; a third one copies
-BLOCK_N = WARPGROUPS * TILE_N
+BLOCK_N = 2 * TILE_N
 SHARED_MEMORY = 232448
 STREAMING_MULTIPROCESSORS = 132
-FEW_TOKENS = 16  # that the matvec kernel takes at most
+FEW_TOKENS = 16  # that the matvec kernel can take; the rules give it half as many
 UNIT = SHARE_N  # outputs that the matvec kernel's warps make together
 WARPS = 16  # of a block of the matvec kernel
 MAX_TOKEN = 16384  # inputs of a token that the matvec kernel rounds itself: 32 of each thread
@@ -31,17 +30,19 @@ class Tiling:
     """How the product is cut into pieces.
 
     Attributes:
-      tokens: tokens of a block's tile, beside its 128 outputs; 8 to 256.
+      tokens: tokens of a block's tile, beside its outputs; 8 to 256.
       stages: steps of 128 inputs that shared memory holds.
       halves: 1 or 2 parts of the tokens with accumulators of their own: with two, the tensor core works on one while
         the other's accumulator is brought to the next group's scale.
       unroll: steps whose tensor core instructions overlap; at least 2.
       snake: token tiles that neighbouring blocks work on, for the L2 cache.
       split: blocks that share the inputs of a tile and add up in the first one's shared memory.
-      teams: 1 or 2 pairs of warpgroups in a block that take turns at its steps and add up in shared memory.
+      teams: warpgroups, or pairs of them, in a block that take turns at its steps and add up in shared memory.
       share: blocks, 1 or 2, that take the same tokens and copy them once; and the last tiles together, if there are too
         few for all blocks (:func:`plan_rounds`).
       persistent: a block per multiprocessor that works through many tiles, instead of a block per tile.
+      sides: warpgroups of a team, 1 or 2, with 64 outputs each. With one, steps are copied in pairs, for two teams or
+        another even number, and blocks do not share tokens.
     """
 
     tokens: int
@@ -53,14 +54,20 @@ class Tiling:
     share: int = 1
     persistent: bool = True
     teams: int = 1
+    sides: int = 2
+
+    @property
+    def outputs(self) -> int:
+        """Of a block's tile."""
+        return self.sides * TILE_N
 
     def shared_memory(self, tile_bytes: int) -> int:
         """Bytes of shared memory for a weight of such tiles, rounded up array by array as the compiler does."""
         arrays = [
             self.stages * self.tokens * TILE_K,
-            self.stages * WARPGROUPS * tile_bytes,
-            self.tokens * BLOCK_N * 2,
-            (self.split + self.teams - 2) * self.tokens * BLOCK_N * 4,
+            self.stages * self.sides * tile_bytes,
+            self.tokens * self.outputs * 2,
+            (self.split + self.teams - 2) * self.tokens * self.outputs * 4,
             2 * (self.stages + 1) * 8,
             8 if self.split > 1 or self.share > 1 else 0,
         ]
@@ -136,23 +143,36 @@ def plan_rounds(t: Tiling, row_blocks: int, token_tiles: int, steps: int) -> Rou
 
 
 def tiling_by_rule(m: int, n: int, k: int, tile_bytes: int) -> Tiling:
-    """A tiling for ``[m, k] x [n, k]``, by rules that follow from measurements on an H100."""
-    blocks, steps = -(-n // BLOCK_N), -(-k // TILE_K)
-    if m <= 64:
-        tokens = next(t for t in (8, 16, 32, 64) if t >= m)
-        # Larger clusters than four wait for neighbouring multiprocessors to be free together.
-        split = next(s for s in (1, 2, 4) if s == 4 or blocks * s >= 96)
-        while split > 1 and steps < 2 * split:
-            split //= 2
-        # Few stages where two blocks run on a multiprocessor: more in flight makes some of them fall behind.
-        stages = 4 if tokens < 64 and blocks * split > 96 else 8
-        tiling = Tiling(tokens, stages, halves=1, unroll=2, split=split, persistent=False)
-        if tokens >= 16 and split == 4:  # two teams in each of two blocks add up faster than four blocks
-            tiling = dataclasses.replace(tiling, stages=6 if tokens == 64 else 8, split=2, teams=2)
-    else:
+    """A tiling for ``[m, k] x [n, k]``, by rules that follow from measurements on an H100 and an H200."""
+    steps = -(-k // TILE_K)
+    if m > 64:
         tiling = min(MANY_TOKENS, key=lambda t: estimated_microseconds(t, m, n, k))
-    while tiling.shared_memory(tile_bytes) > SHARED_MEMORY and tiling.stages > 2:
+    else:
+        tokens = next(t for t in (8, 16, 32, 64) if t >= m)
+        tiling = Tiling(tokens, 4 if tokens < 64 else 8, halves=1, unroll=2, persistent=False)
+        if -(-n // tiling.outputs) < ENOUGH_BLOCKS:
+            tiling = narrow_tiling(tokens, n, steps, tile_bytes)
+    while tiling.shared_memory(tile_bytes) > SHARED_MEMORY and tiling.stages > 2 * tiling.teams:
         tiling = dataclasses.replace(tiling, stages=tiling.stages - tiling.teams)
+    return tiling
+
+
+ENOUGH_BLOCKS = 96  # that keep the memory busy
+
+
+def narrow_tiling(tokens: int, n: int, steps: int, tile_bytes: int) -> Tiling:
+    """For up to 64 tokens and few outputs: blocks of 64 outputs that have their inputs among teams and clusters."""
+    blocks = -(-n // TILE_N)
+    # Larger clusters than four wait for neighbouring multiprocessors to be free together.
+    split = next(s for s in (1, 2, 4) if s == 4 or blocks * s >= ENOUGH_BLOCKS)
+    teams = 4 if tokens <= 16 and steps >= 32 * split else 2
+    while split > 1 and steps < 2 * split * teams:
+        split //= 2
+    tiling = Tiling(tokens, 4 * teams + 4 * (teams == 2), halves=1, unroll=2, split=split, teams=teams, sides=1)
+    tiling = dataclasses.replace(tiling, persistent=False)
+    if blocks * split > STREAMING_MULTIPROCESSORS:  # two on some of them
+        while tiling.shared_memory(tile_bytes) > SHARED_MEMORY // 2 - 1024 and tiling.stages > 2 * teams:
+            tiling = dataclasses.replace(tiling, stages=tiling.stages - teams)
     return tiling
 
 
@@ -230,20 +250,25 @@ def rounds_its_input(cut: Streaming | None, m: int, k: int) -> bool:
 
 
 def streaming_by_rule(m: int, n: int, k: int, share: int) -> Streaming | None:
-    """As few parts as possible, then float16 if that fits, then many slots; None if the kernel takes no such shape."""
-    if not 1 <= m <= FEW_TOKENS:
+    """Cuts for up to 8 tokens; None for more, of which the other kernel has the inputs copied.
+
+    Of all teams those whose warps have the fewest tiles to go through; then as few parts as possible, and float16 if
+    that fits.
+    """
+    if not 1 <= m <= FEW_TOKENS // 2:
         return None
-    units = -(-n // (UNIT * STREAMING_MULTIPROCESSORS))
-    # As many teams as there is work for at a time.
-    team = {1: 16, 3: 4}.get(units, 8)
+
+    def tiles_of_a_warp(team: int) -> int:
+        return Streaming(2, team, 1, True).turns(n) * -(-k // (TILE_K * team))
+
+    team = min((8, 16, 4), key=tiles_of_a_warp)
     all_rounds = -(-k // (TILE_K * team))
-    for parts in range(1, all_rounds + 1):
-        for halves in (True, False) if m <= 8 else (False,):
-            cut = Streaming(2, team, -(-all_rounds // parts), halves)
-            if cut.shared_memory(m, n, k, share) <= SHARED_MEMORY:
-                # Where many inputs have to be put into shared memory first, the other kernel has them copied.
-                return cut if m <= 8 or (parts == 1 and cut.turns(n) == 1) else None
-    return None
+    cuts = (
+        Streaming(2, team, -(-all_rounds // parts), halves)
+        for parts in range(1, all_rounds + 1)
+        for halves in (True, False)
+    )
+    return next((cut for cut in cuts if cut.shared_memory(m, n, k, share) <= SHARED_MEMORY), None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,6 +102,8 @@ def test_matvec_of_several_weights(m, sizes, k, cut, biased):
         (33, 128, 896, 128, E4M3, Tiling(64, 2, halves=2, unroll=4)),  # steps that no chain divides
         (9, 192, 1152, 128, E4M3, Tiling(16, 4, halves=1, unroll=2, persistent=False, teams=2)),
         (9, 192, 1152, 128, E4M3, Tiling(16, 4, halves=1, unroll=2, persistent=False, split=2)),
+        (9, 192, 1152, 128, E4M3, Tiling(16, 6, halves=1, unroll=2, persistent=False, split=2, teams=2, sides=1)),
+        (20, 192, 640, 64, BF16, Tiling(16, 8, unroll=2, persistent=False, teams=4, sides=1)),
         (40, 192, 640, 64, BF16, Tiling(32, 3, unroll=2, share=2)),  # tiles that two blocks divide
         (70, 448, 896, 128, E4M3, Tiling(32, 3, unroll=2, share=2)),  # some of them whole
         (40, 256, 384, 128, E4M3, Tiling(16, 3, halves=1, unroll=2, share=2)),
@@ -156,6 +158,7 @@ def test_folded_matmul(m, n, k, group_size, scale_dtype, how):
     ("m", "sizes", "biased", "how"),
     [
         (9, (192, 64), (1,), Tiling(16, 4, halves=1, unroll=2, persistent=False)),
+        (9, (192, 64), (1,), Tiling(16, 4, halves=1, unroll=2, persistent=False, teams=2, sides=1)),
         (40, (64, 192, 64), (), Tiling(32, 3, halves=2, unroll=2)),  # blocks that go through tiles of all weights
     ],
 )
@@ -179,6 +182,7 @@ def test_matmul_of_several_weights(m, sizes, biased, how):
         (5, 192, 640, None),
         (13, 64, 4480, Streaming(1, 4, 4, False)),  # inputs in parts
         (9, 192, 1152, Tiling(16, 4, halves=1, unroll=2, persistent=False, teams=2)),
+        (9, 192, 1152, Tiling(16, 4, halves=1, unroll=2, persistent=False, split=2, teams=2, sides=1)),
         (40, 192, 128, Tiling(32, 3, halves=2, unroll=2)),  # no chain behind which to ask for the residual
         (70, 192, 256, Tiling(32, 2, halves=2, unroll=2)),
         (70, 320, 896, Tiling(32, 2, halves=2, unroll=2)),  # blocks with several tiles
