@@ -124,6 +124,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "gate": lambda: rows("gate_quantize", 3, 1032),
     "gate in clusters": lambda: rows("gate_quantize", 2, 14336),
     "matvec": lambda: product("mosaic_gpu_matvec", 5, (192, 64), 640),
+    "matvec, many steps": lambda: product("mosaic_gpu_matvec", 2, (4288,), 5120, with_residual=True),
     "matvec with its norm": lambda: token(1024, 192),
     "matmul, inputs split": lambda: product("mosaic_gpu", 16, (256,), 2048, with_residual=True),
     "matmul, 64 tokens": lambda: product("mosaic_gpu", 50, (128, 64), 1024),
