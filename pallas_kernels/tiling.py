@@ -144,14 +144,10 @@ def plan_rounds(t: Tiling, row_blocks: int, token_tiles: int, steps: int) -> Rou
 
 def tiling_by_rule(m: int, n: int, k: int, tile_bytes: int) -> Tiling:
     """A tiling for ``[m, k] x [n, k]``, by rules that follow from measurements on an H100 and an H200."""
-    steps = -(-k // TILE_K)
     if m > 64:
         tiling = min(MANY_TOKENS, key=lambda t: estimated_microseconds(t, m, n, k))
     else:
-        tokens = next(t for t in (8, 16, 32, 64) if t >= m)
-        tiling = Tiling(tokens, 4 if tokens < 64 else 8, halves=1, unroll=2, persistent=False)
-        if -(-n // tiling.outputs) < ENOUGH_BLOCKS:
-            tiling = narrow_tiling(tokens, n, steps, tile_bytes)
+        tiling = few_tokens_tiling(next(t for t in (8, 16, 32, 64) if t >= m), n, -(-k // TILE_K))
     while tiling.shared_memory(tile_bytes) > SHARED_MEMORY and tiling.stages > 2 * tiling.teams:
         tiling = dataclasses.replace(tiling, stages=tiling.stages - tiling.teams)
     return tiling
@@ -160,20 +156,23 @@ def tiling_by_rule(m: int, n: int, k: int, tile_bytes: int) -> Tiling:
 ENOUGH_BLOCKS = 96  # that keep the memory busy
 
 
-def narrow_tiling(tokens: int, n: int, steps: int, tile_bytes: int) -> Tiling:
-    """For up to 64 tokens and few outputs: blocks of 64 outputs that have their inputs among teams and clusters."""
-    blocks = -(-n // TILE_N)
-    # Larger clusters than four wait for neighbouring multiprocessors to be free together.
-    split = next(s for s in (1, 2, 4) if s == 4 or blocks * s >= ENOUGH_BLOCKS)
-    teams = 4 if tokens <= 16 and steps >= 32 * split else 2
-    while split > 1 and steps < 2 * split * teams:
-        split //= 2
-    tiling = Tiling(tokens, 4 * teams + 4 * (teams == 2), halves=1, unroll=2, split=split, teams=teams, sides=1)
-    tiling = dataclasses.replace(tiling, persistent=False)
-    if blocks * split > STREAMING_MULTIPROCESSORS:  # two on some of them
-        while tiling.shared_memory(tile_bytes) > SHARED_MEMORY // 2 - 1024 and tiling.stages > 2 * teams:
-            tiling = dataclasses.replace(tiling, stages=tiling.stages - teams)
-    return tiling
+def few_tokens_tiling(tokens: int, n: int, steps: int) -> Tiling:
+    """For up to 64 tokens, which take as long as the weight needs to be read: as many blocks as read at full speed."""
+    blocks, narrow = -(-n // BLOCK_N), -(-n // TILE_N)
+    tiling = Tiling(tokens, 8, halves=1, unroll=2, persistent=False)
+    if blocks >= ENOUGH_BLOCKS:
+        # Few stages where two blocks run on a multiprocessor: more in flight makes some of them fall behind.
+        return tiling if tokens == 64 else dataclasses.replace(tiling, stages=4)
+    split = 1 if narrow >= ENOUGH_BLOCKS else 2
+    if narrow * split <= STREAMING_MULTIPROCESSORS:  # of 64 outputs, one to a multiprocessor, with more in flight
+        while split > 1 and steps < 4 * split:
+            split //= 2
+        teams, stages = (4, 16) if tokens <= 16 and steps >= 32 * split else (2, 12)
+        return dataclasses.replace(tiling, stages=stages, split=split, teams=teams, sides=1)
+    # Two teams in each of two blocks add up faster than four blocks.
+    teams = 2 if tokens >= 16 and 2 * blocks < ENOUGH_BLOCKS else 1
+    split = 2 if steps >= 4 * teams else 1
+    return dataclasses.replace(tiling, stages=6 if tokens == 64 and teams == 2 else 8, split=split, teams=teams)
 
 
 # Tilings for more than 64 tokens, in order of preference.
