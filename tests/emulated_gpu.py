@@ -3,7 +3,8 @@
 Inside :func:`emulated` the kernels of ``mosaic_matvec`` and ``mosaic_decode`` run as they are written: every operation
 on registers acts on a vector of all threads of a block, inline PTX is executed instruction by instruction, blocks run
 one after another. Shared memory is watched: a byte that one warp wrote and another reads or writes before the next
-barrier is a race. What a copy brings is garbage until its barrier was waited for.
+barrier is a race. What a copy brings is garbage until its barrier was waited for, and it may overtake loads: these are
+carried out when something needs what they give.
 
 Kernels that have barriers of Pallas run every warpgroup in a Python thread of its own. A wgmma is computed when it is
 waited for, from what shared memory holds then; reading its accumulators before is an error. The blocks of a cluster run
@@ -33,6 +34,8 @@ from emulated_memory import (
     Block,
     Cluster,
     ClusterBarrierSpec,
+    Load,
+    Loaded,
     Product,
     Register,
     Running,
@@ -96,6 +99,12 @@ def emulated(*modules):
     llvm = SimpleNamespace(ptrtoint=lambda kind, ref: Register(machine.full(ref.address, kind)))
 
     def asm(ptx, constraints, operands, results):
+        # Of kernels that wait for copies by themselves; where Pallas has barriers, those are in order with loads.
+        if ptx.startswith("ld.shared") and not isinstance(machine.block, Warpgroup):
+            operands = [Register(operand.values) for operand in operands]
+            load = Load(lambda: machine.run(ptx, constraints, operands, results))
+            machine.block.loads.append(load)
+            return [Loaded(load, i, kind) for i, kind in enumerate(results)]
         return [Register(values) for values in machine.run(ptx, constraints, operands, results)]
 
     def pure_asm(ptx, constraints, operands, result):

@@ -29,6 +29,33 @@ class Register:
         return self.values.dtype.type
 
 
+class Load:
+    """A load from shared memory that stands in its queue until somebody needs what it gives, or stores behind it."""
+
+    def __init__(self, carry_out):
+        self.carry_out, self.results = carry_out, None
+
+    def settled(self):
+        if self.results is None:
+            self.results = self.carry_out()
+        return self.results
+
+
+class Loaded(Register):
+    """One of the registers that a load gives."""
+
+    def __init__(self, load, index, kind):
+        self.load, self.index, self.kind = load, index, kind
+
+    @property
+    def values(self):
+        return self.load.settled()[self.index]
+
+    @property
+    def type(self):
+        return self.kind
+
+
 class Running(Register):
     """An accumulator of a wgmma that was not waited for."""
 
@@ -138,6 +165,13 @@ class Block:
         self.reader = np.full(SHARED_BYTES, -1, np.int16)
         self.arrivals, self.cluster = {}, None
         self.team = np.zeros(threads // 32, np.int64)
+        self.loads = []  # that may not have been carried out
+
+    def settle(self):
+        """Carries out all loads, as is done before a warp stores anything, or meets another one."""
+        for load in self.loads:
+            load.settled()
+        self.loads.clear()
 
     def allocate(self, spec):
         if isinstance(spec, BarrierSpec):
@@ -198,7 +232,7 @@ class Warpgroup(Block):
     def __init__(self, block, warpgroup, meetings):
         self.threads, self.index, self.warpgroup, self.peer = 128, block.index, warpgroup, block.peer
         self.shared, self.products, self.meetings, self.arrivals = block.shared, [], meetings, block.arrivals
-        self.cluster = block.cluster
+        self.cluster, self.loads = block.cluster, []
 
     def meet(self, barrier, threads):
         """A named barrier with other warpgroups."""

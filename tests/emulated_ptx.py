@@ -113,6 +113,8 @@ class Machine:
             names[name] = new
 
         kind = opcode.split(".")
+        if opcode.startswith(("st.shared", "bar.sync")):
+            self.block.settle()
         if opcode == "bar.warp.sync" or kind[0] == "fence":
             pass  # warps run in step
         elif kind[0] == "mbarrier" or opcode.startswith("cp.async.bulk"):

@@ -227,6 +227,8 @@ def test_residual(m, n, k, how, monkeypatch):
         ),  # a query group of three, slots that are no multiple of a tile
         (1, 8, 1, 128, 320, [300], DecodeCut(3, depth=4)),  # splits of which one has less to do
         (1, 4, 1, 128, 512, [5], DecodeCut(4)),  # and of which three have nothing
+        (1, 4, 1, 128, 800, [790, 131], DecodeCut(1)),  # tiles in slots that had others before
+        (1, 3, 1, 64, 1600, [1599], DecodeCut(2, depth=3)),
         (1, 2, 1, 64, 2304, [2300], DecodeCut(18)),  # more splits than are merged at once
         (2, 16, 2, 128, 160, [[150, 151]], DecodeCut(2, 8)),  # two tokens: sixteen rows
         (3, 4, 4, 64, 256, [[0, 1, 2], [253, 254, 255]], None),
