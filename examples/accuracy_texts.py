@@ -6,6 +6,7 @@ Needs a Debian system (tried on version 12) whose ``apt-get`` reaches an archive
 source in common.
 """
 
+import argparse
 import gzip
 import importlib
 import inspect
@@ -13,7 +14,6 @@ import json
 import re
 import struct
 import subprocess
-import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -64,7 +64,10 @@ def unwrapped(text: str) -> str:
     return re.sub(r"(?<!\n)\n(?!\n)", " ", text)
 
 
-def main(target: str) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", type=Path, help="the file to write")
+    target = parser.parse_args().target
     novel = unwrapped(longest_r_text(debian_file(*NOVELS)))
     jargon = gzip.decompress(debian_file(*JARGON)).decode("utf-8", "replace")
     manual = gzip.decompress(debian_file(*MANUAL)).decode()
@@ -85,8 +88,10 @@ def main(target: str) -> None:
     for kind, parts in texts.items():
         for name, text in parts.items():
             print(f"{kind}: {name}, {len(text)} characters")
-    Path(target).write_text(json.dumps(texts), encoding="utf-8")
+    staged = target.with_suffix(".partial")
+    staged.write_text(json.dumps(texts), encoding="utf-8")
+    staged.rename(target)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()
