@@ -18,6 +18,7 @@ import tempfile
 import zlib
 from pathlib import Path
 
+from convert.folder import write_text
 from fireq_jax.calibration_text import default_calibration_text
 
 # Debian package, file inside it. Austen's novels are in the public domain, and so is the Jargon File; the FAQ and
@@ -88,9 +89,7 @@ def main() -> None:
     for kind, parts in texts.items():
         for name, text in parts.items():
             print(f"{kind}: {name}, {len(text)} characters")
-    staged = target.with_suffix(".partial")
-    staged.write_text(json.dumps(texts), encoding="utf-8")
-    staged.rename(target)
+    write_text(target, json.dumps(texts))
 
 
 if __name__ == "__main__":

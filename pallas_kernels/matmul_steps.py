@@ -143,7 +143,7 @@ class Steps:
         self.type = {name: hopper.container_type(count, dtype) for name, (count, dtype) in containers.items()}
 
     def load_weights(self) -> Operation:
-        """``(stage, warpgroup, scales before) -> (operand, ratios, first scales, last scales)``.
+        """``(stage, tile, scales before) -> (operand, ratios, first scales, last scales)``.
 
         The ratios bring a sum in units of one group's scale to those of the next, for each group of the step; folded,
         all of them and the scales are 1.
@@ -153,10 +153,10 @@ class Steps:
             arg_types=(plgpu.RefType(), self.scalar, self.layout["pair"]),
             return_type=(self.type["operand"], self.type["ratios"], self.type["pair"], self.type["pair"]),
         )
-        def load(_: Any, stage: Any, warpgroup: Any, before: Any) -> Any:
+        def load(_: Any, stage: Any, tile: Any, before: Any) -> Any:
             thread = hopper.thread_in_warpgroup()
             lane, warp = arith.andi(thread, i32(31)), arith.shrui(thread, i32(5))
-            share = arith.addi(arith.muli(warpgroup.registers.item(), i32(SHARES)), warp)
+            share = arith.addi(arith.muli(tile.registers.item(), i32(SHARES)), warp)
             share = arith.addi(hopper.shared_address(stage), arith.muli(share, i32(self.share_bytes)))
             address = arith.addi(share, arith.muli(lane, i32(16)))
             words = hopper.load_shared(address) + hopper.load_shared(address, 512)

@@ -58,7 +58,6 @@ def make_kernel(
         of_x, residual, w, tensor_scales, biases, y = (refs[start:end] for start, end in itertools.pairwise(ends))
         held, partial, slots, arrivals, *kept = refs[len(refs) - len(scratch) :]
         block = jax.lax.axis_index("block")
-
         warp = ops.slots.warp()()
 
         def after(part: Any, turn: Any, chunk: Any) -> tuple[Any, Any, Any]:

@@ -165,8 +165,7 @@ def few_tokens_tiling(tokens: int, n: int, steps: int) -> Tiling:
         return tiling if tokens == 64 else dataclasses.replace(tiling, stages=4)
     split = 1 if narrow >= ENOUGH_BLOCKS else 2
     if narrow * split <= STREAMING_MULTIPROCESSORS:  # of 64 outputs, one to a multiprocessor, with more in flight
-        while split > 1 and steps < 4 * split:
-            split //= 2
+        split = split if steps >= 4 * split else 1
         teams, stages = (4, 16) if tokens <= 16 and steps >= 32 * split else (2, 12)
         return dataclasses.replace(tiling, stages=stages, split=split, teams=teams, sides=1)
     # Two teams in each of two blocks add up faster than four blocks.

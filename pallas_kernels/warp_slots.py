@@ -52,7 +52,7 @@ class WarpSlots:
         return arith.addi(hopper.shared_address(barriers), arith.muli(self._index(slot, warp), i32(8)))
 
     def open(self) -> Operation:
-        """``(barriers) -> ()``: makes the warps' barriers, which their first lanes arrive at."""
+        """``(barriers) -> ()``: makes the warps' barriers, which a lane of each arrives at."""
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=())
         def make(_: Any, barriers: Any) -> Any:

@@ -234,8 +234,8 @@ class Machine:
         elif opcode == "mad.lo.u32":
             a, b, c = (value(x) for x in arguments[1:])
             assign(arguments[0], a * b + c)
-        elif opcode in ("and.b32", "add.u32", "add.s32", "mul.lo.u32"):
-            operation = {"and": np.bitwise_and, "add": np.add, "mul": np.multiply}[kind[0]]
+        elif opcode in ("and.b32", "add.u32", "add.s32"):
+            operation = {"and": np.bitwise_and, "add": np.add}[kind[0]]
             assign(arguments[0], operation(value(arguments[1]), value(arguments[2])))
         elif opcode in ("shf.r.wrap.b32", "shf.l.wrap.b32"):
             low, high, shift = value(arguments[1]), value(arguments[2]), int(arguments[3])
