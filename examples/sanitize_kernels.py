@@ -102,7 +102,7 @@ def rotation(
 
 
 def prompt(batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int, prefix: int = 0) -> Case:
-    q8, q_scale = pk.quantize_fp8(normal(0, batch, tokens, heads, head_dim))
+    q8, q_scale = pk.quantize_fp8(normal(0, batch, tokens, heads, head_dim), largest=pk.QUERY_MAX)
     k8, k_scale = pk.quantize_blocks(normal(1, batch, tokens, kv_heads, head_dim), largest=pk.KEY_MAX)
     v8, v_scale = pk.quantize_blocks(normal(2, batch, tokens, kv_heads, head_dim))
     arrays = [q8, q_scale, k8, k_scale, pk.transpose_values(v8), v_scale, jnp.full(batch, tokens - 3, jnp.int32)]

@@ -20,6 +20,7 @@ from pallas_kernels.reference import (
 )
 from pallas_kernels.reference_attention import (
     KEY_MAX,
+    QUERY_MAX,
     apply_ropes,
     hadamard,
     quantize_blocks,
@@ -36,6 +37,7 @@ __all__ = [
     "INT4_MAX",
     "INT4_MIN",
     "KEY_MAX",
+    "QUERY_MAX",
     "Numerics",
     "Rounded",
     "Source",

@@ -21,7 +21,7 @@ from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.packing import INT4_MIN
 from pallas_kernels.reference import E4M3_MAX
-from pallas_kernels.reference_attention import KEY_MAX, MANTISSA, SCALE_TOKENS
+from pallas_kernels.reference_attention import KEY_MAX, MANTISSA, QUERY_MAX, SCALE_TOKENS
 from pallas_kernels.row_steps import across_block, balanced, e4m3_scale, largest_magnitude, to_floats
 
 EACH = 4  # neighbouring channels of each half of a head that a lane holds
@@ -178,7 +178,7 @@ class Steps:
             store_global("b32", "r", row.behind(half * self.shape.head_dim // 2), part)
 
     def queries(self, each: int) -> Operation:
-        """``(q, cosines, sines, scales, q8, q_scale, first) -> ()``: e4m3 with the scale ``max|x| / 448``, or 1 of 0.
+        """``(q, cosines, sines, scales, q8, q_scale, first) -> ()``: e4m3, scale ``max|x| / QUERY_MAX``, or 1 of 0.
 
         Every unit's lanes take ``each`` neighbouring heads of a token, the block's first unit those of number
         ``first``. Quotients are products with reciprocals, up to their last bits.
@@ -236,7 +236,7 @@ class Steps:
                 for i, values, peak in zip(several, made, peaks, strict=True):
                     flag = here if (it := exists(i)) is None else arith.andi(here, it)
                     zero = arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0))
-                    scale = arith.select(zero, f32(1), arith.mulf(peak, f32(1 / E4M3_MAX)))
+                    scale = arith.select(zero, f32(1), arith.mulf(peak, f32(1 / QUERY_MAX)))
                     factor = hopper.approximate_reciprocal(hopper.maximum(scale, f32(SMALLEST_NORMAL)))
                     self._store_e4m3(targets.behind(d * i)._replace(exists=flag), values, factor)
                     flag = arith.andi(self._is_first_lane(), flag)

@@ -98,8 +98,8 @@ def prefill_attention(
 ) -> jax.Array:
     """FP8 causal attention of a prompt; see :func:`pallas_kernels.reference_attention.prefill_attention`.
 
-    The Hopper kernel keeps scores in float16. Keys of :func:`quantize_blocks` and :func:`rotate_and_round` allow that;
-    if keys are larger than ``KEY_MAX``, scores may be infinite and results NaN.
+    The Hopper kernel keeps scores in float16. Queries up to ``QUERY_MAX`` and keys up to ``KEY_MAX``, as those of
+    :func:`rotate_and_round` are, allow that; if they are larger, scores may be infinite and results NaN.
 
     Raises:
       ValueError: shapes or dtypes do not belong together.

@@ -361,7 +361,7 @@ def prefill_attention(
     """:func:`pallas_kernels.reference_attention.prefill_attention`, a prefix rounded from int4 to e4m3.
 
     Args:
-      q8: ``[b, t, h, d]`` e4m3; d is 64 or 128.
+      q8: ``[b, t, h, d]`` e4m3, up to ``QUERY_MAX``; d is 64 or 128.
       q_scale: ``[b, t, h]`` float32.
       k8: ``[b, t, kv, d]`` e4m3, up to ``KEY_MAX``.
       k_scale: ``[b, kv, blocks of keys]`` float32.

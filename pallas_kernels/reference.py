@@ -42,19 +42,22 @@ def absmax_scale(absmax: jax.Array, largest: float) -> jax.Array:
     return jnp.where(scale >= jnp.finfo(jnp.float32).tiny, scale, 1.0)
 
 
-def quantize_fp8(x: jax.Array, axis: int | tuple[int, ...] = -1) -> tuple[jax.Array, jax.Array]:
+def quantize_fp8(
+    x: jax.Array, axis: int | tuple[int, ...] = -1, largest: float = E4M3_MAX
+) -> tuple[jax.Array, jax.Array]:
     """Rounds to e4m3 with one dynamic scale per slice along ``axis``: ``x ≈ x8 · scale``.
 
     Args:
       x: float array; NaN in a slice makes that slice NaN.
       axis: the axis or axes that share a scale.
+      largest: that a slice's magnitudes are scaled to at most.
 
     Returns:
-      ``x8`` e4m3 of the shape of ``x``, and the scale ``max|x| / 448`` in float32 with ``axis`` removed; the
+      ``x8`` e4m3 of the shape of ``x``, and the scale ``max|x| / largest`` in float32 with ``axis`` removed; the
       scale of an all-zero slice is 1.
     """
     x = x.astype(jnp.float32)
-    scale = absmax_scale(jnp.max(jnp.abs(x), axis=axis, keepdims=True), E4M3_MAX)
+    scale = absmax_scale(jnp.max(jnp.abs(x), axis=axis, keepdims=True), largest)
     return round_to_e4m3(x / scale), jnp.squeeze(scale, axis)
 
 

@@ -16,9 +16,9 @@ from pallas_kernels.reference import (
     round_to_e4m3,
 )
 
-# Of a prompt's keys in e4m3: a score, the sum of 128 products with a query of up to 448, is at most 50176, a float16.
-# Steps between keys are then no smaller than 1/448 of a block's largest one; those of int8 are 1/127.
-KEY_MAX = 0.875
+# Of a prompt's queries and keys in e4m3: a score, the sum of 128 products, is at most 50176, a float16. Queries keep
+# their relative precision down to 1/1792 of a head's largest magnitude, keys down to 1/448 of a block's at least.
+QUERY_MAX, KEY_MAX = 28.0, 14.0
 # Probabilities are in [0, 1], where e4m3 has few values left; times 256 they use its normal range.
 PROBABILITY_SCALE = 256.0
 # Codes and scales of keys, codes and scales of values, as :func:`decode_attention` takes them.
@@ -177,10 +177,10 @@ def rotate_and_append(
         to queries and keys; neither is done if this is None.
 
     Returns:
-      ``[b, t, h, d]`` e4m3 and ``[b, t, h]`` float32 as from :func:`quantize_fp8`, and the cache.
+      ``[b, t, h, d]`` e4m3 and ``[b, t, h]`` float32 as from :func:`quantize_fp8` up to ``QUERY_MAX``, and the cache.
     """
     q, k = apply_ropes(q, k, cos, sin, scale, key_offset)
-    return *quantize_fp8(q), append_int4(cache, k, v, starts, lengths)
+    return *quantize_fp8(q, largest=QUERY_MAX), append_int4(cache, k, v, starts, lengths)
 
 
 def quantize_blocks(x: jax.Array, largest: float = KEY_MAX) -> tuple[jax.Array, jax.Array]:
@@ -256,7 +256,7 @@ def rotate_and_round(
     real = (jnp.arange(q.shape[1]) < lengths[:, None])[..., None, None]
     k8, k_scale = quantize_blocks(jnp.where(real, k, 0))
     v8, v_scale = quantize_blocks(jnp.where(real, v, 0), E4M3_MAX)
-    prompt = (*quantize_fp8(q), k8, k_scale, transpose_values(v8), v_scale)
+    prompt = (*quantize_fp8(q, largest=QUERY_MAX), k8, k_scale, transpose_values(v8), v_scale)
     return prompt, append_int4(cache, k, v, starts, lengths)
 
 
@@ -370,7 +370,7 @@ def prefill_attention(
     that rounding.
 
     Args:
-      q8: ``[b, t, h, d]`` e4m3, already rotated.
+      q8: ``[b, t, h, d]`` e4m3, already rotated, up to ``QUERY_MAX``.
       q_scale: ``[b, t, h]`` float32.
       k8: ``[b, t, kv, d]`` e4m3, up to ``KEY_MAX``.
       k_scale: ``[b, kv, ceil(t / SCALE_TOKENS)]`` float32.

@@ -24,7 +24,7 @@ def inputs(batch, tokens, heads, kv_heads, head_dim, lengths, spread=1.0):
     k = rng.normal(size=(batch, tokens, kv_heads, head_dim))
     k[..., 3] *= 8
     v = rng.normal(size=(batch, tokens, kv_heads, head_dim)) + 0.5
-    q8, q_scale = pk.quantize_fp8(jnp.asarray(q, jnp.float32))
+    q8, q_scale = pk.quantize_fp8(jnp.asarray(q, jnp.float32), largest=pk.QUERY_MAX)
     # Blocks of 128 tokens differ in size, and so do their scales.
     sizes = np.exp(rng.normal(size=(-(-tokens // 128), 2))).repeat(128, 0)[:tokens, :, None, None]
     k8, k_scale = pk.quantize_blocks(jnp.asarray(k * sizes[:, 0], jnp.float32))
@@ -346,7 +346,8 @@ def test_many_alike_keys_are_not_lost(tokens):
     rng = np.random.default_rng(tokens)
     q, k, v = (jnp.asarray(rng.normal(size=(1, tokens, 2, 128)), jnp.float32) for _ in range(3))
     (k8, k_scale), (v8, v_scale) = pk.quantize_blocks(k), pk.quantize_blocks(v + 1, pk.E4M3_MAX)
-    arguments = (*pk.quantize_fp8(q), k8, k_scale, pk.transpose_values(v8), v_scale, jnp.asarray([tokens], jnp.int32))
+    queries, lengths = pk.quantize_fp8(q, largest=pk.QUERY_MAX), jnp.asarray([tokens], jnp.int32)
+    arguments = (*queries, k8, k_scale, pk.transpose_values(v8), v_scale, lengths)
     options = {"softmax_scale": 128**-0.5}
     actual = pk.prefill_attention(*arguments, **options, implementation="mosaic_gpu")
     expected = pk.prefill_attention(*arguments, **options, out_dtype=jnp.float32, implementation="reference")
