@@ -319,7 +319,7 @@ class Steps:
         """Of each of a thread's sums the block of tokens, which of its two outputs and which of its two tokens."""
         return itertools.product(range(self.blocks_of_tokens), range(2), range(self.columns))
 
-    def _results(self, thread: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
+    def results_of(self, thread: ir.Value) -> list[tuple[ir.Value, ir.Value]]:
         """The token and the output of each result that a thread adds up."""
         in_team = arith.andi(thread, i32(32 * self.team - 1))
         at = [arith.addi(in_team, i32(i * 32 * self.team)) for i in range(self.results)]
@@ -334,7 +334,7 @@ class Steps:
         def load(_: Any, *refs: Any) -> Any:
             token_scales, tensor_scales = refs[:has_token_scales], refs[has_token_scales:]
             factors = [f32(1)] * self.results
-            for i, (token, _) in enumerate(self._results(utils.thread_idx()) if token_scales else []):
+            for i, (token, _) in enumerate(self.results_of(utils.thread_idx()) if token_scales else []):
                 exists = arith.cmpi(arith.CmpIPredicate.ult, token, i32(self.m))
                 factors[i] = load_if(float_address(token_scales[0], token), exists)
             # Not multiplied here: nothing should wait for these loads yet.
@@ -380,7 +380,7 @@ class Steps:
             biases = self._start(unit, rest[len(self.sizes) :]) if has_bias else None
             first = arith.muli(self._in_weight(unit), i32(UNIT))
             exists = arith.cmpi(arith.CmpIPredicate.ult, unit, i32(self.units))
-            for token, output in self._results(thread):
+            for token, output in self.results_of(thread):
                 place = arith.addi(first, output)
                 here = arith.andi(arith.cmpi(arith.CmpIPredicate.ult, token, i32(self.m)), exists)
                 offset_of_output = addend = None

@@ -22,8 +22,8 @@ from pallas_kernels import hopper
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.matvec_steps import Steps
 from pallas_kernels.mosaic_matmul import as_vectors
-from pallas_kernels.sources import Rounded, Source
-from pallas_kernels.tiling import MAX_TOKEN, SUMS_PITCH, WARPS, Streaming, rounds_its_input
+from pallas_kernels.sources import Rounded, Source, Ungated
+from pallas_kernels.tiling import SUMS_PITCH, WARPS, Streaming, rounds_its_input
 from pallas_kernels.token_steps import TokenSteps
 from pallas_kernels.tuned import choose_streaming
 from pallas_kernels.weight_layout import share_bytes
@@ -56,7 +56,7 @@ def make_kernel(
         counts = (len(source.arrays()), has_residual, weights, weights, weights * has_bias)
         ends = itertools.accumulate((*counts, weights), initial=0)
         of_x, residual, w, tensor_scales, biases, y = (refs[start:end] for start, end in itertools.pairwise(ends))
-        held, partial, slots, arrivals, *kept = refs[len(refs) - len(scratch) :]
+        held, partial, slots, arrivals, token_scales, *kept = refs[len(refs) - len(scratch) :]
         block = jax.lax.axis_index("block")
         warp = ops.slots.warp()()
 
@@ -107,7 +107,7 @@ def make_kernel(
                 at = after(*at)
             ops.request(step % steps, reads=False)(warp, ahead[-1], slots, arrivals, jnp.int32(step))
         if unrounded is not None:
-            factors = unrounded.hold()(words, factors, held, partial.at[0], partial.at[1])
+            factors = unrounded.hold()(words, factors, held, partial.at[0], partial.at[1], token_scales)
         else:
             ops.hold_inputs()(inputs, held)
         ops.barrier()()
@@ -160,6 +160,7 @@ def make_kernel(
         plgpu.SMEM((2, WARPS * sums_size), jnp.float32),
         plgpu.SMEM((cut.slots * WARPS * ops.share_bytes // 4,), jnp.int32),
         plgpu.SMEM((cut.slots * WARPS * 2,), jnp.int32),
+        plgpu.SMEM((WARPS,), jnp.float32),
     ]
     if parts > 1:
         scratch.append(plgpu.SMEM((turns * ops.teams * sums_size,), jnp.float32))
@@ -193,11 +194,12 @@ def matvec(
 ) -> tuple[jax.Array, ...]:
     """:func:`pallas_kernels.mosaic_matmul.matmul` of up to 16 tokens, with float32 sums.
 
-    One token need not be rounded: every block rounds all of it for itself, in the time that its first weights take to
-    come.
+    Few tokens need not be rounded: every block rounds all of them for itself, in the time that its first weights take
+    to come.
 
     Args:
-      source: ``[m, k]``, m up to 16; e4m3, or one bf16 row of up to 16384 inputs (the gain of a norm may be float32).
+      source: ``[m, k]``, m up to 16; e4m3, or one bf16 row of up to 16384 inputs, or up to four without a gate, as
+        :func:`pallas_kernels.tiling.rounds_its_input` says. The gain of a norm may be float32.
       tiles: int32, per weight what :func:`pallas_kernels.weight_layout.to_tiles` makes of it.
       tensor_scales: per weight, scalar float32.
       biases: per weight ``[n]`` float, or None.
@@ -213,15 +215,15 @@ def matvec(
 
     Raises:
       NotImplementedError: there are more tokens, or sums of that many outputs do not fit into shared memory; or what is
-        not rounded is no such token.
+        not rounded are no such tokens.
     """
     m, k = source.arrays()[0].shape
     n = sum(sizes)
     cut = cut or choose_streaming(m, n, k, share_bytes(group_size, scale_dtype))
     if cut is None:
         raise NotImplementedError(f"{m} tokens by {n} outputs by {k} inputs do not suit the kernel for few tokens")
-    if not isinstance(source, Rounded) and not rounds_its_input(cut, m, k):
-        raise NotImplementedError(f"{m} tokens of {k} inputs are not one token of up to {MAX_TOKEN}")
+    if not isinstance(source, Rounded) and not rounds_its_input(cut, m, k, isinstance(source, Ungated)):
+        raise NotImplementedError(f"{m} tokens of {k} inputs are too many to be rounded by every block")
     has_bias, has_residual = any(bias is not None for bias in biases), residual is not None
     kernel = make_kernel(
         m, sizes, k, group_size, jnp.dtype(scale_dtype), jnp.dtype(out_dtype), has_bias, has_residual, cut, source

@@ -11,7 +11,7 @@ from pallas_kernels.dispatch import no_hopper, refused, register, require, selec
 from pallas_kernels.reference import Numerics
 from pallas_kernels.rows import check_rows, round_rows
 from pallas_kernels.sources import Rounded, Source, Ungated, Unnormed
-from pallas_kernels.tiling import MAX_TOKEN, rounds_its_input
+from pallas_kernels.tiling import rounds_its_input
 from pallas_kernels.tuned import choose_streaming
 
 
@@ -235,7 +235,8 @@ def int4_matmuls_tiled(
 ) -> tuple[jax.Array, ...]:
     """:func:`int4_fp8_matmuls_tiled` of activations that may still have to be made.
 
-    For one token that is one kernel, if ``implementation`` is None or "mosaic_gpu_matvec"; else each part has its own.
+    For one token, and up to four whose gate need not be opened, that is one kernel, if ``implementation`` is None or
+    "mosaic_gpu_matvec"; else each part has its own.
 
     Args:
       source: makes ``[m, k]`` e4m3 and their scales.
@@ -259,7 +260,7 @@ def int4_matmuls_tiled(
     _check_numerics(op, numerics)
     if implementation in (None, "mosaic_gpu_matvec") and numerics == "exact" and not isinstance(source, Rounded):
         rows = _check_source(op, source)
-        if not _token_refusal(rows, weights, out_dtype, **settings):
+        if not _token_refusal(rows, isinstance(source, Ungated), weights, out_dtype, **settings):
             _check_tiled(op, weights, rows.shape[1], group_size, scale_dtype)
             _check_residual(op, residual, rows.shape[0], weights, out_dtype)
             return _mosaic_matvec_of(source, weights, residual, **settings)
@@ -285,15 +286,15 @@ def _check_source(op: str, source: Source) -> jax.Array:
 
 
 def _token_refusal(
-    rows: jax.Array, weights: Sequence[TiledWeight], out_dtype: Any, group_size: int, scale_dtype: Any
+    rows: jax.Array, gated: bool, weights: Sequence[TiledWeight], out_dtype: Any, group_size: int, scale_dtype: Any
 ) -> str | None:
     """Why no kernel rounds such rows and multiplies them, if none does."""
     (m, k), share = rows.shape, weight_layout.share_bytes(group_size, scale_dtype)
     sizes = [weight.outputs for weight in weights]
     if {rows.dtype, jnp.dtype(out_dtype)} != {jnp.dtype(jnp.bfloat16)}:
         return "activations or results are not bfloat16"
-    if not rounds_its_input(choose_streaming(m, sum(sizes), k, share), m, k):
-        return f"{m} tokens of {k} inputs are not one token of up to {MAX_TOKEN}"
+    if not rounds_its_input(choose_streaming(m, sum(sizes), k, share), m, k, gated):
+        return f"{m} tokens of {k} inputs are too many to be rounded by every block"
     return _tiled_refusals(m, sizes, k, share, "exact", out_dtype).get("mosaic_gpu_matvec")
 
 

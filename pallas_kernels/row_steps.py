@@ -110,11 +110,17 @@ class Steps:
 
 
 def normalized(
-    registers: Sequence[ir.Value], gains: Sequence[ir.Value], k: int, eps: float, scratch: Any, warps: int
+    registers: Sequence[ir.Value],
+    gains: Sequence[ir.Value],
+    k: int,
+    eps: float,
+    scratch: Any,
+    warps: int,
+    rows: int = 1,
 ) -> list[ir.Value]:
-    """``x / sqrt(mean(x²) + eps) · gain``, rounded to bf16, of a row of k that a block's threads hold."""
+    """``x / sqrt(mean(x²) + eps) · gain``, rounded to bf16, of a row of k that a block's threads hold, or several."""
     squares = balanced([arith.mulf(r, r) for r in registers], arith.addf)
-    total = across_block(squares, scratch, warps, arith.addf)
+    total = across_block(squares, scratch, warps, arith.addf, rows)
     mean = arith.addf(arith.mulf(total, f32(1 / k)), f32(eps))
     inverse = hopper.pure_asm("rsqrt.approx.f32 $0, $1;", "=f,f", [mean], mean.type)
     scaled = [arith.mulf(arith.mulf(r, inverse), g) for r, g in zip(registers, gains, strict=True)]
@@ -140,13 +146,14 @@ def gated(gates: Sequence[ir.Value], others: Sequence[ir.Value]) -> list[ir.Valu
 
 
 def rounded_to_e4m3(
-    registers: Sequence[ir.Value], scratch: Any, warps: int, parts: int = 1
+    registers: Sequence[ir.Value], scratch: Any, warps: int, parts: int = 1, rows: int = 1
 ) -> tuple[list[ir.Value], ir.Value]:
     """Words of four e4m3 and their scale, for a row that the threads of a block, or of a cluster's blocks, hold.
 
-    ``scratch`` has a word of shared memory per warp and, in a cluster, one more per block.
+    Or for the row of several that a thread has a part of. ``scratch`` has a word of shared memory per warp and, in a
+    cluster, one more per block.
     """
-    peak = across_block(largest_magnitude(registers), scratch, warps, hopper.maximum_or_nan)
+    peak = across_block(largest_magnitude(registers), scratch, warps, hopper.maximum_or_nan, rows)
     if parts > 1:
         peak = across_cluster(peak, scratch, 4 * warps, parts, hopper.maximum_or_nan)
     scale = e4m3_scale(peak)
@@ -185,8 +192,11 @@ def e4m3_scale(peak: ir.Value, largest: float = E4M3_MAX) -> ir.Value:
     return arith.select(arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0)), f32(1), scale)
 
 
-def across_block(value: ir.Value, scratch: Any, warps: int, combine: Any) -> ir.Value:
-    """Combines a float32 of every thread of a block; ``scratch``, a word of shared memory per warp, is used once."""
+def across_block(value: ir.Value, scratch: Any, warps: int, combine: Any, rows: int = 1) -> ir.Value:
+    """Combines a float32 of every thread of a block, or of as many neighbouring warps as have a row's.
+
+    ``scratch``, a word of shared memory per warp, is used once.
+    """
     value = hopper.across_lanes(value, combine)
     thread = utils.thread_idx()
     base = hopper.shared_address(scratch)
@@ -199,7 +209,10 @@ def across_block(value: ir.Value, scratch: Any, warps: int, combine: Any) -> ir.
         ], [],
     )  # fmt: skip
     hopper.block_barrier()
-    values = [hopper.asm(f"ld.shared.f32 $0, [$1+{4 * w}];", "=f,r", [base], [value.type])[0] for w in range(warps)]
+    each = warps // rows
+    if rows > 1:
+        base = arith.addi(base, arith.muli(arith.divui(thread, i32(32 * each)), i32(4 * each)))
+    values = [hopper.asm(f"ld.shared.f32 $0, [$1+{4 * w}];", "=f,r", [base], [value.type])[0] for w in range(each)]
     return balanced(values, combine)
 
 

@@ -1,6 +1,7 @@
 """How the Hopper kernels are cut into pieces."""
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ FEW_TOKENS = 16  # that the matvec kernel can take; the rules give it half as ma
 UNIT = SHARE_N  # outputs that the matvec kernel's warps make together
 WARPS = 16  # of a block of the matvec kernel
 MAX_TOKEN = 16384  # inputs of a token that the matvec kernel rounds itself: 32 of each thread
+MAX_TOKENS = 20480  # inputs of two or four tokens that it rounds: 40 of each thread
 # Of partial sums, from a token's 16 outputs to the next one's: so that neither who writes nor who adds them up finds
 # many in one bank.
 SUMS_PITCH = 20
@@ -158,20 +160,26 @@ ENOUGH_BLOCKS = 96  # that keep the memory busy
 
 def few_tokens_tiling(tokens: int, n: int, steps: int) -> Tiling:
     """For up to 64 tokens, which take as long as the weight needs to be read: as many blocks as read at full speed."""
-    blocks, narrow = -(-n // BLOCK_N), -(-n // TILE_N)
     tiling = Tiling(tokens, 8, halves=1, unroll=2, persistent=False)
-    if blocks >= ENOUGH_BLOCKS:
+    if -(-n // BLOCK_N) >= ENOUGH_BLOCKS:
         # Few stages where two blocks run on a multiprocessor: more in flight makes some of them fall behind.
         return tiling if tokens == 64 else dataclasses.replace(tiling, stages=4)
-    split = 1 if narrow >= ENOUGH_BLOCKS else 2
-    if narrow * split <= STREAMING_MULTIPROCESSORS:  # of 64 outputs, one to a multiprocessor, with more in flight
-        split = split if steps >= 4 * split else 1
+
+    def blocks(cut: tuple[int, int]) -> int:
+        """What a number of sides and a split give, if there is a multiprocessor for each; else none."""
+        sides, split = cut
+        count = -(-n // (sides * TILE_N)) * split
+        return count if count <= STREAMING_MULTIPROCESSORS and (split == 1 or steps >= 8 * split) else 0
+
+    # Larger clusters wait for neighbouring multiprocessors to be free together. Of equals the first one.
+    sides, split = max(itertools.product((1, 2), (1, 2, 3)), key=blocks)
+    if sides == 1:
         teams, stages = (4, 16) if tokens <= 16 and steps >= 32 * split else (2, 12)
-        return dataclasses.replace(tiling, stages=stages, split=split, teams=teams, sides=1)
-    # Two teams in each of two blocks add up faster than four blocks.
-    teams = 2 if tokens >= 16 and 2 * blocks < ENOUGH_BLOCKS else 1
-    split = 2 if steps >= 4 * teams else 1
-    return dataclasses.replace(tiling, stages=6 if tokens == 64 and teams == 2 else 8, split=split, teams=teams)
+    elif split == 1:  # More than 66 blocks: divided they are two to a multiprocessor.
+        teams, stages, split = 1, 8, 2 if steps >= 4 else 1
+    else:
+        teams, stages = 2, 6 if tokens == 64 else 8
+    return dataclasses.replace(tiling, stages=stages, split=split, teams=teams, sides=sides)
 
 
 # Tilings for more than 64 tokens, in order of preference.
@@ -237,14 +245,26 @@ class Streaming:
             2 * WARPS * sums,
             self.slots * WARPS * share,
             self.slots * WARPS * 8,
+            WARPS * 4,
             self.turns(n) * WARPS // self.team * sums if self.parts(k) > 1 else 0,
         ]
         return sum(-(-size // 1024) * 1024 for size in arrays)
 
 
-def rounds_its_input(cut: Streaming | None, m: int, k: int) -> bool:
-    """Whether the matvec kernel can take the inputs before their rounding: one token's, all held as float16."""
-    return m == 1 and cut is not None and cut.parts(k) == 1 and cut.halves and k <= MAX_TOKEN
+def rounds_its_input(cut: Streaming | None, m: int, k: int, gated: bool) -> bool:
+    """Whether the matvec kernel can take the inputs before their rounding, all held as float16.
+
+    One token's; or those of up to four, unless a gate is to be opened first: all blocks do that for themselves, and
+    what a gate is made of would take them longer to read than a kernel takes that does it once.
+    """
+    if cut is None or cut.parts(k) > 1 or not cut.halves:
+        return False
+    return k <= MAX_TOKEN if m == 1 else m <= 4 and not gated and rows_at_once(m) * k <= MAX_TOKENS
+
+
+def rows_at_once(m: int) -> int:
+    """Of a block of threads, that rounds so many tokens: a power of two."""
+    return 1 << (m - 1).bit_length()
 
 
 def streaming_by_rule(m: int, n: int, k: int, share: int) -> Streaming | None:

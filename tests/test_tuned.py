@@ -89,7 +89,7 @@ def test_candidates_begin_with_the_rules_and_lower(examples, m, n, k):
     for cut in found:
         assert lowers(m, n, k, cut), cut
         if m == 1:
-            assert tiling.rounds_its_input(cut, m, k)
+            assert tiling.rounds_its_input(cut, m, k, gated=True)
 
 
 def test_the_fastest_cut_must_be_clearly_faster(examples):
