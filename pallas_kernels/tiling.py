@@ -1,7 +1,6 @@
 """How the Hopper kernels are cut into pieces."""
 
 import dataclasses
-import itertools
 import math
 from typing import Any
 
@@ -160,26 +159,20 @@ ENOUGH_BLOCKS = 96  # that keep the memory busy
 
 def few_tokens_tiling(tokens: int, n: int, steps: int) -> Tiling:
     """For up to 64 tokens, which take as long as the weight needs to be read: as many blocks as read at full speed."""
+    blocks, narrow = -(-n // BLOCK_N), -(-n // TILE_N)
     tiling = Tiling(tokens, 8, halves=1, unroll=2, persistent=False)
-    if -(-n // BLOCK_N) >= ENOUGH_BLOCKS:
+    if blocks >= ENOUGH_BLOCKS:
         # Few stages where two blocks run on a multiprocessor: more in flight makes some of them fall behind.
         return tiling if tokens == 64 else dataclasses.replace(tiling, stages=4)
-
-    def blocks(cut: tuple[int, int]) -> int:
-        """What a number of sides and a split give, if there is a multiprocessor for each; else none."""
-        sides, split = cut
-        count = -(-n // (sides * TILE_N)) * split
-        return count if count <= STREAMING_MULTIPROCESSORS and (split == 1 or steps >= 8 * split) else 0
-
-    # Larger clusters wait for neighbouring multiprocessors to be free together. Of equals the first one.
-    sides, split = max(itertools.product((1, 2), (1, 2, 3)), key=blocks)
-    if sides == 1:
+    split = 1 if narrow >= ENOUGH_BLOCKS else 2
+    if narrow * split <= STREAMING_MULTIPROCESSORS:  # of 64 outputs, one to a multiprocessor, with more in flight
+        split = split if steps >= 4 * split else 1
         teams, stages = (4, 16) if tokens <= 16 and steps >= 32 * split else (2, 12)
-    elif split == 1:  # More than 66 blocks: divided they are two to a multiprocessor.
-        teams, stages, split = 1, 8, 2 if steps >= 4 else 1
-    else:
-        teams, stages = 2, 6 if tokens == 64 else 8
-    return dataclasses.replace(tiling, stages=stages, split=split, teams=teams, sides=sides)
+        return dataclasses.replace(tiling, stages=stages, split=split, teams=teams, sides=1)
+    # Two teams in each of two blocks add up faster than four blocks.
+    teams = 2 if tokens >= 16 and 2 * blocks < ENOUGH_BLOCKS else 1
+    split = 2 if steps >= 4 * teams else 1
+    return dataclasses.replace(tiling, stages=6 if tokens == 64 and teams == 2 else 8, split=split, teams=teams)
 
 
 # Tilings for more than 64 tokens, in order of preference.
@@ -270,8 +263,8 @@ def rows_at_once(m: int) -> int:
 def streaming_by_rule(m: int, n: int, k: int, share: int) -> Streaming | None:
     """Cuts for up to 8 tokens; None for more, of which the other kernel has the inputs copied.
 
-    Of all teams those whose warps have the fewest tiles to go through; then as few parts as possible, and float16 if
-    that fits.
+    Of all teams those whose warps have the fewest tiles to go through; then as few parts as possible, float16 if that
+    fits, and three slots of more than one token, whose tiles take a warp longer.
     """
     if not 1 <= m <= FEW_TOKENS // 2:
         return None
@@ -282,9 +275,10 @@ def streaming_by_rule(m: int, n: int, k: int, share: int) -> Streaming | None:
     team = min((8, 16, 4), key=tiles_of_a_warp)
     all_rounds = -(-k // (TILE_K * team))
     cuts = (
-        Streaming(2, team, -(-all_rounds // parts), halves)
+        Streaming(slots, team, -(-all_rounds // parts), halves)
         for parts in range(1, all_rounds + 1)
         for halves in (True, False)
+        for slots in ((2,) if m == 1 else (3, 2))
     )
     return next((cut for cut in cuts if cut.shared_memory(m, n, k, share) <= SHARED_MEMORY), None)
 

@@ -102,7 +102,6 @@ def test_matvec_of_several_weights(m, sizes, k, cut, biased):
         (33, 128, 896, 128, E4M3, Tiling(64, 2, halves=2, unroll=4)),  # steps that no chain divides
         (9, 192, 1152, 128, E4M3, Tiling(16, 4, halves=1, unroll=2, persistent=False, teams=2)),
         (9, 192, 1152, 128, E4M3, Tiling(16, 4, halves=1, unroll=2, persistent=False, split=2)),
-        (9, 192, 1664, 128, E4M3, Tiling(16, 4, halves=1, unroll=2, persistent=False, split=3, teams=2)),
         (9, 192, 1152, 128, E4M3, Tiling(16, 6, halves=1, unroll=2, persistent=False, split=2, teams=2, sides=1)),
         (20, 192, 640, 64, BF16, Tiling(16, 8, unroll=2, persistent=False, teams=4, sides=1)),
         (40, 192, 640, 64, BF16, Tiling(32, 3, unroll=2, share=2)),  # tiles that two blocks divide
