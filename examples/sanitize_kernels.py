@@ -67,8 +67,8 @@ def product(
     return multiply, (x8, scale, tiles, residual)
 
 
-def token(k: int, n: int) -> Case:
-    """One token that the kernel normalises itself."""
+def unnormed(m: int, k: int, n: int) -> Case:
+    """Tokens that the kernel normalises itself."""
     _, (_, _, tiles, _) = product("reference", 1, (n,), k)
 
     def multiply(x: jax.Array, gain: jax.Array, tiles: list[jax.Array]) -> Any:
@@ -78,7 +78,7 @@ def token(k: int, n: int) -> Case:
             group_size=128, scale_dtype=E4M3, implementation="mosaic_gpu_matvec",
         )  # fmt: skip
 
-    return multiply, (normal(0, 1, k), jnp.ones(k, BF16), tiles)
+    return multiply, (normal(0, m, k), jnp.ones(k, BF16), tiles)
 
 
 def empty_cache(batch: int, kv_heads: int, slots: int, head_dim: int) -> tuple[jax.Array, ...]:
@@ -125,7 +125,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "gate in clusters": lambda: rows("gate_quantize", 2, 14336),
     "matvec": lambda: product("mosaic_gpu_matvec", 5, (192, 64), 640),
     "matvec, many steps": lambda: product("mosaic_gpu_matvec", 2, (4288,), 5120, with_residual=True),
-    "matvec with its norm": lambda: token(1024, 192),
+    "matvec with its norm": lambda: unnormed(1, 1024, 192),
+    "matvec with the norms of three": lambda: unnormed(3, 1024, 192),
     "matmul, inputs split": lambda: product("mosaic_gpu", 16, (256,), 2048, with_residual=True),
     "matmul, 64 tokens": lambda: product("mosaic_gpu", 50, (128, 64), 1024),
     "matmul, shared tokens": lambda: product("mosaic_gpu", 600, (448, 128), 512),
