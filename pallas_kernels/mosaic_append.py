@@ -15,7 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.append_steps import AppendShape, BlockSteps, Steps
+from pallas_kernels.append_block_steps import BlockSteps
+from pallas_kernels.append_steps import AppendShape, Steps
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.reference_attention import SCALE_TOKENS, Cache
 from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS
