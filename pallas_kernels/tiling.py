@@ -15,8 +15,8 @@ STREAMING_MULTIPROCESSORS = 132
 FEW_TOKENS = 16  # that the matvec kernel can take; the rules give it half as many
 UNIT = SHARE_N  # outputs that the matvec kernel's warps make together
 WARPS = 16  # of a block of the matvec kernel
-MAX_TOKEN = 16384  # inputs of a token that the matvec kernel rounds itself: 32 of each thread
-MAX_TOKENS = 20480  # inputs of two or four tokens that it rounds: 40 of each thread
+MAX_INPUTS_OF_ONE = 16384  # of a token that the matvec kernel rounds itself: 32 of each thread
+MAX_INPUTS_OF_SEVERAL = 20480  # of two or four rows of tokens together: 40 of each thread
 # Of partial sums, from a token's 16 outputs to the next one's: so that neither who writes nor who adds them up finds
 # many in one bank.
 SUMS_PITCH = 20
@@ -252,7 +252,9 @@ def rounds_its_input(cut: Streaming | None, m: int, k: int, gated: bool) -> bool
     """
     if cut is None or cut.parts(k) > 1 or not cut.halves:
         return False
-    return k <= MAX_TOKEN if m == 1 else m <= 4 and not gated and rows_at_once(m) * k <= MAX_TOKENS
+    if m == 1:
+        return k <= MAX_INPUTS_OF_ONE
+    return m <= 4 and not gated and rows_at_once(m) * k <= MAX_INPUTS_OF_SEVERAL
 
 
 def rows_at_once(m: int) -> int:

@@ -93,9 +93,7 @@ class TokenSteps:
         @plgpu.inline_mgpu(
             arg_types=(self.layout, steps.layout["factors"], *[plgpu.RefType()] * 4), return_type=steps.type["factors"]
         )
-        def hold(
-            _: Any, words: Any, factors: Any, held: Any, scratch: Any, other: Any, token_scales: Any
-        ) -> Any:  # fmt: skip
+        def hold(_: Any, words: Any, factors: Any, held: Any, scratch: Any, other: Any, token_scales: Any) -> Any:
             values, *rest = self._values(hopper.unpack(words))
             if isinstance(self.source, Unnormed):
                 values = normalized(values, rest[0], steps.k, self.source.eps, scratch, WARPS, self.rows)
