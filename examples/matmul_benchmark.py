@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import torch
 from gpu_times import Candidate, copies, kernel_times, record
 
-from pallas_kernels import Rounded, int4_fp8_matmul_tiled, pack_int4, to_tiles
+from pallas_kernels import Rounded, TiledWeight, int4_matmuls_tiled, pack_int4, to_tiles
 from pallas_kernels.mosaic_matmul import matmul
 from pallas_kernels.mosaic_matvec import matvec
-from pallas_kernels.tiling import Streaming
+from pallas_kernels.tiling import FLAGS, Streaming
 from pallas_kernels.tuned import Cut, choose_streaming, choose_tiling, kernel_of
 from pallas_kernels.weight_layout import SHARES, share_bytes, tiled_bytes, tiles_shape
 
@@ -47,10 +47,11 @@ def weight(key: jax.Array, n: int, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def tokens_of(m: int, k: int) -> tuple[jax.Array, jax.Array]:
-    """e4m3 activations and their scales."""
+def tokens_of(m: int, k: int) -> Rounded:
+    """e4m3 activations, their scales, and flags, as a kernel that rounds makes them."""
     x = jnp.clip(60 * jax.random.normal(jax.random.key(m), (m, k)), -448, 448).astype(E4M3)
-    return x, jax.random.uniform(jax.random.key(m + 1), (m,), minval=0.5, maxval=2)
+    scales = jax.random.uniform(jax.random.key(m + 1), (m,), minval=0.5, maxval=2)
+    return Rounded(x, scales, jnp.zeros((FLAGS,), jnp.int32))
 
 
 def as_torch(array: jax.Array) -> torch.Tensor:
@@ -60,9 +61,9 @@ def as_torch(array: jax.Array) -> torch.Tensor:
     return torch.from_dlpack(array)
 
 
-def float_product(x: jax.Array, x_scale: jax.Array, codes: jax.Array, scales: jax.Array) -> torch.Tensor:
+def float_product(x: Rounded, codes: jax.Array, scales: jax.Array) -> torch.Tensor:
     """Of the same inputs in float32, by torch, which need not compile it."""
-    tokens, factors, packed, of_groups = map(as_torch, jax.block_until_ready((x, x_scale, codes, scales)))
+    tokens, factors, packed, of_groups = map(as_torch, jax.block_until_ready((x.values, x.scale, codes, scales)))
     nibbles = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1).to(torch.float32)
     values = torch.where(nibbles > 7, nibbles - 16, nibbles).unflatten(1, (scales.shape[1], -1))
     w = (values * of_groups.float().unsqueeze(-1)).flatten(1)
@@ -85,22 +86,20 @@ def compiled(n: int, k: int, m: int, cut: Cut | None = None) -> Any:
     """See :func:`product`."""
     shape = jax.ShapeDtypeStruct
     tiles = shape(tiles_shape(n, k, GROUP_SIZE, SCALE_TYPE), jnp.int32)
-    x, x_scale = jax.eval_shape(lambda: tokens_of(m, k))
-    return jax.jit(functools.partial(product, n=n, cut=cut)).lower(x, x_scale, tiles, shape((), jnp.float32)).compile()
+    x = jax.eval_shape(lambda: tokens_of(m, k))
+    return jax.jit(functools.partial(product, n=n, cut=cut)).lower(x, tiles, shape((), jnp.float32)).compile()
 
 
-def product(
-    x: jax.Array, x_scale: jax.Array, tiles: jax.Array, tensor_scale: jax.Array, *, n: int, cut: Cut | None = None
-) -> jax.Array:
+def product(x: Rounded, tiles: jax.Array, tensor_scale: jax.Array, *, n: int, cut: Cut | None = None) -> jax.Array:
     """As the library chooses, or with the given cut by the kernel that it belongs to."""
     options: dict[str, Any] = {"group_size": GROUP_SIZE, "scale_dtype": SCALE_TYPE}
-    if cut is None:
-        return int4_fp8_matmul_tiled(x, x_scale, tiles, tensor_scale, n=n, **options)
     weight = [tiles], [tensor_scale], [None]
-    if isinstance(cut, Streaming):
-        [y] = matvec(Rounded(x, x_scale), *weight, sizes=(n,), cut=cut, **options)
+    if cut is None:
+        [y] = int4_matmuls_tiled(x, [TiledWeight(tiles, tensor_scale, None, n)], **options)
+    elif isinstance(cut, Streaming):
+        [y] = matvec(Rounded(x.values, x.scale), *weight, sizes=(n,), cut=cut, **options)
     else:
-        [y] = matmul(x, x_scale, *weight, sizes=(n,), tiling=cut, **options)
+        [y] = matmul(x.values, x.scale, *weight, None, x.flags, sizes=(n,), tiling=cut, **options)
     return y
 
 
@@ -184,15 +183,15 @@ def measure(seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
         of_humming = [copy.deepcopy(layers[n, k]) for _ in range(copies(n * k // 2))] if layers else []
         for m in TOKENS:
             kernel = kernels[n, k, m]
-            x, x_scale = tokens_of(m, k)
-            y = kernel(x, x_scale, tiles[0], one)
-            found = distance(y, float_product(x, x_scale, *pairs[0]))
-            same = all(are_equal(y, kernel(x, x_scale, tiles[0], one)) for _ in range(20))
+            x = tokens_of(m, k)
+            y = kernel(x, tiles[0], one)
+            found = distance(y, float_product(x, *pairs[0]))
+            same = all(are_equal(y, kernel(x, tiles[0], one)) for _ in range(20))
             if not (found <= TOLERANCE and same):
                 raise SystemExit(f"{n}x{k}, {m} tokens: error {found}, repeatable: {same}")
 
-            def ours(i: int, kernel: Any = kernel, x: Any = x, x_scale: Any = x_scale, tiles: Any = tiles) -> Any:
-                return kernel(x, x_scale, tiles[i % len(tiles)], one)
+            def ours(i: int, kernel: Any = kernel, x: Any = x, tiles: Any = tiles) -> Any:
+                return kernel(x, tiles[i % len(tiles)], one)
 
             candidates = {"int4": ours, **torch_candidates(m, *others)}
             if of_humming:

@@ -63,20 +63,18 @@ def measure(seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
                     weight(jax.random.key(i), n, k) for i in range(copies(tiled_bytes(n, k, GROUP_SIZE, SCALE_TYPE)))
                 ]
                 tiles = [jax.jit(to_tiles)(*pair) for pair in pairs]
-            x, x_scale = tokens_of(m, k)
-            expected = float_product(x, x_scale, *pairs[0])
+            x = tokens_of(m, k)
+            expected = float_product(x, *pairs[0])
             calls, errors = {}, {}
             for i, future in enumerate(futures):
                 if (kernel := future.result()) is None:
                     continue
-                errors[i] = distance(kernel(x, x_scale, tiles[0], one), expected)
+                errors[i] = distance(kernel(x, tiles[0], one), expected)
                 if not errors[i] <= TOLERANCE:
                     raise SystemExit(f"{n}x{k}, {m} tokens, {cuts[i]}: error {errors[i]}")
 
-                def call(
-                    turn: int, kernel: Any = kernel, x: Any = x, x_scale: Any = x_scale, tiles: Any = tiles
-                ) -> Any:
-                    return kernel(x, x_scale, tiles[turn % len(tiles)], one)
+                def call(turn: int, kernel: Any = kernel, x: Any = x, tiles: Any = tiles) -> Any:
+                    return kernel(x, tiles[turn % len(tiles)], one)
 
                 calls[str(i)] = call
             times = kernel_times(calls)

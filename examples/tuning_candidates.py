@@ -30,6 +30,8 @@ def tilings(m: int, k: int) -> Iterator[Tiling]:
         for (teams, stages), split in itertools.product(((2, 8), (2, 12), (4, 12), (4, 16)), (1, 2)):
             if steps >= 2 * split * teams:
                 yield Tiling(whole, stages, halves=1, unroll=2, split=split, teams=teams, sides=1, persistent=False)
+        for stages, unroll in ((6, 2), (8, 2), (8, 4)):
+            yield Tiling(whole, stages, halves=1, unroll=unroll, stream_k=True)
         return
     sizes = [tokens for tokens in (whole, whole // 2) if tokens >= 128]
     for tokens, share in itertools.product(sizes, (1, 2)):
@@ -39,6 +41,7 @@ def tilings(m: int, k: int) -> Iterator[Tiling]:
         yield Tiling(128, 6, halves=1, unroll=2, teams=2, sides=1, persistent=False)
         for tokens in sizes:
             yield Tiling(tokens, 4, split=2, persistent=False)
+            yield Tiling(tokens, 4, stream_k=True)
 
 
 def candidates(m: int, n: int, k: int, share: int) -> list[Cut]:

@@ -64,7 +64,7 @@ def apply_linears(
         products = _tiled_products(source, tiled, flat, added, out_dtype, implementation)
     else:
         if len(weights) > 1 and any(map(takes_fp8, weights)):  # once for all of them
-            source = pallas_kernels.Rounded(*pallas_kernels.round_rows(source, implementation=implementation))
+            source = pallas_kernels.round_rows(source, implementation=implementation)
         products = [
             _product(rows, source, weight, bias, out_dtype, implementation)
             for weight, bias in zip(weights, flat, strict=True)
@@ -110,9 +110,9 @@ def _product(
         return _tiled_products(source, [weight], [bias], None, out_dtype, implementation)[0]
     if takes_fp8(weight):
         int4 = cast(Int4Weight, weight)
+        rounded = pallas_kernels.round_rows(source, implementation=implementation)
         product: jax.Array = pallas_kernels.int4_fp8_matmul(
-            *pallas_kernels.round_rows(source, implementation=implementation),
-            int4.codes, int4.scales, int4.tensor_scale, bias,
+            rounded.values, rounded.scale, int4.codes, int4.scales, int4.tensor_scale, bias,
             numerics=int4.numerics, out_dtype=out_dtype, implementation=implementation,
         )  # fmt: skip
         return product

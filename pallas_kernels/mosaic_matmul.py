@@ -20,9 +20,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper
 from pallas_kernels.matmul_steps import Operation, Steps
 from pallas_kernels.reference import Numerics
-from pallas_kernels.tiling import BLOCK_N, Tiling, plan_rounds
+from pallas_kernels.stream_steps import Exchange
+from pallas_kernels.tiling import BLOCK_N, FLAGS, StreamK, Tiling, plan_rounds, plan_stream
 from pallas_kernels.tuned import choose_tiling
 from pallas_kernels.weight_layout import TILE_K, TILE_N, tile_shape
+
+LOADED_AT_ONCE = 64  # registers of a thread, of other blocks' sums
 
 
 def make_kernel(
@@ -39,7 +42,8 @@ def make_kernel(
 ) -> Operation:
     """The kernel for one shape: ``(x8, x_scale, *tiles, *tensor_scales [1], *biases [n] if any) -> *y [m, n]``.
 
-    Behind ``x_scale`` comes the residual, if there is one.
+    Behind ``x_scale`` comes the residual, if there is one. With ``stream_k`` there are zeros ``[FLAGS]``, int32, as the
+    last argument, which the kernel writes, and sums of blocks as the last result.
     """
     ops = Steps(m, sizes, group_size, scale_dtype, t, folded=folded)
     weights = len(sizes)
@@ -54,6 +58,10 @@ def make_kernel(
     persistent = t.persistent and parts == 1
     plan = plan_rounds(dataclasses.replace(t, persistent=persistent), rows, token_tiles, steps)
     blocks, steps, part_steps = plan.clusters, plan.steps, plan.part_steps
+    stream, exchange = plan_stream(t, tiles, steps) if t.stream_k else None, Exchange(ops)
+    if stream is not None:
+        blocks, steps = stream.blocks, stream.chains * t.unroll
+    counts_vary = stream is not None or plan.divided > 0  # of a block's steps of a tile
     part = t.tokens // t.share  # tokens of a divided tile whose sums a block adds up
     part_tiling = dataclasses.replace(t, tokens=part, halves=1)
     part_ops = Steps(m, sizes, group_size, scale_dtype, part_tiling, scaled_tokens=t.tokens, folded=folded)
@@ -77,11 +85,15 @@ def make_kernel(
                 pl.when(weight == i)(functools.partial(do, i))
 
     # The chain behind which a tile's residual is asked for: not at once, as the last tile's results may still be read.
-    asking = min(1, min(steps, part_steps or steps) // t.unroll - 1) if persistent else -1
+    asking = min(1, min(steps, part_steps or steps) // t.unroll - 1) if persistent and stream is None else -1
 
     def body(x: Any, x_scale: Any, *refs: Any) -> None:
-        ends = itertools.accumulate((has_residual, weights, weights, weights * has_bias, weights), initial=0)
-        residual, w, tensor_scales, biases, y = (refs[start:end] for start, end in itertools.pairwise(ends))
+        streams = stream is not None
+        counts = (has_residual, weights, weights, weights * has_bias, streams, weights, streams)
+        ends = itertools.accumulate(counts, initial=0)
+        residual, w, tensor_scales, biases, flags, y, sums = (
+            refs[start:end] for start, end in itertools.pairwise(ends)
+        )
         x_smem, w_smem, y_smem, full, empty, *rest = refs[len(refs) - len(scratch) :]
         residual_here = rest.pop() if has_residual else None
         landing: Any = rest.pop() if t.split > 1 or plan.divided else None
@@ -90,7 +102,9 @@ def make_kernel(
         peer = jax.lax.axis_index("peer") if cluster > 1 else jnp.int32(0)
         side, team = jax.lax.rem(warpgroup, jnp.int32(t.sides)), jax.lax.div(warpgroup, jnp.int32(t.sides))
         first_step = peer * (steps * t.teams) if t.split > 1 else 0
-        if plan.divided:
+        if stream is not None:
+            mine = stream.pieces(block)
+        elif plan.divided:
             mine = plan.whole + (block < plan.divided).astype(jnp.int32)
         else:
             mine = jax.lax.div(tiles - block + blocks - 1, jnp.int32(blocks))
@@ -102,17 +116,20 @@ def make_kernel(
         def is_whole(i: Any) -> Any:
             return i < plan.whole
 
-        def tile_of(i: Any) -> tuple[Any, Any, Any, Any]:
-            """Blocks of outputs and of tokens, and the steps, of the block's tile i: the first and how many."""
-            group, beside, first, count = plan.piece(i, block, peer)
+        def tile_of(i: Any) -> tuple[Any, Any, Any, Any, Any]:
+            """Of the block's tile i the rows of outputs and tokens, the first step, how many, and how many before."""
+            if stream is not None:
+                (group, first, count, before), beside = stream.piece(i, block), 0
+            else:
+                (group, beside, first, count), before = plan.piece(i, block, peer), i * (steps * t.teams)
             row, token = group, jnp.int32(0)
             if token_tiles > 1:
                 row, token = plgpu.planar_snake(group, (row_groups, token_tiles), 1, min(t.snake, token_tiles))
-            return row * t.share + (beside if t.share > 1 else 0), token, first, count
+            return row * t.share + (beside if t.share > 1 else 0), token, first, count, before
 
-        def slot_of(i: Any, s: Any) -> Any:
-            """Where step s of the block's tile i is; a team's slots are always the same ones."""
-            return jax.lax.rem(i * (steps * t.teams) + s, t.stages)
+        def slot_of(step: Any) -> Any:
+            """Where a block's step is, counted through all tiles; a team's slots are always the same ones."""
+            return jax.lax.rem(step, t.stages)
 
         def barrier_of(slot: Any) -> Any:
             return slot if at_once == 1 else jax.lax.div(slot, jnp.int32(at_once))
@@ -125,15 +142,15 @@ def make_kernel(
                 hopper.cluster_wait()
 
             def produce_tile(i: Any, _: None) -> None:
-                row, token, first, count = tile_of(i)
+                row, token, first, count, before = tile_of(i)
                 weight, row = of_weight(row)
 
                 def produce_step(j: Any, _: None) -> None:
                     s = j * at_once
-                    slot, at = slot_of(i, s), first_step + first + s
+                    slot, at = slot_of(before + s), first_step + first + s
                     barrier = full.at[barrier_of(slot)]
 
-                    @pl.when(i * (steps * t.teams) + s >= t.stages)
+                    @pl.when(before + s >= t.stages)
                     def reuse() -> None:
                         plgpu.barrier_wait(empty.at[barrier_of(slot)])
 
@@ -168,12 +185,13 @@ def make_kernel(
             plgpu.barrier_arrive(barrier)
 
         def compute_tile(i: Any, _: None) -> None:
-            row, token, _, count = tile_of(i)
+            row, token, first, count, earlier = tile_of(i)
             weight, row = of_weight(row)
             output = row * t.outputs + side * TILE_N
             first_result = token * t.tokens  # the first token of the results that this block writes
             if plan.divided:
                 first_result += jnp.where(is_whole(i), 0, peer * part)
+            ends_tile = first + count == steps
             factors = ops.load_factors()(weight, first_result, x_scale, *tensor_scales)
 
             def ask_for_residual() -> None:
@@ -185,11 +203,13 @@ def make_kernel(
 
             if has_residual and asking < 0:
                 writes = (team == 0) & (peer == 0) if t.share == 1 else team == 0
+                if stream is not None:
+                    writes = ends_tile
                 pl.when(writes)(ask_for_residual)
             ones = plgpu.layout_cast(jnp.ones((256,), jnp.float32), ops.layout["pair"])
 
             def slot(s: Any) -> Any:
-                return slot_of(i, s * t.teams + team if t.teams > 1 else s)
+                return slot_of(earlier + (s * t.teams + team if t.teams > 1 else s))
 
             def fetch(s: Any, last: Any, ends: bool) -> Any:
                 """Operand and scales of the team's step s; behind the last one, where chains end, those of the last."""
@@ -240,7 +260,7 @@ def make_kernel(
             empty_sum = jnp.zeros((hopper.WARPGROUP * ops.registers,), jnp.float32)
             empty_sum = plgpu.layout_cast(empty_sum, ops.layout["accumulator"])
             carry = (*fetch(jnp.int32(0), ones, ends=False), (empty_sum,) * t.halves)
-            rest = steps % t.unroll
+            rest = steps % t.unroll if stream is None else 0
             if rest:
                 carry = chain(jnp.int32(0), rest, carry)
 
@@ -250,7 +270,7 @@ def make_kernel(
                     pl.when(j == asking)(ask_for_residual)
                 return carry
 
-            chains = jax.lax.div(count, t.unroll) if plan.divided else steps // t.unroll
+            chains = jax.lax.div(count, t.unroll) if counts_vary else steps // t.unroll
             _, _, unit, _, accumulators = jax.lax.fori_loop(0, chains, next_chain, carry)
 
             def write(its: Steps, accumulators: Sequence[Any], unit: Any) -> None:
@@ -281,6 +301,32 @@ def make_kernel(
 
                     for_weight(weight, write_results)
 
+            def exchange_sums(plan: StreamK) -> None:
+                """Of a block with a part of a tile, or all of it."""
+                place = block * t.sides + side
+
+                @pl.when(~ends_tile)
+                def send() -> None:
+                    exchange.send()(place, unit, sums[0], *accumulators)
+                    hopper.warpgroup_barrier()
+                    exchange.announce()(place, flags[0])
+
+                @pl.when(ends_tile)
+                def add() -> None:
+                    start = plan.first_block(plan.piece(i, block)[0]) * t.sides + side
+                    at_once = max(1, min(plan.senders, LOADED_AT_ONCE // ops.registers))
+
+                    def add_some(j: Any, totals: Any) -> Any:
+                        return exchange.add(at_once)(start + j * (at_once * t.sides), place, sums[0], *totals)
+
+                    exchange.wait()(start, place, flags[0])
+                    rounds = jax.lax.div(place - start + (at_once * t.sides - 1), jnp.int32(at_once * t.sides))
+                    totals = exchange.to_units()(unit, *accumulators)
+                    write(ops, jax.lax.fori_loop(0, rounds, add_some, totals), ones)
+
+            if stream is not None:
+                exchange_sums(stream)
+                return
             if parts == 1:
                 if plan.whole:
                     write_whole = functools.partial(write, ops, accumulators, unit)
@@ -365,10 +411,13 @@ def make_kernel(
         scratch.append(plgpu.SMEM((2,), jnp.int32))
     if has_residual:
         scratch.append(plgpu.Barrier(num_arrivals=1, num_barriers=t.sides))
+    outputs = [jax.ShapeDtypeStruct((m, n), out_dtype) for n in sizes]
+    if stream is not None:
+        outputs.append(jax.ShapeDtypeStruct((blocks * t.sides, t.tokens * TILE_N), jnp.float32))
     cluster_axis: dict[str, Any] = {"cluster": (cluster,), "cluster_names": ("peer",)} if cluster > 1 else {}
     kernel = plgpu.kernel(
         body,
-        out_type=tuple(jax.ShapeDtypeStruct((m, n), out_dtype) for n in sizes),
+        out_type=tuple(outputs),
         scratch_types=scratch,
         grid=(blocks,),
         grid_names=("block",),
@@ -389,6 +438,7 @@ def matmul(
     tensor_scales: Sequence[jax.Array],
     biases: Sequence[jax.Array | None],
     residual: jax.Array | None = None,
+    flags: jax.Array | None = None,
     *,
     sizes: tuple[int, ...],
     group_size: int,
@@ -406,6 +456,7 @@ def matmul(
       tensor_scales: per weight, scalar float32.
       biases: per weight ``[n]`` float, or None.
       residual: ``[m, n]`` bf16 that is added to the (rounded) product of the one weight; or None.
+      flags: zeros ``[FLAGS]``, int32, that blocks may use to tell each other what is done; made here if None.
       sizes: outputs n of each weight, multiples of 64.
       group_size: 32, 64 or 128, a divisor of k.
       scale_dtype: of the group scales in ``tiles``, e4m3 or bf16.
@@ -428,7 +479,12 @@ def matmul(
         m, sizes, k, group_size, jnp.dtype(scale_dtype), has_bias, tiling, has_residual, out_dtype, numerics == "folded"
     )  # fmt: skip
     beside = [] if residual is None else [residual]
-    return tuple(kernel(x8, x_scale, *beside, *tiles, *as_vectors(sizes, tensor_scales, biases)))
+    arrays = x8, x_scale, *beside, *tiles, *as_vectors(sizes, tensor_scales, biases)
+    if not tiling.stream_k:
+        return tuple(kernel(*arrays))
+    flags = jnp.zeros((FLAGS,), jnp.int32) if flags is None else flags
+    *products, _ = kernel(*arrays, jax.new_ref(flags))
+    return tuple(products)
 
 
 def as_vectors(

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.row_steps import MAX_WARPGROUPS, VECTOR, Steps
-from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS
+from pallas_kernels.tiling import FLAGS, STREAMING_MULTIPROCESSORS
 
 LONG_ROW = 8192  # elements
 GATE_PARTS = 4  # blocks that share a row of a gate at most: two powers per element keep one busy
@@ -52,30 +52,33 @@ def _steps(m: int, k: int, most_parts: int = 1) -> Steps:
 
 
 def _rounded(m: int, k: int) -> list[tuple[tuple[int, ...], Any]]:
-    return [((m, k), jnp.float8_e4m3fn), ((m,), jnp.float32)]
+    """The results of a kernel: rows, their scales, and zeros for :attr:`pallas_kernels.Rounded.flags`."""
+    return [((m, k), jnp.float8_e4m3fn), ((m,), jnp.float32), ((FLAGS,), jnp.int32)]
 
 
 @jax.jit
-def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """:func:`pallas_kernels.reference.quantize_fp8` of the rows of ``[m, k]`` bf16, k a multiple of 8."""
+def quantize_rows(x: jax.Array) -> tuple[jax.Array, ...]:
+    """:func:`pallas_kernels.reference.quantize_fp8` of the rows of ``[m, k]`` bf16, k a multiple of 8, and flags."""
     m, k = x.shape
     ops = _steps(m, k)
 
-    def body(x: Any, x8: Any, x_scale: Any, scratch: Any, _: Any) -> None:
+    def body(x: Any, x8: Any, x_scale: Any, flags: Any, scratch: Any, _: Any) -> None:
         row = jax.lax.axis_index("row")
+        ops.clear()(flags, row)
         ops.quantize()(ops.load()(x, row), x8, x_scale, scratch, row)
 
     return _launch("quantize_rows", body, ops, m, _rounded(m, k))(x)
 
 
 @functools.partial(jax.jit, static_argnames=("eps",))
-def norm_quantize(x: jax.Array, gain: jax.Array, *, eps: float) -> tuple[jax.Array, jax.Array]:
-    """:func:`pallas_kernels.reference.norm_quantize` of ``[m, k]`` bf16, k a multiple of 8."""
+def norm_quantize(x: jax.Array, gain: jax.Array, *, eps: float) -> tuple[jax.Array, ...]:
+    """:func:`pallas_kernels.reference.norm_quantize` of ``[m, k]`` bf16, k a multiple of 8, and flags."""
     m, k = x.shape
     ops, gain_dtype = _steps(m, k), gain.dtype
 
-    def body(x: Any, gain: Any, x8: Any, x_scale: Any, sums: Any, peaks: Any) -> None:
+    def body(x: Any, gain: Any, x8: Any, x_scale: Any, flags: Any, sums: Any, peaks: Any) -> None:
         row = jax.lax.axis_index("row")
+        ops.clear()(flags, row)
         values = ops.normalize(eps, gain_dtype)(ops.load()(x, row), gain, sums)
         ops.quantize()(values, x8, x_scale, peaks, row)
 
@@ -83,15 +86,16 @@ def norm_quantize(x: jax.Array, gain: jax.Array, *, eps: float) -> tuple[jax.Arr
 
 
 @jax.jit
-def gate_quantize(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """:func:`pallas_kernels.reference.gate_quantize` of ``[m, k]`` bf16, k a multiple of 8."""
+def gate_quantize(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, ...]:
+    """:func:`pallas_kernels.reference.gate_quantize` of ``[m, k]`` bf16, k a multiple of 8, and flags."""
     m, k = gate.shape
     ops = _steps(m, k, GATE_PARTS)
 
-    def body(gate: Any, up: Any, x8: Any, x_scale: Any, scratch: Any, _: Any) -> None:
+    def body(gate: Any, up: Any, x8: Any, x_scale: Any, flags: Any, scratch: Any, _: Any) -> None:
         if ops.parts > 1:
             hopper.cluster_arrive()
         row = jax.lax.axis_index("row")
+        ops.clear()(flags, row)
         ops.quantize()(ops.gate()(ops.load()(gate, row), up, row), x8, x_scale, scratch, row)
 
     return _launch("gate_quantize", body, ops, m, _rounded(m, k))(gate, up)

@@ -11,7 +11,7 @@ from pallas_kernels.dispatch import no_hopper, refused, register, require, selec
 from pallas_kernels.reference import Numerics
 from pallas_kernels.rows import check_rows, round_rows
 from pallas_kernels.sources import Rounded, Source, Ungated, Unnormed
-from pallas_kernels.tiling import rounds_its_input
+from pallas_kernels.tiling import FLAGS, rounds_its_input
 from pallas_kernels.tuned import choose_streaming
 
 
@@ -32,23 +32,21 @@ class TiledWeight(NamedTuple):
 
 
 def _mosaic_matmul(
-    x8: jax.Array,
-    x_scale: jax.Array,
-    weights: Sequence[TiledWeight],
-    residual: jax.Array | None,
-    **options: Any,
+    x: Rounded, weights: Sequence[TiledWeight], residual: jax.Array | None, **options: Any
 ) -> tuple[jax.Array, ...]:
     from pallas_kernels import mosaic_matmul
 
     tiles, tensor_scales, biases, sizes = zip(*weights, strict=True)
-    return mosaic_matmul.matmul(x8, x_scale, tiles, tensor_scales, biases, residual, sizes=sizes, **options)
+    return mosaic_matmul.matmul(
+        x.values, x.scale, tiles, tensor_scales, biases, residual, x.flags, sizes=sizes, **options
+    )
 
 
 def _mosaic_matvec(
-    x8: jax.Array, x_scale: jax.Array, weights: Sequence[TiledWeight], residual: jax.Array | None, **options: Any
+    x: Rounded, weights: Sequence[TiledWeight], residual: jax.Array | None, **options: Any
 ) -> tuple[jax.Array, ...]:
     del options["numerics"]  # exact, or the kernel is not selected
-    return _mosaic_matvec_of(Rounded(x8, x_scale), weights, residual, **options)
+    return _mosaic_matvec_of(Rounded(x.values, x.scale), weights, residual, **options)
 
 
 def _mosaic_matvec_of(
@@ -61,10 +59,10 @@ def _mosaic_matvec_of(
 
 
 def _reference_tiled(
-    x8: jax.Array, x_scale: jax.Array, weights: Sequence[TiledWeight], residual: jax.Array | None, **options: Any
+    x: Rounded, weights: Sequence[TiledWeight], residual: jax.Array | None, **options: Any
 ) -> tuple[jax.Array, ...]:
     products = tuple(
-        reference.int4_fp8_matmul_tiled(x8, x_scale, w.tiles, w.tensor_scale, w.bias, n=w.outputs, **options)
+        reference.int4_fp8_matmul_tiled(x.values, x.scale, w.tiles, w.tensor_scale, w.bias, n=w.outputs, **options)
         for w in weights
     )
     return products if residual is None else (residual + products[0],)
@@ -202,12 +200,33 @@ def int4_fp8_matmuls_tiled(
       ValueError: there is no weight, shapes or dtypes do not belong together, or ``numerics`` is unknown.
       NotImplementedError: ``implementation`` does not exist, or takes no such shape or device.
     """
+    return _multiply(
+        Rounded(x8, x_scale), weights, residual,
+        group_size=group_size, scale_dtype=scale_dtype, numerics=numerics, out_dtype=out_dtype,
+        implementation=implementation,
+    )  # fmt: skip
+
+
+def _multiply(
+    x: Rounded,
+    weights: Sequence[TiledWeight],
+    residual: jax.Array | None,
+    *,
+    group_size: int,
+    scale_dtype: Any,
+    numerics: Numerics,
+    out_dtype: Any,
+    implementation: str | None,
+) -> tuple[jax.Array, ...]:
+    """:func:`int4_fp8_matmuls_tiled` of rows that may have flags."""
     op = "int4_fp8_matmul_tiled"
-    if x8.ndim != 2:
-        raise ValueError(f"{op}: x8 is a matrix, got {x8.shape}")
-    m, k = x8.shape
+    if x.values.ndim != 2:
+        raise ValueError(f"{op}: x8 is a matrix, got {x.values.shape}")
+    m, k = x.values.shape
     _check_numerics(op, numerics)
-    _check_activations(op, x8, x_scale)
+    _check_activations(op, x.values, x.scale)
+    if x.flags is not None:
+        require(op, "flags", x.flags, (FLAGS,), (jnp.int32,))
     _check_tiled(op, weights, k, group_size, scale_dtype)
     _check_residual(op, residual, m, weights, out_dtype)
     share = weight_layout.share_bytes(group_size, scale_dtype)
@@ -217,8 +236,8 @@ def int4_fp8_matmuls_tiled(
         for name in ("mosaic_gpu", "mosaic_gpu_matvec"):
             refusals.setdefault(name, f"the residual is {residual.dtype}, not bfloat16")
     products: tuple[jax.Array, ...] = select(op, implementation, refusals)(
-        x8, x_scale, weights, residual, out_dtype=out_dtype, **settings
-    )  # fmt: skip
+        x, weights, residual, out_dtype=out_dtype, **settings
+    )
     return products
 
 
@@ -266,9 +285,8 @@ def int4_matmuls_tiled(
             return _mosaic_matvec_of(source, weights, residual, **settings)
     # What follows checks for itself.
     rounding = None if implementation == "mosaic_gpu_matvec" else implementation
-    x8, x_scale = round_rows(source, implementation=rounding)
-    return int4_fp8_matmuls_tiled(
-        x8, x_scale, weights, residual,
+    return _multiply(
+        round_rows(source, implementation=rounding), weights, residual,
         numerics=numerics, out_dtype=out_dtype, implementation=implementation, **settings,
     )  # fmt: skip
 

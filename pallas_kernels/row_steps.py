@@ -14,6 +14,7 @@ from pallas_kernels import hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.reference import E4M3_MAX
+from pallas_kernels.tiling import FLAGS
 
 VECTOR = 8  # bf16 that a thread reads at once
 MAX_WARPGROUPS = 8
@@ -107,6 +108,26 @@ class Steps:
             return ()
 
         return cast(Operation, quantize)
+
+    def clear(self) -> Operation:
+        """``(flags, row) -> ()``: zeros them, in the first row's block."""
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), self.scalar), return_type=())
+        def clear(_: Any, flags: Any, row: Any) -> Any:
+            first = arith.cmpi(arith.CmpIPredicate.eq, row.registers.item(), i32(0))
+            for begin in range(0, FLAGS, 4 * self.threads):
+                number = arith.addi(arith.muli(utils.thread_idx(), i32(4)), i32(begin))
+                exists = arith.andi(first, arith.cmpi(arith.CmpIPredicate.ult, number, i32(FLAGS)))
+                hopper.asm(
+                    "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.global.v4.b32 [$0], {$2, $2, $2, $2}; }", "l,r,r",
+                    [
+                        hopper.global_address(flags, 4, (number, 1)),
+                        arith.extui(ir.IntegerType.get_signless(32), exists), i32(0),
+                    ], [],
+                )  # fmt: skip
+            return ()
+
+        return cast(Operation, clear)
 
 
 def normalized(

@@ -8,22 +8,26 @@ import jax.numpy as jnp
 
 from pallas_kernels import reference
 from pallas_kernels.dispatch import no_hopper, refused, register, require, select
-from pallas_kernels.sources import Rounded, Source, Ungated, Unnormed
+from pallas_kernels.sources import Rounded, Source, Ungated, Unnormed, Unrounded
 from pallas_kernels.tiling import MAX_ROW
 
 
-def _mosaic_rows(name: str) -> Callable[..., Any]:
-    def compute(*arrays: Any, **options: Any) -> Any:
+def _mosaic_rows(name: str) -> Callable[..., Rounded]:
+    def compute(*arrays: Any, **options: Any) -> Rounded:
         from pallas_kernels import mosaic_rows
 
-        return getattr(mosaic_rows, name)(*arrays, **options)
+        return Rounded(*getattr(mosaic_rows, name)(*arrays, **options))
 
     return compute
 
 
-register("quantize_rows", mosaic_gpu=_mosaic_rows("quantize_rows"), reference=reference.quantize_fp8)
-register("norm_quantize", mosaic_gpu=_mosaic_rows("norm_quantize"), reference=reference.norm_quantize)
-register("gate_quantize", mosaic_gpu=_mosaic_rows("gate_quantize"), reference=reference.gate_quantize)
+def _reference_rows(operation: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable[..., Rounded]:
+    return lambda *arrays, **options: Rounded(*operation(*arrays, **options))
+
+
+register("quantize_rows", mosaic_gpu=_mosaic_rows("quantize_rows"), reference=_reference_rows(reference.quantize_fp8))
+register("norm_quantize", mosaic_gpu=_mosaic_rows("norm_quantize"), reference=_reference_rows(reference.norm_quantize))
+register("gate_quantize", mosaic_gpu=_mosaic_rows("gate_quantize"), reference=_reference_rows(reference.gate_quantize))
 
 
 def check_rows(op: str, *rows: jax.Array) -> None:
@@ -66,8 +70,8 @@ def quantize_rows(x: jax.Array, *, implementation: str | None = None) -> tuple[j
       ValueError: x is no matrix.
       NotImplementedError: ``implementation`` does not exist, or takes no such rows or device.
     """
-    op = "quantize_rows"
-    return select(op, implementation, _row_refusals(op, x))(x)
+    rows = round_rows(Unrounded(x), implementation=implementation)
+    return rows.values, rows.scale
 
 
 def norm_quantize(
@@ -79,10 +83,8 @@ def norm_quantize(
       ValueError: shapes or dtypes do not belong together.
       NotImplementedError: ``implementation`` does not exist, or takes no such rows or device.
     """
-    op = "norm_quantize"
-    refusals = _row_refusals(op, x)
-    require(op, "gain", gain, x.shape[1:], (jnp.bfloat16, jnp.float32))
-    return select(op, implementation, refusals)(x, gain, eps=eps)
+    rows = round_rows(Unnormed(x, gain, eps), implementation=implementation)
+    return rows.values, rows.scale
 
 
 def gate_quantize(gate: jax.Array, up: jax.Array, *, implementation: str | None = None) -> tuple[jax.Array, jax.Array]:
@@ -92,11 +94,11 @@ def gate_quantize(gate: jax.Array, up: jax.Array, *, implementation: str | None 
       ValueError: shapes or dtypes do not belong together.
       NotImplementedError: ``implementation`` does not exist, or takes no such rows or device.
     """
-    op = "gate_quantize"
-    return select(op, implementation, _row_refusals(op, gate, up))(gate, up)
+    rows = round_rows(Ungated(gate, up), implementation=implementation)
+    return rows.values, rows.scale
 
 
-def round_rows(source: Source, *, implementation: str | None = None) -> tuple[jax.Array, jax.Array]:
+def round_rows(source: Source, *, implementation: str | None = None) -> Rounded:
     """The e4m3 activations that a source stands for, ``[m, k]``, and their ``[m]`` float32 scales.
 
     Raises:
@@ -104,9 +106,14 @@ def round_rows(source: Source, *, implementation: str | None = None) -> tuple[ja
       NotImplementedError: ``implementation`` does not exist, or takes no such rows or device.
     """
     if isinstance(source, Rounded):
-        return source.values, source.scale
+        return source
+    op, options = "quantize_rows", {}
     if isinstance(source, Unnormed):
-        return norm_quantize(source.values, source.gain, eps=source.eps, implementation=implementation)
-    if isinstance(source, Ungated):
-        return gate_quantize(source.gate, source.up, implementation=implementation)
-    return quantize_rows(source.values, implementation=implementation)
+        op, options = "norm_quantize", {"eps": source.eps}
+        refusals = _row_refusals(op, source.values)
+        require(op, "gain", source.gain, source.values.shape[1:], (jnp.bfloat16, jnp.float32))
+    else:
+        op = "gate_quantize" if isinstance(source, Ungated) else "quantize_rows"
+        refusals = _row_refusals(op, *source.arrays())
+    rows: Rounded = select(op, implementation, refusals)(*source.arrays(), **options)
+    return rows

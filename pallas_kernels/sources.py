@@ -8,7 +8,7 @@ import jax
 _pytree = jax.tree_util.register_dataclass
 
 
-@partial(_pytree, data_fields=["values", "scale"], meta_fields=[])
+@partial(_pytree, data_fields=["values", "scale", "flags"], meta_fields=[])
 @dataclass(frozen=True)
 class Rounded:
     """Rows in e4m3 already.
@@ -16,10 +16,14 @@ class Rounded:
     Attributes:
       values: ``[..., k]`` e4m3.
       scale: ``[...]`` float32; the activations are ``values · scale``.
+      flags: zeros ``[tiling.FLAGS]``, int32, for a product's blocks to tell each other what is done; None for a product
+        to make them. Whoever makes rows has them almost for nothing, a kernel of their own takes longer than some
+        products.
     """
 
     values: jax.Array
     scale: jax.Array
+    flags: jax.Array | None = None
 
     def arrays(self) -> tuple[jax.Array, ...]:
         """What a kernel reads of it, rows first."""
@@ -27,7 +31,7 @@ class Rounded:
 
     def as_matrix(self, k: int) -> "Rounded":
         """The same with rows of k in one axis."""
-        return Rounded(self.values.reshape(-1, k), self.scale.reshape(-1))
+        return Rounded(self.values.reshape(-1, k), self.scale.reshape(-1), self.flags)
 
 
 @partial(_pytree, data_fields=["values"], meta_fields=[])

@@ -12,6 +12,7 @@ from pallas_kernels.weight_layout import SHARE_N, TILE_K, TILE_N
 BLOCK_N = 2 * TILE_N
 SHARED_MEMORY = 232448
 STREAMING_MULTIPROCESSORS = 132
+FLAGS = 2 * STREAMING_MULTIPROCESSORS  # of the two warpgroups of every block
 FEW_TOKENS = 16  # that the matvec kernel can take; the rules give it half as many
 UNIT = SHARE_N  # outputs that the matvec kernel's warps make together
 WARPS = 16  # of a block of the matvec kernel
@@ -42,6 +43,9 @@ class Tiling:
       share: blocks, 1 or 2, that take the same tokens and copy them once; and the last tiles together, if there are too
         few for all blocks (:func:`plan_rounds`).
       persistent: a block per multiprocessor that works through many tiles, instead of a block per tile.
+      stream_k: whether the persistent blocks take equally many steps each, whatever tiles these are of, and those that
+        have parts of a tile add up through global memory (stream-K, arXiv 2301.03598); for blocks of one team with two
+        sides that share and split nothing.
       sides: warpgroups of a team, 1 or 2, with 64 outputs each. With one, steps are copied in pairs, for two teams or
         another even number, and blocks do not share tokens.
     """
@@ -56,6 +60,7 @@ class Tiling:
     persistent: bool = True
     teams: int = 1
     sides: int = 2
+    stream_k: bool = False
 
     @property
     def outputs(self) -> int:
@@ -120,6 +125,71 @@ class Rounds:
             jnp.where(whole, 0, peer * self.part_steps),
             jnp.where(whole, self.steps, self.part_steps),
         )
+
+
+MAX_SENDERS = 16  # blocks that share a tile; a warp can wait for twice as many at once
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamK:
+    """What the blocks of a product do if each takes equally many chains of steps, of one tile after another.
+
+    A block begins with its last tile: if another block has that tile's last chains, it need not wait for the sums.
+    Blocks are begun in order, so that those before the one that waits run.
+
+    Attributes:
+      blocks: at work together.
+      tiles: of outputs and tokens.
+      chains: of a tile.
+      unroll: steps of a chain.
+    """
+
+    blocks: int
+    tiles: int
+    chains: int
+    unroll: int
+
+    @property
+    def senders(self) -> int:
+        """How many blocks' sums another block adds to its own at most."""
+        return min(-(-self.blocks // self.tiles), self.blocks - 1)
+
+    def begin(self, block: Any) -> Any:
+        """The first of a block's chains, counted through all tiles; that of the next block is where it ends."""
+        return jax.lax.div(block * (self.tiles * self.chains), jnp.int32(self.blocks))
+
+    def pieces(self, block: Any) -> Any:
+        """Of how many tiles a block has chains."""
+        chains = jnp.int32(self.chains)
+        return jax.lax.div(self.begin(block + 1) - 1, chains) - jax.lax.div(self.begin(block), chains) + 1
+
+    def piece(self, i: Any, block: Any) -> tuple[Any, Any, Any, Any]:
+        """A block's piece i.
+
+        Returns:
+          Its tile, the first of the tile's steps that it has, how many, and the block's steps before it.
+        """
+        first, end = self.begin(block), self.begin(block + 1)
+        tile = jax.lax.div(end - 1, jnp.int32(self.chains)) - i
+        its_first = jnp.maximum(first, tile * self.chains)
+        its_end = jnp.minimum(end, (tile + 1) * self.chains)
+        return (
+            tile,
+            (its_first - tile * self.chains) * self.unroll,
+            (its_end - its_first) * self.unroll,
+            (end - its_end) * self.unroll,
+        )
+
+    def first_block(self, tile: Any) -> Any:
+        """The first one that has chains of a tile."""
+        chain = tile * self.chains
+        return jax.lax.div((chain + 1) * self.blocks - 1, jnp.int32(self.tiles * self.chains))
+
+
+def plan_stream(t: Tiling, tiles: int, steps: int) -> StreamK:
+    """For tiles of so many steps; behind the last one inputs are read as zeros."""
+    chains = -(-steps // t.unroll)
+    return StreamK(min(STREAMING_MULTIPROCESSORS, tiles * min(chains, MAX_SENDERS)), tiles, chains, t.unroll)
 
 
 def plan_rounds(t: Tiling, row_blocks: int, token_tiles: int, steps: int) -> Rounds:

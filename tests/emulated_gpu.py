@@ -15,6 +15,7 @@ Memory, barriers and products are in ``emulated_memory``, PTX in ``emulated_ptx`
 
 import functools
 import itertools
+import math
 import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -218,13 +219,16 @@ def emulated(*modules):
         if machine.failures:
             raise machine.failures[0]
 
+    def garbage(t):
+        return np.full(math.prod(t.shape) * np.dtype(t.dtype).itemsize, 0xA5, np.uint8).view(t.dtype).reshape(t.shape)
+
     def kernel(body, *, out_type, grid, scratch_types=(), num_threads, cluster=(1,), **_):
         def launch(*arrays):
             # A reference is one to memory that the kernel changes.
             refs = [machine.publish(np.array(x[...]) if isinstance(x, jax.Ref) else np.asarray(x)) for x in arrays]
             several = isinstance(out_type, tuple)
             types = out_type if several else (out_type,)
-            outs = [machine.publish(np.zeros(t.shape, t.dtype)) for t in types]
+            outs = [machine.publish(garbage(t)) for t in types]
             for index in range(grid[0]):
                 blocks = [Block(128 * num_threads, index, peer) for peer in range(cluster[0])]
                 specs = [

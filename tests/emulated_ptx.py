@@ -137,7 +137,7 @@ class Machine:
         elif kind[0] == "selp":
             assign(arguments[0], np.where(names[arguments[3]], value(arguments[1]), value(arguments[2])))
         elif kind[0] in ("ld", "st"):
-            space = kind[1].partition("::")[0]
+            space = next(k for k in kind[1:] if k not in ("acquire", "release", "gpu")).partition("::")[0]
             count = next((int(k[1:]) for k in kind if k in ("v2", "v4")), 1)
             size = {"u16": 2, "b16": 2, "b8": 1}.get(kind[-1], 4)
             if kind[0] == "ld":

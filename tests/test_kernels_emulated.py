@@ -28,6 +28,7 @@ from pallas_kernels import (
     mosaic_decode,
     mosaic_matmul,
     mosaic_matvec,
+    stream_steps,
     tiling,
     warp_slots,
 )
@@ -104,6 +105,10 @@ def test_matvec_of_several_weights(m, sizes, k, cut, biased):
         (9, 192, 1152, 128, E4M3, Tiling(16, 4, halves=1, unroll=2, persistent=False, split=2)),
         (9, 192, 1152, 128, E4M3, Tiling(16, 6, halves=1, unroll=2, persistent=False, split=2, teams=2, sides=1)),
         (20, 192, 640, 64, BF16, Tiling(16, 8, unroll=2, persistent=False, teams=4, sides=1)),
+        (9, 192, 1152, 128, E4M3, Tiling(16, 4, halves=1, unroll=2, stream_k=True)),  # tiles that many blocks divide
+        (40, 9152, 384, 64, BF16, Tiling(32, 3, unroll=2, stream_k=True)),  # blocks with the parts of two tiles
+        (70, 17024, 128, 128, E4M3, Tiling(64, 2, unroll=2, stream_k=True)),  # a chain of each, of which some have two
+        (9, 192, 2304, 128, E4M3, Tiling(16, 4, halves=1, unroll=2, stream_k=True)),
         (40, 192, 640, 64, BF16, Tiling(32, 3, unroll=2, share=2)),  # tiles that two blocks divide
         (70, 448, 896, 128, E4M3, Tiling(32, 3, unroll=2, share=2)),  # some of them whole
         (40, 256, 384, 128, E4M3, Tiling(16, 3, halves=1, unroll=2, share=2)),
@@ -118,7 +123,7 @@ def test_matmul(m, n, k, group_size, scale_dtype, how, monkeypatch):
     bias = jnp.asarray(np.random.default_rng(5).normal(size=n) * 100, jnp.float32)
     expected = product(x, x_scale, values, scales, 0.5, bias)
     for out_dtype, rounding in ((BF16, 2**-8), (jnp.float32, 0)):
-        with emulated(mosaic_matmul, matmul_steps):
+        with emulated(mosaic_matmul, matmul_steps, stream_steps):
             [y] = mosaic_matmul.matmul(
                 x, x_scale, [tiles], [jnp.float32(0.5)], [bias],
                 sizes=(n,), group_size=group_size, scale_dtype=scale_dtype, out_dtype=out_dtype, tiling=how,
@@ -145,7 +150,7 @@ def test_folded_matmul(m, n, k, group_size, scale_dtype, how):
     tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
     bias = jnp.asarray(np.random.default_rng(5).normal(size=n) * 100, jnp.float32)
     expected = product(x, x_scale, *folded(values, scales), 0.5, bias)
-    with emulated(mosaic_matmul, matmul_steps):
+    with emulated(mosaic_matmul, matmul_steps, stream_steps):
         [y] = mosaic_matmul.matmul(
             x, x_scale, [tiles], [jnp.float32(0.5)], [bias], sizes=(n,), group_size=group_size,
             scale_dtype=scale_dtype, out_dtype=jnp.float32, numerics="folded", tiling=how,
@@ -160,6 +165,7 @@ def test_folded_matmul(m, n, k, group_size, scale_dtype, how):
         (9, (192, 64), (1,), Tiling(16, 4, halves=1, unroll=2, persistent=False)),
         (9, (192, 64), (1,), Tiling(16, 4, halves=1, unroll=2, persistent=False, teams=2, sides=1)),
         (40, (64, 192, 64), (), Tiling(32, 3, halves=2, unroll=2)),  # blocks that go through tiles of all weights
+        (40, (64, 192, 64), (0, 2), Tiling(32, 3, halves=2, unroll=2, stream_k=True)),
     ],
 )
 def test_matmul_of_several_weights(m, sizes, biased, how):
@@ -168,7 +174,7 @@ def test_matmul_of_several_weights(m, sizes, biased, how):
     weights, dense = several_weights(sizes, k, biased)
     expected = [product(x, x_scale, *of_weight) for of_weight in dense]
     tiles, tensor_scales, biases, _ = zip(*weights, strict=True)
-    with emulated(mosaic_matmul, matmul_steps):
+    with emulated(mosaic_matmul, matmul_steps, stream_steps):
         results = mosaic_matmul.matmul(
             x, x_scale, tiles, tensor_scales, biases, sizes=sizes, group_size=128, scale_dtype=E4M3, tiling=how
         )  # fmt: skip
@@ -184,6 +190,7 @@ def test_matmul_of_several_weights(m, sizes, biased, how):
         (9, 192, 1152, Tiling(16, 4, halves=1, unroll=2, persistent=False, teams=2)),
         (9, 192, 1152, Tiling(16, 4, halves=1, unroll=2, persistent=False, split=2, teams=2, sides=1)),
         (40, 192, 128, Tiling(32, 3, halves=2, unroll=2)),  # no chain behind which to ask for the residual
+        (40, 192, 1152, Tiling(32, 3, halves=2, unroll=2, stream_k=True)),
         (70, 192, 256, Tiling(32, 2, halves=2, unroll=2)),
         (70, 320, 896, Tiling(32, 2, halves=2, unroll=2)),  # blocks with several tiles
         (70, 448, 896, Tiling(32, 3, unroll=2, share=2)),  # of which two blocks divide the last ones
@@ -201,7 +208,7 @@ def test_residual(m, n, k, how, monkeypatch):
     residual = jnp.asarray(rng.normal(size=expected.shape) * np.abs(expected).max() / 4, BF16)
     settings = {"sizes": (n,), "group_size": 128, "scale_dtype": E4M3}
     if isinstance(how, Tiling):
-        with emulated(mosaic_matmul, matmul_steps):
+        with emulated(mosaic_matmul, matmul_steps, stream_steps):
             [y] = mosaic_matmul.matmul(*arguments, residual, **settings, tiling=how)
     else:
         with emulated(mosaic_matvec, matvec_steps, warp_slots, matmul_steps):

@@ -335,6 +335,10 @@ def test_kernel_against_float32(multiply, sizes):
         Tiling(16, 8, halves=1, unroll=2, split=2, persistent=False, teams=2, sides=1),
         Tiling(64, 8, halves=1, unroll=2, persistent=False, teams=4, sides=1),
         Tiling(8, 8, halves=1, unroll=2, persistent=False, teams=2, sides=1),
+        Tiling(16, 8, halves=1, unroll=2, stream_k=True),
+        Tiling(64, 8, halves=1, unroll=2, stream_k=True),
+        Tiling(128, 4, stream_k=True),
+        Tiling(256, 3, stream_k=True),
     ],
     ids=str,
 )

@@ -8,6 +8,7 @@ from emulated_gpu import emulated
 from test_matmul_kernel import BF16, on_hopper
 
 from pallas_kernels import mosaic_rows, row_steps
+from pallas_kernels.tiling import FLAGS
 
 EPS = 1e-5
 
@@ -24,8 +25,10 @@ def exact(x):
     return np.asarray(x.astype(jnp.float32), np.float64)
 
 
-def check(x8, x_scale, expected, rounding):
-    """e4m3 values and scales stand for ``expected``, which was rounded by up to ``rounding`` before."""
+def check(results, expected, rounding):
+    """Of e4m3 values, scales and flags: those stand for ``expected``, rounded by up to ``rounding``; flags are zeros."""
+    x8, x_scale, flags = results
+    np.testing.assert_array_equal(flags, np.zeros(FLAGS, np.int32))
     peak = np.abs(expected).max(axis=1)
     np.testing.assert_allclose(x_scale, np.where(peak > 0, peak / 448, 1), rtol=rounding + 1e-6)
     actual = exact(x8) * np.asarray(x_scale, np.float64)[:, None]
@@ -48,10 +51,10 @@ SIZES = [(3, 64), (2, 1032), (2, 4096), (1, 14336)]
 def check_all(m, k, gain_dtype):
     x, y = rows(1, m, k), rows(2, m, k)
     gain = jnp.asarray(np.random.default_rng(3).normal(size=k), gain_dtype)
-    check(*mosaic_rows.quantize_rows(x), exact(x), 0)
-    check(*mosaic_rows.gate_quantize(x, y), silu(exact(x)) * exact(y), 1e-5)
+    check(mosaic_rows.quantize_rows(x), exact(x), 0)
+    check(mosaic_rows.gate_quantize(x, y), silu(exact(x)) * exact(y), 1e-5)
     # Rounded to bf16, as a norm's result is.
-    check(*mosaic_rows.norm_quantize(x, gain, eps=EPS), norm(exact(x), exact(gain)), 2**-8)
+    check(mosaic_rows.norm_quantize(x, gain, eps=EPS), norm(exact(x), exact(gain)), 2**-8)
 
 
 @pytest.mark.parametrize("gain_dtype", [BF16, jnp.float32])
@@ -73,7 +76,7 @@ def test_on_a_gpu(m, k, gain_dtype):
 def test_a_nan_makes_its_row_nan():
     x = rows(0, 3, 128).at[1, 77].set(jnp.nan)
     with emulated(mosaic_rows, row_steps):
-        x8, x_scale = mosaic_rows.quantize_rows(x)
+        x8, x_scale, _ = mosaic_rows.quantize_rows(x)
     assert np.isnan(np.asarray(x_scale)).tolist() == [False, True, False]
     assert np.isnan(exact(x8)).all(axis=1).tolist() == [False, True, False]
 
