@@ -227,7 +227,51 @@ def tiling_by_rule(m: int, n: int, k: int, tile_bytes: int) -> Tiling:
 ENOUGH_BLOCKS = 96  # that keep the memory busy
 
 
+@dataclasses.dataclass(frozen=True)
+class FewTokensCost:
+    """What tiles of few tokens cost on an H200, in microseconds.
+
+    Attributes:
+      start: of a block, before its first step and behind its last one.
+      side: of a step of a warpgroup, where four are at work on a multiprocessor.
+      lone_side: where there are two, which cannot hide what a step waits for.
+      stream_start: of a block that adds up with others through global memory.
+    """
+
+    start: float
+    side: float
+    lone_side: float
+    stream_start: float
+
+
+FEW_TOKENS_COST = {
+    8: FewTokensCost(3.4, 0.113, 0.145, 4.3),
+    16: FewTokensCost(3.4, 0.113, 0.145, 4.3),
+    32: FewTokensCost(3.6, 0.118, 0.145, 5.2),
+    64: FewTokensCost(4.6, 0.160, 0.167, 6.2),
+}
+SPLIT_MICROSECONDS = 0.8  # that it takes to add up in a cluster
+
+
 def few_tokens_tiling(tokens: int, n: int, steps: int) -> Tiling:
+    """For up to 64 tokens: equally many steps for all multiprocessors where that saves more than adding up costs."""
+    stream = Tiling(tokens, 6 if tokens == 64 else 8, halves=1, unroll=2, stream_k=True)
+    cuts = whole_tiles_tiling(tokens, n, steps), stream
+    return min(cuts, key=lambda t: few_tokens_microseconds(t, n, steps))
+
+
+def few_tokens_microseconds(t: Tiling, n: int, steps: int) -> float:
+    """What a product of up to 64 tokens takes about."""
+    cost, tiles = FEW_TOKENS_COST[t.tokens], -(-n // t.outputs)
+    if t.stream_k:
+        plan = plan_stream(t, tiles, steps)
+        return cost.stream_start + -(-tiles * plan.chains // plan.blocks) * t.unroll * t.sides * cost.lone_side
+    rounds = -(-tiles * t.split // STREAMING_MULTIPROCESSORS)
+    side = cost.lone_side if rounds * t.sides * t.teams == 2 else cost.side
+    return cost.start + rounds * t.sides * -(-steps // t.split) * side + (t.split > 1) * SPLIT_MICROSECONDS
+
+
+def whole_tiles_tiling(tokens: int, n: int, steps: int) -> Tiling:
     """For up to 64 tokens, which take as long as the weight needs to be read: as many blocks as read at full speed."""
     blocks, narrow = -(-n // BLOCK_N), -(-n // TILE_N)
     tiling = Tiling(tokens, 8, halves=1, unroll=2, persistent=False)
@@ -246,9 +290,13 @@ def few_tokens_tiling(tokens: int, n: int, steps: int) -> Tiling:
 
 
 # Tilings for more than 64 tokens, in order of preference.
-MANY_TOKENS = [Tiling(tokens, stages, share=share) for tokens, stages in ((256, 4), (128, 6)) for share in (1, 2)]
+MANY_TOKENS = [
+    *(Tiling(tokens, stages, share=share) for tokens, stages in ((256, 4), (128, 6)) for share in (1, 2)),
+    Tiling(128, 4, stream_k=True),
+]
 STEP_MICROSECONDS = {256: 0.8, 128: 0.5}  # of a tile of so many tokens
 DIVIDING_MICROSECONDS = 3  # that it takes to bring the parts of a tile together
+STREAM_MICROSECONDS = 6  # the same, through global memory
 
 
 def estimated_microseconds(t: Tiling, m: int, n: int, k: int) -> float:
@@ -256,6 +304,10 @@ def estimated_microseconds(t: Tiling, m: int, n: int, k: int) -> float:
     row_blocks, token_tiles = -(-n // BLOCK_N), -(-m // t.tokens)
     if row_blocks < t.share:
         return math.inf
+    if t.stream_k:
+        stream = plan_stream(t, row_blocks * token_tiles, -(-k // TILE_K))
+        steps = -(-stream.tiles * stream.chains // stream.blocks) * t.unroll
+        return steps * STEP_MICROSECONDS[t.tokens] + STREAM_MICROSECONDS
     plan = plan_rounds(t, row_blocks, token_tiles, -(-k // TILE_K))
     steps = plan.whole * plan.steps + plan.part_steps
     # Copying tokens once for two blocks saves power, but has them wait for each other.

@@ -26,7 +26,7 @@ def exact(x):
 
 
 def check(results, expected, rounding):
-    """Of e4m3 values, scales and flags: those stand for ``expected``, rounded by up to ``rounding``; flags are zeros."""
+    """e4m3 values with their scales stand for ``expected``, rounded by up to ``rounding``, and flags are zeros."""
     x8, x_scale, flags = results
     np.testing.assert_array_equal(flags, np.zeros(FLAGS, np.int32))
     peak = np.abs(expected).max(axis=1)
