@@ -26,6 +26,8 @@ import numpy as np
 
 import pallas_kernels as pk
 from convert.folder import write_json
+from pallas_kernels.mosaic_matmul import matmul
+from pallas_kernels.tiling import Tiling
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "sanitizer.json"
 TOOLS = ("memcheck", "racecheck", "synccheck")
@@ -65,6 +67,18 @@ def product(
         )  # fmt: skip
 
     return multiply, (x8, scale, tiles, residual)
+
+
+def stream_k(m: int, n: int, k: int) -> Case:
+    """Blocks that add up through global memory."""
+    _, (x8, scale, tiles, _) = product("reference", m, (n,), k)
+    tiling = Tiling(16, 4, halves=1, unroll=2, stream_k=True)
+
+    def multiply(x8: jax.Array, scale: jax.Array, tiles: list[jax.Array]) -> Any:
+        weights = tiles, [jnp.float32(0.5)], [None]
+        return matmul(x8, scale, *weights, sizes=(n,), group_size=128, scale_dtype=E4M3, tiling=tiling)
+
+    return multiply, (x8, scale, tiles)
 
 
 def unnormed(m: int, k: int, n: int) -> Case:
@@ -129,6 +143,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "matvec with the norms of three": lambda: unnormed(3, 1024, 192),
     "matmul, inputs split": lambda: product("mosaic_gpu", 16, (256,), 2048, with_residual=True),
     "matmul, 64 tokens": lambda: product("mosaic_gpu", 50, (128, 64), 1024),
+    "matmul, parts of tiles": lambda: stream_k(40, 192, 2048),
     "matmul, shared tokens": lambda: product("mosaic_gpu", 600, (448, 128), 512),
     "matmul, shared tokens, residual": lambda: product("mosaic_gpu", 600, (512,), 512, with_residual=True),
     "matmul, divided tiles": lambda: product("mosaic_gpu", 600, (448, 128), 2048),

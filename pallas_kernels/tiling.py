@@ -245,19 +245,21 @@ class FewTokensCost:
 
 
 FEW_TOKENS_COST = {
-    8: FewTokensCost(3.4, 0.113, 0.145, 4.3),
-    16: FewTokensCost(3.4, 0.113, 0.145, 4.3),
-    32: FewTokensCost(3.6, 0.118, 0.145, 5.2),
-    64: FewTokensCost(4.6, 0.160, 0.167, 6.2),
+    8: FewTokensCost(3.4, 0.110, 0.145, 4.3),
+    16: FewTokensCost(3.4, 0.110, 0.145, 4.3),
+    32: FewTokensCost(3.6, 0.115, 0.145, 5.2),
+    64: FewTokensCost(3.4, 0.175, 0.167, 6.2),
 }
 SPLIT_MICROSECONDS = 0.8  # that it takes to add up in a cluster
+STREAM_MARGIN = 1.03  # by which adding up through global memory must be faster to be chosen
 
 
 def few_tokens_tiling(tokens: int, n: int, steps: int) -> Tiling:
     """For up to 64 tokens: equally many steps for all multiprocessors where that saves more than adding up costs."""
     stream = Tiling(tokens, 6 if tokens == 64 else 8, halves=1, unroll=2, stream_k=True)
-    cuts = whole_tiles_tiling(tokens, n, steps), stream
-    return min(cuts, key=lambda t: few_tokens_microseconds(t, n, steps))
+    whole = whole_tiles_tiling(tokens, n, steps)
+    faster = STREAM_MARGIN * few_tokens_microseconds(stream, n, steps) < few_tokens_microseconds(whole, n, steps)
+    return stream if faster else whole
 
 
 def few_tokens_microseconds(t: Tiling, n: int, steps: int) -> float:
@@ -276,6 +278,8 @@ def whole_tiles_tiling(tokens: int, n: int, steps: int) -> Tiling:
     blocks, narrow = -(-n // BLOCK_N), -(-n // TILE_N)
     tiling = Tiling(tokens, 8, halves=1, unroll=2, persistent=False)
     if blocks >= ENOUGH_BLOCKS:
+        if blocks <= STREAMING_MULTIPROCESSORS and tokens < 64 and steps >= 4:
+            return dataclasses.replace(tiling, teams=2)  # for as many warps as two blocks to a multiprocessor have
         # Few stages where two blocks run on a multiprocessor: more in flight makes some of them fall behind.
         return tiling if tokens == 64 else dataclasses.replace(tiling, stages=4)
     split = 1 if narrow >= ENOUGH_BLOCKS else 2

@@ -2,8 +2,8 @@
 
 ``examples/tune_matmul.py`` measures. Its tables lie in ``tuned/``, a file per device that says in ``"measured"`` where
 its numbers come from. Each of its ``"classes"`` is a weight ``[n, k]`` in shares of so many bytes, a number of tokens
-m, a kernel, and its :class:`Tiling` or :class:`Streaming`. It serves all numbers of tokens down to the one before it,
-and the last one all above.
+m, a kernel, and its :class:`Tiling` or :class:`Streaming`. It serves numbers of tokens down to the one before it; above
+``FEW`` only those of more than half of it, as it matters there how they divide into tiles.
 """
 
 import dataclasses
@@ -22,6 +22,8 @@ from pallas_kernels.weight_layout import SHARES
 
 TABLES = Path(__file__).with_name("tuned")
 KERNELS: dict[str, type[Streaming] | type[Tiling]] = {"matvec": Streaming, "matmul": Tiling}
+
+FEW = 64  # tokens, of which a product takes as long as the weight needs to be read
 
 Weight = tuple[int, int, int]  # outputs, inputs, bytes of a share
 Cut = Streaming | Tiling
@@ -63,9 +65,10 @@ def table(device: str) -> dict[Weight, list[tuple[int, Cut]]]:
 
 
 def measured_cut(m: int, weight: Weight) -> Cut | None:
-    """What was fastest on the default device for as many tokens or the next larger number; None if nobody knows."""
-    cuts = table(device_name(jax.devices()[0].device_kind)).get(weight)
-    return next((cut for tokens, cut in cuts if m <= tokens), cuts[-1][1]) if cuts else None
+    """What was fastest on the default device for as many tokens or some more; None if nobody knows."""
+    cuts = table(device_name(jax.devices()[0].device_kind)).get(weight, [])
+    tokens, found = next(((tokens, cut) for tokens, cut in cuts if m <= tokens), (0, None))
+    return found if tokens <= FEW or 2 * m > tokens else None
 
 
 def choose_tiling(m: int, n: int, k: int, tile_bytes: int) -> Tiling:

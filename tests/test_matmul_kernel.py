@@ -159,7 +159,34 @@ def test_chosen_tilings_fit_the_device(m, n_tiles, k_groups, tile_bytes):
     assert chosen.split * chosen.share <= 2
 
 
-@given(st.integers(1, 9000), st.integers(1, 250), st.integers(1, 230), st.sampled_from(tiling.MANY_TOKENS))
+@settings(max_examples=40)
+@given(st.integers(1, 400), st.integers(1, 230), st.sampled_from([2, 4]))
+def test_stream_k_takes_every_step_of_every_tile_once(tiles, steps, unroll):
+    plan = tiling.plan_stream(Tiling(16, 4, unroll=unroll, stream_k=True), tiles, steps)
+    taken, most = [0] * tiles, -(-plan.tiles * plan.chains // plan.blocks) * unroll
+    for block in range(plan.blocks):
+        before = 0
+        for i in range(int(plan.pieces(block))):
+            tile, first, count, earlier = map(int, plan.piece(i, block))
+            assert first == taken[tile]
+            assert count > 0
+            assert earlier == before
+            taken[tile], before = first + count, before + count
+            if taken[tile] >= steps:
+                assert 0 <= block - int(plan.first_block(tile)) <= plan.senders <= tiling.MAX_SENDERS
+            else:
+                assert i == 0  # sums that another block waits for come first
+            assert (first == 0) == (int(plan.first_block(tile)) == block)
+        assert before <= most
+    assert taken == [-(-steps // unroll) * unroll] * tiles
+
+
+@given(
+    st.integers(1, 9000),
+    st.integers(1, 250),
+    st.integers(1, 230),
+    st.sampled_from([t for t in tiling.MANY_TOKENS if not t.stream_k]),
+)
 def test_rounds_take_every_step_of_every_tile_once(m, row_blocks, steps, how):
     """Tiles, and pairs of whole rounds in lock step: the blocks of a cluster take as many steps in each."""
     token_tiles = -(-m // how.tokens)

@@ -56,8 +56,10 @@ def test_measured_cuts_come_before_rules(on_a_measured_device):
     n, k, _ = WEIGHT
     for m, expected in {1: CUTS[4], 4: CUTS[4], 5: None, 16: None}.items():
         assert tuned.choose_streaming(m, n, k, SHARE) == expected
-    for m, expected in {5: CUTS[16], 16: CUTS[16], 17: CUTS[256], 256: CUTS[256], 9000: CUTS[256]}.items():
+    for m, expected in {5: CUTS[16], 16: CUTS[16], 129: CUTS[256], 256: CUTS[256]}.items():
         assert tuned.choose_tiling(m, n, k, 4 * SHARE) == expected
+    for m in (17, 128, 257, 9000):  # that are divided into tiles as nobody measured
+        assert tuned.choose_tiling(m, n, k, 4 * SHARE) == tiling.tiling_by_rule(m, n, k, 4 * SHARE)
     # The kernel for many tokens, asked for by name where the other one is faster.
     assert tuned.choose_tiling(3, n, k, 4 * SHARE) == tiling.tiling_by_rule(3, n, k, 4 * SHARE)
 
