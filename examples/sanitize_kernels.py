@@ -8,6 +8,7 @@ not end in time is begun again, a few times.
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -202,22 +203,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="to record")
+    parser.add_argument("--only", choices=CASES, nargs="+", help="examine these cases; what is known of others is kept")
     parser.add_argument("--case", choices=CASES, help="launch this case alone, as the sanitizer does")
     args = parser.parse_args()
     if args.case:
         launch(args.case)
         return
-    results: dict[str, Any] = {
-        "command": "python examples/sanitize_kernels.py",
-        "commit": args.commit,
-        "device": jax.devices()[0].device_kind,
-        "versions": {"jax": version("jax")},
-        "cases": {},
-    }
-    pairs = [(name, tool) for name in CASES for tool in TOOLS]
+    known = json.loads(RESULTS.read_text("utf-8"))["cases"] if args.only else {}
+    results: dict[str, Any] = {"command": "python examples/sanitize_kernels.py", "cases": known}
+    about = {"commit": args.commit, "device": jax.devices()[0].device_kind, "versions": {"jax": version("jax")}}
+    names = args.only or list(CASES)
+    known.update({name: dict(about) for name in names})
+    pairs = [(name, tool) for name in names for tool in TOOLS]
     with ThreadPoolExecutor(WORKERS) as pool:
         for (name, tool), found in zip(pairs, pool.map(lambda pair: examine(*pair), pairs), strict=True):
-            results["cases"].setdefault(name, {})[tool] = found
+            known[name][tool] = found
             print(name, tool, found, flush=True)
             write_json(args.out, results)
 

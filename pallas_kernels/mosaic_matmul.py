@@ -62,6 +62,11 @@ def make_kernel(
     if stream is not None:
         blocks, steps = stream.blocks, stream.chains * t.unroll
     counts_vary = stream is not None or plan.divided > 0  # of a block's steps of a tile
+    slots_of_team = t.stages // t.teams
+    # Steps of a turn of the loop: where a tile begins with the first slot, as many as bring it back there, so that the
+    # compiler knows all addresses (without that a sixth of a step's instructions find them). Else those of a chain.
+    slots_known = not persistent
+    together = math.lcm(slots_of_team, t.unroll) if slots_known else t.unroll
     part = t.tokens // t.share  # tokens of a divided tile whose sums a block adds up
     part_tiling = dataclasses.replace(t, tokens=part, halves=1)
     part_ops = Steps(m, sizes, group_size, scale_dtype, part_tiling, scaled_tokens=t.tokens, folded=folded)
@@ -208,70 +213,95 @@ def make_kernel(
                 pl.when(writes)(ask_for_residual)
             ones = plgpu.layout_cast(jnp.ones((256,), jnp.float32), ops.layout["pair"])
 
-            def slot(s: Any) -> Any:
-                return slot_of(earlier + (s * t.teams + team if t.teams > 1 else s))
+            def slot(s: Any, r: int | None) -> Any:
+                """Where the team's step s is, if known that of the tile's step r."""
+                if r is None:
+                    return slot_of(earlier + (s * t.teams + team if t.teams > 1 else s))
+                known = r % slots_of_team * t.teams
+                return known + team if t.teams > 1 else known
 
-            def fetch(s: Any, last: Any, ends: bool) -> Any:
+            def barrier_at(s: Any, r: int | None) -> Any:
+                if r is None or at_once == 1:
+                    return barrier_of(slot(s, r))
+                return r % slots_of_team * (t.teams // at_once) + jax.lax.div(team, jnp.int32(at_once))
+
+            def fetch(s: Any, r: int | None, last: Any, ends: bool) -> Any:
                 """Operand and scales of the team's step s; behind the last one, where chains end, those of the last."""
-                at = slot(s)
+                at, barrier = slot(s, r), barrier_at(s, r)
                 if ends:
                     exists = s < count
-                    pl.when(exists)(lambda: plgpu.barrier_wait(full.at[barrier_of(at)]))
-                    at = jnp.where(exists, at, slot(s - 1))
+                    pl.when(exists)(lambda: plgpu.barrier_wait(full.at[barrier]))
+                    before = None if r is None else r - 1
+                    at = jnp.where(exists, at, slot(s - 1, before))
+                    barrier = jnp.where(exists, barrier, barrier_at(s - 1, before))
                 else:
-                    plgpu.barrier_wait(full.at[barrier_of(at)])
-                tile = side if at_once == 1 else jax.lax.rem(at, jnp.int32(2))
-                return ops.load_weights()(w_smem.at[barrier_of(at)], tile, last)
+                    plgpu.barrier_wait(full.at[barrier])
+                tile = side if at_once == 1 else jax.lax.rem(at if r is None else team, jnp.int32(2))
+                return ops.load_weights()(w_smem.at[barrier], tile, last)
 
-            def chain(s: Any, length: int, carry: Any) -> Any:
+            def chain(s: Any, r: int | None, length: int, carry: Any, ends: bool) -> Any:
                 """``length`` steps whose wgmmas overlap; none runs at the end.
 
                 The compiler serialises wgmmas that still run where a loop begins anew, hence chains of several steps.
                 """
+
+                def of_round(u: int) -> int | None:
+                    return None if r is None else r + u
+
                 operand, ratios, unit, last, accumulators = carry
                 accumulators = list(accumulators)
                 before = operand
                 for u in range(length):
-                    tokens = x_smem.at[slot(s + u)]
-                    first = (s + u == 0).astype(jnp.int32)
+                    tokens = x_smem.at[slot(s + u, of_round(u))]
+                    first = jnp.int32(s + u == 0) if not of_round(u) else jnp.int32(0)
                     for group in range(ops.groups):
                         accumulators[0] = ops.multiply(0, group)(accumulators[0], operand, tokens, first)
                         if t.halves == 2:
                             if u or group:
                                 accumulators[1] = ops.settle(1, group, 1)(accumulators[1], ratios, before)
                                 if group == 0:
-                                    release(empty.at[barrier_of(slot(s + u - 1))])
+                                    release(empty.at[barrier_at(s + u - 1, of_round(u - 1))])
                             accumulators[1] = ops.multiply(1, group)(accumulators[1], operand, tokens, first)
                         following, next_ratios, next_group = operand, ratios, group + 1
                         if group == ops.groups - 1:
-                            following, next_ratios, unit, last = fetch(s + u + 1, last, ends=u == length - 1)
+                            following, next_ratios, unit, last = fetch(
+                                s + u + 1, of_round(u + 1), last, ends=ends and u == length - 1
+                            )
                             next_group = 0
                         accumulators[0] = ops.settle(t.halves - 1, next_group, 2)(
                             accumulators[0], next_ratios, operand, following
                         )
                         if t.halves == 1 and group == ops.groups - 1:
-                            release(empty.at[barrier_of(slot(s + u))])
+                            release(empty.at[barrier_at(s + u, of_round(u))])
                         before, operand, ratios = operand, following, next_ratios
                 if t.halves == 2:
                     accumulators[1] = ops.settle(0, 0, 1)(accumulators[1], ratios, before)
-                    release(empty.at[barrier_of(slot(s + length - 1))])
+                    release(empty.at[barrier_at(s + length - 1, of_round(length - 1))])
                 return operand, ratios, unit, last, tuple(accumulators)
 
             empty_sum = jnp.zeros((hopper.WARPGROUP * ops.registers,), jnp.float32)
             empty_sum = plgpu.layout_cast(empty_sum, ops.layout["accumulator"])
-            carry = (*fetch(jnp.int32(0), ones, ends=False), (empty_sum,) * t.halves)
-            rest = steps % t.unroll if stream is None else 0
-            if rest:
-                carry = chain(jnp.int32(0), rest, carry)
+            rest = 0 if stream is not None else steps % together
+            turns: Any = jax.lax.div(count, together) if counts_vary else steps // together
 
-            def next_chain(j: Any, carry: Any) -> Any:
-                carry = chain(rest + j * t.unroll, t.unroll, carry)
+            def chains(start: Any, number: int, begin: int, carry: Any, last: bool) -> Any:
+                """So many steps from ``start`` on, whose slots begin with the one of the tile's step ``begin``."""
+                for at in range(0, number, t.unroll):
+                    length = min(t.unroll, number - at)
+                    known = begin + at if slots_known else None
+                    carry = chain(start + at, known, length, carry, ends=last and at + length == number)
+                return carry
+
+            carry = (*fetch(jnp.int32(0), 0 if slots_known else None, ones, False), (empty_sum,) * t.halves)
+            carry = chains(jnp.int32(0), rest, 0, carry, last=turns == 0)
+
+            def turn(j: Any, carry: Any) -> Any:
+                carry = chains(rest + j * together, together, rest, carry, last=True)
                 if has_residual and asking >= 0:
                     pl.when(j == asking)(ask_for_residual)
                 return carry
 
-            chains = jax.lax.div(count, t.unroll) if counts_vary else steps // t.unroll
-            _, _, unit, _, accumulators = jax.lax.fori_loop(0, chains, next_chain, carry)
+            _, _, unit, _, accumulators = jax.lax.fori_loop(0, turns, turn, carry)
 
             def write(its: Steps, accumulators: Sequence[Any], unit: Any) -> None:
                 """Results of the parts of the tokens whose accumulators ``its`` tile has, from ``first_result`` on."""
