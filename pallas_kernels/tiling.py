@@ -388,11 +388,14 @@ def rows_at_once(m: int) -> int:
     return 1 << (m - 1).bit_length()
 
 
+LONG_UNIT = 16  # tokens times tiles of a warp and unit, above which a third slot is faster
+
+
 def streaming_by_rule(m: int, n: int, k: int, share: int) -> Streaming | None:
     """Cuts for up to 8 tokens; None for more, of which the other kernel has the inputs copied.
 
     Of all teams those whose warps have the fewest tiles to go through; then as few parts as possible, float16 if that
-    fits, and three slots of more than one token, whose tiles take a warp longer.
+    fits, and three slots where a unit keeps a warp busy for long: several tokens times its tiles of a unit.
     """
     if not 1 <= m <= FEW_TOKENS // 2:
         return None
@@ -406,7 +409,7 @@ def streaming_by_rule(m: int, n: int, k: int, share: int) -> Streaming | None:
         Streaming(slots, team, -(-all_rounds // parts), halves)
         for parts in range(1, all_rounds + 1)
         for halves in (True, False)
-        for slots in ((2,) if m == 1 else (3, 2))
+        for slots in ((3, 2) if m > 1 and m * -(-all_rounds // parts) > LONG_UNIT else (2,))
     )
     return next((cut for cut in cuts if cut.shared_memory(m, n, k, share) <= SHARED_MEMORY), None)
 
