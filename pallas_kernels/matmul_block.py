@@ -1,0 +1,399 @@
+"""What a block of threads of the INT4 x FP8 matmul does: one warpgroup copies, the others compute."""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import hopper
+from pallas_kernels.matmul_plan import Plan
+from pallas_kernels.matmul_steps import Steps
+from pallas_kernels.tiling import StreamK
+from pallas_kernels.weight_layout import TILE_K, TILE_N
+
+LOADED_AT_ONCE = 64  # registers of a thread, of other blocks' sums
+
+
+class Sums(NamedTuple):
+    """What a warpgroup has of a tile: a container for each part of the tokens, and the scales that are their units."""
+
+    accumulators: Sequence[Any]
+    unit: Any
+
+
+class Block:
+    """A block at work.
+
+    Args:
+      plan: of the product.
+      x: the activations.
+      x_scale: their scales.
+      refs: what else the kernel is given, makes and has in shared memory, see :func:`mosaic_matmul.make_kernel`.
+    """
+
+    def __init__(self, plan: Plan, x: Any, x_scale: Any, refs: Sequence[Any]) -> None:
+        t, self.plan, self.ops = plan.tiling, plan, plan.ops
+        self.x, self.x_scale = x, x_scale
+        weights, streams = len(plan.sizes), plan.stream is not None
+        counts = (plan.has_residual, weights, weights, weights * plan.has_bias, streams, weights, streams)
+        ends = itertools.accumulate(counts, initial=0)
+        self.residual, self.w, self.tensor_scales, self.biases, self.flags, self.y, self.sums = (
+            refs[start:end] for start, end in itertools.pairwise(ends)
+        )
+        self.x_smem, self.w_smem, self.y_smem, self.full, self.empty, *rest = refs[-len(plan.scratch()) :]
+        self.residual_here: Any = rest.pop() if plan.has_residual else None
+        self.landing: Any = rest.pop() if t.split > 1 or plan.rounds.divided else None
+        self.received: Any = rest.pop() if rest else None
+        self.block, warpgroup = jax.lax.axis_index("block"), jax.lax.axis_index("warpgroup")
+        self.peer = jax.lax.axis_index("peer") if plan.cluster > 1 else jnp.int32(0)
+        self.side = jax.lax.rem(warpgroup, jnp.int32(t.sides))
+        self.team = jax.lax.div(warpgroup, jnp.int32(t.sides))
+
+    def run(self) -> None:
+        """All tiles of the block."""
+        t, plan = self.plan.tiling, self.plan
+        self.first_step = self.peer * (plan.steps * t.teams) if t.split > 1 else 0
+        if plan.stream is not None:
+            self.mine = plan.stream.pieces(self.block)
+        elif plan.rounds.divided:
+            self.mine = plan.rounds.whole + (self.block < plan.rounds.divided).astype(jnp.int32)
+        else:
+            self.mine = jax.lax.div(plan.tiles - self.block + plan.blocks - 1, jnp.int32(plan.blocks))
+        if self.landing is not None:
+            self.ops.open_landing()(self.landing)
+        if plan.cluster > 1:
+            hopper.cluster_arrive()
+        pl.when(self.team == t.teams)(self._produce)
+        pl.when(self.team < t.teams)(self._compute)
+
+    def is_whole(self, i: Any) -> Any:
+        """Whether the block's tile i is not divided."""
+        return i < self.plan.rounds.whole
+
+    def slot_of(self, step: Any) -> Any:
+        """Where a block's step is, counted through all tiles; a team's slots are always the same ones."""
+        return jax.lax.rem(step, self.plan.tiling.stages)
+
+    def barrier_of(self, slot: Any) -> Any:
+        """The number of a slot's barriers."""
+        return slot if self.plan.at_once == 1 else jax.lax.div(slot, jnp.int32(self.plan.at_once))
+
+    def release(self, barrier: Any) -> None:
+        """Tells the one who copies that a warpgroup is done with a slot."""
+        if self.plan.tiling.share > 1:  # one thread arrives for all of them, in both blocks
+            hopper.warpgroup_barrier()
+        plgpu.barrier_arrive(self.empty.at[barrier])
+
+    def _produce(self) -> None:
+        t = self.plan.tiling
+        if self.plan.persistent:
+            plgpu.set_max_registers(40, action="decrease")
+        if t.share > 1:  # the other block's barriers must exist
+            hopper.cluster_wait()
+        jax.lax.fori_loop(0, self.mine, self._produce_tile, None)
+        if t.split > 1:
+            hopper.cluster_wait()
+
+    def _produce_tile(self, i: Any, _: None) -> None:
+        t, plan = self.plan.tiling, self.plan
+        tile = plan.tile(i, self.block, self.peer)
+
+        def produce_step(j: Any, _: None) -> None:
+            s = j * plan.at_once
+            slot, at = self.slot_of(tile.before + s), self.first_step + tile.first + s
+            barrier = self.full.at[self.barrier_of(slot)]
+
+            @pl.when(tile.before + s >= t.stages)
+            def reuse() -> None:
+                plgpu.barrier_wait(self.empty.at[self.barrier_of(slot)])
+
+            def copy_tokens(together: str | None) -> None:
+                for u in range(plan.at_once):
+                    inputs = self.x.at[pl.ds(tile.token * t.tokens, t.tokens), pl.ds((at + u) * TILE_K, TILE_K)]
+                    plgpu.copy_gmem_to_smem(inputs, self.x_smem.at[slot + u], barrier, collective_axes=together)
+
+            together = "peer" if t.share > 1 else None
+            if plan.rounds.divided:
+                pl.when(self.is_whole(i))(functools.partial(copy_tokens, together))
+                pl.when(~self.is_whole(i))(functools.partial(copy_tokens, None))
+            else:
+                copy_tokens(together)
+
+            def copy_weight(number: int) -> None:
+                # Two tiles, as copies must be of whole 128 bytes.
+                where = (pl.ds(tile.row * 2, 2), at) if plan.at_once == 1 else (tile.row, pl.ds(at, 2))
+                target = self.w_smem.at[self.barrier_of(slot)]
+                plgpu.copy_gmem_to_smem(self.w[number].at[where], target, barrier)
+
+            plan.for_weight(tile.weight, copy_weight)
+
+        jax.lax.fori_loop(0, tile.count * t.teams // plan.at_once, produce_step, None)
+
+    def _compute(self) -> None:
+        t = self.plan.tiling
+        if self.plan.persistent:
+            plgpu.set_max_registers(232, action="increase")
+        if t.share > 1:
+            hopper.cluster_wait()
+        jax.lax.fori_loop(0, self.mine, lambda i, _: TileAtWork(self, i).compute(), None)
+        plgpu.wait_smem_to_gmem(0)
+        if t.share > 1:  # the other block still arrives on this one's barriers
+            hopper.cluster_arrive_done()
+            hopper.cluster_wait()
+
+
+class TileAtWork:
+    """A tile, or the part of it that a block takes, as a computing warpgroup goes through it."""
+
+    def __init__(self, block: Block, i: Any) -> None:
+        self.block, self.plan, self.ops = block, block.plan, block.ops
+        t, plan = self.plan.tiling, self.plan
+        self.tile = plan.tile(i, block.block, block.peer)
+        self.output = self.tile.row * t.outputs + block.side * TILE_N
+        self.first_result = self.tile.token * t.tokens  # the first token of the results that this block writes
+        if plan.rounds.divided:
+            self.first_result += jnp.where(block.is_whole(i), 0, block.peer * plan.part)
+        self.ends_tile = self.tile.first + self.tile.count == plan.steps
+
+    def compute(self) -> None:
+        """Takes all steps, adds up with others if there are, and writes what this block is to write."""
+        t, plan, block = self.plan.tiling, self.plan, self.block
+        load = self.ops.load_factors()
+        self.factors = load(self.tile.weight, self.first_result, block.x_scale, *block.tensor_scales)
+        if plan.has_residual and plan.asking < 0:
+            writes = (block.team == 0) & (block.peer == 0) if t.share == 1 else block.team == 0
+            if plan.stream is not None:
+                writes = self.ends_tile
+            pl.when(writes)(self._ask_for_residual)
+        self.ones = plgpu.layout_cast(jnp.ones((256,), jnp.float32), self.ops.layout["pair"])
+        sums = self._multiply()
+        if plan.stream is not None:
+            self._exchange(plan.stream, sums)
+        elif plan.parts == 1:
+            if plan.rounds.whole:
+                write = functools.partial(self._write, self.ops, sums)
+                pl.when(block.is_whole(self.tile.number))(write) if plan.rounds.divided else write()
+            if plan.rounds.divided:
+                pl.when(~block.is_whole(self.tile.number))(lambda: self._write_part(sums))
+        else:
+            self._add_up(sums)
+
+    def _ask_for_residual(self) -> None:
+        block, tokens = self.block, self.plan.tiling.tokens
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.copy_gmem_to_smem(
+            block.residual[0].at[pl.ds(self.first_result, tokens), pl.ds(self.output, TILE_N)],
+            block.y_smem.at[block.side], block.residual_here.at[block.side],
+        )  # fmt: skip
+
+    def _slot(self, s: Any, r: int | None) -> Any:
+        """Where the team's step s is, if known that of the tile's step r."""
+        teams, team = self.plan.tiling.teams, self.block.team
+        if r is None:
+            return self.block.slot_of(self.tile.before + (s * teams + team if teams > 1 else s))
+        known = r % self.plan.slots_of_team * teams
+        return known + team if teams > 1 else known
+
+    def _barrier(self, s: Any, r: int | None) -> Any:
+        at_once = self.plan.at_once
+        if r is None or at_once == 1:
+            return self.block.barrier_of(self._slot(s, r))
+        known = r % self.plan.slots_of_team * (self.plan.tiling.teams // at_once)
+        return known + jax.lax.div(self.block.team, jnp.int32(at_once))
+
+    def _fetch(self, s: Any, r: int | None, last: Any, ends: bool) -> Any:
+        """Operand and scales of the team's step s; behind the last one, where chains end, those of the last."""
+        block = self.block
+        at, barrier = self._slot(s, r), self._barrier(s, r)
+        if ends:
+            exists = s < self.tile.count
+            pl.when(exists)(lambda: plgpu.barrier_wait(block.full.at[barrier]))
+            before = None if r is None else r - 1
+            at = jnp.where(exists, at, self._slot(s - 1, before))
+            barrier = jnp.where(exists, barrier, self._barrier(s - 1, before))
+        else:
+            plgpu.barrier_wait(block.full.at[barrier])
+        of_pair = at if r is None else block.team
+        tile = block.side if self.plan.at_once == 1 else jax.lax.rem(of_pair, jnp.int32(2))
+        return self.ops.load_weights()(block.w_smem.at[barrier], tile, last)
+
+    def _chain(self, s: Any, r: int | None, length: int, carry: Any, ends: bool) -> Any:
+        """``length`` steps whose wgmmas overlap; none runs at the end.
+
+        The compiler serialises wgmmas that still run where a loop begins anew, hence chains of several steps.
+        """
+        ops, block, halves = self.ops, self.block, self.plan.tiling.halves
+
+        def of_tile(u: int) -> int | None:
+            return None if r is None else r + u
+
+        operand, ratios, unit, last, accumulators = carry
+        accumulators = list(accumulators)
+        before = operand
+        for u in range(length):
+            tokens = block.x_smem.at[self._slot(s + u, of_tile(u))]
+            first = jnp.int32(s + u == 0) if not of_tile(u) else jnp.int32(0)
+            for group in range(ops.groups):
+                accumulators[0] = ops.multiply(0, group)(accumulators[0], operand, tokens, first)
+                if halves == 2:
+                    if u or group:
+                        accumulators[1] = ops.settle(1, group, 1)(accumulators[1], ratios, before)
+                        if group == 0:
+                            block.release(self._barrier(s + u - 1, of_tile(u - 1)))
+                    accumulators[1] = ops.multiply(1, group)(accumulators[1], operand, tokens, first)
+                following, next_ratios, next_group = operand, ratios, group + 1
+                if group == ops.groups - 1:
+                    following, next_ratios, unit, last = self._fetch(
+                        s + u + 1, of_tile(u + 1), last, ends=ends and u == length - 1
+                    )
+                    next_group = 0
+                settle = ops.settle(halves - 1, next_group, 2)
+                accumulators[0] = settle(accumulators[0], next_ratios, operand, following)
+                if halves == 1 and group == ops.groups - 1:
+                    block.release(self._barrier(s + u, of_tile(u)))
+                before, operand, ratios = operand, following, next_ratios
+        if halves == 2:
+            accumulators[1] = ops.settle(0, 0, 1)(accumulators[1], ratios, before)
+            block.release(self._barrier(s + length - 1, of_tile(length - 1)))
+        return operand, ratios, unit, last, tuple(accumulators)
+
+    def _chains(self, start: Any, number: int, begin: int, carry: Any, ends: bool) -> Any:
+        """So many steps from ``start`` on, whose slots begin with the one of the tile's step ``begin``."""
+        unroll = self.plan.tiling.unroll
+        for at in range(0, number, unroll):
+            length = min(unroll, number - at)
+            known = begin + at if self.plan.slots_known else None
+            carry = self._chain(start + at, known, length, carry, ends=ends and at + length == number)
+        return carry
+
+    def _multiply(self) -> Sums:
+        """All steps of the block."""
+        plan, together = self.plan, self.plan.together
+        empty = jnp.zeros((hopper.WARPGROUP * self.ops.registers,), jnp.float32)
+        empty = plgpu.layout_cast(empty, self.ops.layout["accumulator"])
+        rest = 0 if plan.stream is not None else plan.steps % together
+        turns: Any = jax.lax.div(self.tile.count, together) if plan.counts_vary else plan.steps // together
+        fetched = self._fetch(jnp.int32(0), 0 if plan.slots_known else None, self.ones, ends=False)
+        carry = self._chains(jnp.int32(0), rest, 0, (*fetched, (empty,) * plan.tiling.halves), ends=turns == 0)
+
+        def turn(j: Any, carry: Any) -> Any:
+            carry = self._chains(rest + j * together, together, rest, carry, ends=True)
+            if plan.has_residual and plan.asking >= 0:
+                pl.when(j == plan.asking)(self._ask_for_residual)
+            return carry
+
+        _, _, unit, _, accumulators = jax.lax.fori_loop(0, turns, turn, carry)
+        return Sums(accumulators, unit)
+
+    def _write(self, its: Steps, sums: Sums) -> None:
+        """Results of the parts of the tokens whose sums ``its`` tile has, from ``first_result`` on."""
+        plan, block = self.plan, self.block
+        in_bfloat16 = plan.out_dtype == jnp.bfloat16
+        if in_bfloat16 and not plan.has_residual:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        elif in_bfloat16:
+            plgpu.barrier_wait(block.residual_here.at[block.side])
+        added = []
+        if plan.has_bias:
+            added.append(self.ops.load_bias()(self.tile.weight, self.output, *block.biases))
+        for h, accumulator in enumerate(sums.accumulators):
+            tokens, results = self.first_result + h * its.half, (accumulator, sums.unit, self.factors)
+            done = block.y_smem.at[block.side, pl.ds(h * its.half, its.half)]
+            if in_bfloat16:
+                its.store(h, plan.has_bias, plan.has_residual)(*results, block.y_smem.at[block.side], *added)
+                plgpu.commit_smem()
+
+            def write_results(
+                number: int, h: int = h, results: Any = results, tokens: Any = tokens, done: Any = done
+            ) -> None:
+                y = block.y[number]
+                if in_bfloat16:
+                    plgpu.copy_smem_to_gmem(done, y.at[pl.ds(tokens, its.half), pl.ds(self.output, TILE_N)])
+                else:
+                    store = its.store_float32(h, plan.has_bias, plan.sizes[number])
+                    store(*results, tokens, self.output, y, *added)
+
+            plan.for_weight(self.tile.weight, write_results)
+
+    def _exchange(self, stream: StreamK, sums: Sums) -> None:
+        """Leaves sums of a part for the block that has the tile's end; that one adds them to its own, and writes."""
+        block, exchange, sides = self.block, self.plan.exchange, self.plan.tiling.sides
+        place = block.block * sides + block.side
+
+        @pl.when(~self.ends_tile)
+        def send() -> None:
+            exchange.send()(place, sums.unit, block.sums[0], *sums.accumulators)
+            hopper.warpgroup_barrier()
+            exchange.announce()(place, block.flags[0])
+
+        @pl.when(self.ends_tile)
+        def add() -> None:
+            start = stream.first_block(stream.piece(self.tile.number, block.block)[0]) * sides + block.side
+            at_once = max(1, min(stream.senders, LOADED_AT_ONCE // self.ops.registers))
+
+            def add_some(j: Any, totals: Any) -> Any:
+                return exchange.add(at_once)(start + j * (at_once * sides), place, block.sums[0], *totals)
+
+            exchange.wait()(start, place, block.flags[0])
+            rounds = jax.lax.div(place - start + (at_once * sides - 1), jnp.int32(at_once * sides))
+            totals = exchange.to_units()(sums.unit, *sums.accumulators)
+            self._write(self.ops, Sums(jax.lax.fori_loop(0, rounds, add_some, totals), self.ones))
+
+    def _write_part(self, sums: Sums) -> None:
+        """Of a tile that a cluster's blocks divide: adds up all their sums of some of the tokens, and writes these."""
+        ops, block = self.ops, self.block
+        # The other blocks are done with what they read, where sums will land.
+        hopper.cluster_arrive()
+        hopper.cluster_wait()
+        here = block.side, block.peer, sums.unit, block.x_smem.at[0]
+        ops.send_parts()(*here, block.landing, *sums.accumulators)
+        ops.await_landing()(block.landing)
+        self._write(self.plan.part_ops, Sums([ops.gather_parts()(*here, *sums.accumulators)], self.ones))
+
+    def _gathered(self, sums: Sums, first: int, senders: int) -> Sums:
+        """With those that others sent to this block's shared memory."""
+        received = self.block.received.at[first, self.block.side]
+        gathered = [
+            self.ops.gather(h, senders)(accumulator, sums.unit, received)
+            for h, accumulator in enumerate(sums.accumulators)
+        ]
+        return Sums(gathered, self.ones)
+
+    def _add_up(self, sums: Sums) -> None:
+        """Adds up with the block's other teams, then with the cluster's other blocks; the first of these writes."""
+        t, ops, block = self.plan.tiling, self.ops, self.block
+        if t.split > 1:
+            hopper.cluster_wait()
+        if t.teams > 1:
+
+            @pl.when(block.team > 0)
+            def other_team() -> None:
+                for h in range(t.halves):
+                    received = block.received.at[t.split - 2 + block.team, block.side]
+                    ops.send(h, within_block=True)(sums.accumulators[h], sums.unit, received)
+
+            ops.meet()(block.side)
+
+        def first_team() -> None:
+            ours = self._gathered(sums, t.split - 1, t.teams - 1) if t.teams > 1 else sums
+            if t.split == 1:
+                self._write(ops, ours)
+                return
+
+            @pl.when(block.peer > 0)
+            def other_block() -> None:
+                for h in range(t.halves):
+                    received = block.received.at[block.peer - 1, block.side]
+                    ops.send(h)(ours.accumulators[h], ours.unit, received, block.landing)
+
+            @pl.when(block.peer == 0)
+            def leader() -> None:
+                ops.await_landing()(block.landing)
+                self._write(ops, self._gathered(ours, 0, t.split - 1))
+
+        pl.when(block.team == 0)(first_team) if t.teams > 1 else first_team()

@@ -1,0 +1,160 @@
+"""How the INT4 x FP8 matmul is divided among blocks and steps: all that the compiler knows."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.matmul_steps import Steps
+from pallas_kernels.stream_steps import Exchange
+from pallas_kernels.tiling import Tiling, plan_rounds, plan_stream
+from pallas_kernels.weight_layout import TILE_K, TILE_N, tile_shape
+
+
+class Tile(NamedTuple):
+    """A tile of a block.
+
+    Attributes:
+      number: of the block's tiles.
+      weight: which one.
+      row: of blocks of outputs, in that weight.
+      token: of tiles of tokens.
+      first: of its steps that the block takes.
+      count: how many each team takes.
+      before: steps of the block's earlier tiles.
+    """
+
+    number: Any
+    weight: Any
+    row: Any
+    token: Any
+    first: Any
+    count: Any
+    before: Any
+
+
+class Plan:
+    """How a product of one shape is divided; what the compiler knows.
+
+    Args:
+      m: tokens.
+      sizes: outputs of each weight.
+      k: inputs.
+      group_size: inputs that share a scale.
+      scale_dtype: of these scales.
+      tiling: how it is cut.
+      has_bias: whether there are biases.
+      has_residual: whether there is a residual.
+      out_dtype: of the results.
+      folded: whether weights are rounded with their scales.
+    """
+
+    def __init__(
+        self, m: int, sizes: tuple[int, ...], k: int, group_size: int, scale_dtype: Any, tiling: Tiling,
+        *, has_bias: bool, has_residual: bool, out_dtype: Any, folded: bool,
+    ) -> None:  # fmt: skip
+        t = tiling
+        self.m, self.sizes, self.tiling, self.out_dtype = m, sizes, t, out_dtype
+        self.has_bias, self.has_residual = has_bias, has_residual
+        self.tile_shape = tile_shape(group_size, scale_dtype)
+        self.ops = Steps(m, sizes, group_size, scale_dtype, t, folded=folded)
+        self.exchange = Exchange(self.ops)
+        self.parts = t.split * t.teams
+        steps = -(-k // TILE_K)
+        if self.parts > 1:  # every part takes as many steps; those behind the last one read zeros
+            steps = math.ceil(steps / (self.parts * t.unroll)) * t.unroll
+        self.ends_of_rows = list(itertools.accumulate(-(-n // t.outputs) for n in sizes))  # counted through all weights
+        rows, self.token_tiles = self.ends_of_rows[-1], -(-m // t.tokens)
+        self.row_groups = -(-rows // t.share)
+        self.tiles = self.row_groups * self.token_tiles
+        self.persistent = t.persistent and self.parts == 1
+        self.rounds = plan_rounds(
+            dataclasses.replace(t, persistent=self.persistent), rows, self.token_tiles, steps
+        )  # fmt: skip
+        self.blocks, self.steps = self.rounds.clusters, self.rounds.steps
+        self.stream = plan_stream(t, self.tiles, steps) if t.stream_k else None
+        if self.stream is not None:
+            self.blocks, self.steps = self.stream.blocks, self.stream.chains * t.unroll
+        self.counts_vary = self.stream is not None or self.rounds.divided > 0  # of a block's steps of a tile
+        self.slots_of_team = t.stages // t.teams
+        # Steps of a turn of the loop: where a tile begins with the first slot, as many as bring it back there, so that
+        # the compiler knows all addresses (without that a sixth of a step's instructions find them). Else a chain's.
+        self.slots_known = not self.persistent
+        self.together = math.lcm(self.slots_of_team, t.unroll) if self.slots_known else t.unroll
+        self.part = t.tokens // t.share  # tokens of a divided tile whose sums a block adds up
+        part_tiling = dataclasses.replace(t, tokens=self.part, halves=1)
+        self.part_ops = Steps(
+            m, sizes, group_size, scale_dtype, part_tiling, scaled_tokens=t.tokens, folded=folded
+        )  # fmt: skip
+        self.cluster = t.share * t.split
+        self.at_once = 2 // t.sides  # steps that are copied together
+        # The chain behind which a tile's residual is asked for: not at once, as the last tile's results may still be
+        # read; or -1 for at once.
+        shortest = min(self.steps, self.rounds.part_steps or self.steps)
+        asks_late = self.persistent and self.stream is None
+        self.asking = min(1, shortest // t.unroll - 1) if asks_late else -1
+
+    def scratch(self) -> list[Any]:
+        """Shared memory and barriers, in the order in which :class:`Block` takes them."""
+        t, pairs = self.tiling, self.tiling.stages // self.at_once
+        full = plgpu.Barrier(num_arrivals=self.at_once + 1, num_barriers=pairs)  # of copies
+        empty = plgpu.Barrier(num_arrivals=2, num_barriers=pairs)
+        shared = plgpu.ClusterBarrier(collective_axes=("peer",), num_arrivals=2, num_barriers=t.stages)
+        scratch: list[Any] = [
+            plgpu.SMEM((t.stages, t.tokens, TILE_K), jnp.float8_e4m3fn, transforms=self.ops.swizzle),
+            plgpu.SMEM((pairs, 2, *self.tile_shape), jnp.int32),
+            plgpu.SMEM((t.sides, t.tokens, TILE_N), jnp.bfloat16, transforms=self.ops.swizzle),
+            full,
+            shared if t.share > 1 else empty,
+        ]
+        if self.parts > 1:
+            scratch.append(plgpu.SMEM((t.split + t.teams - 2, t.sides, TILE_N * t.tokens), jnp.float32))
+        if t.split > 1 or self.rounds.divided:
+            scratch.append(plgpu.SMEM((2,), jnp.int32))
+        if self.has_residual:
+            scratch.append(plgpu.Barrier(num_arrivals=1, num_barriers=t.sides))
+        return scratch
+
+    def results(self) -> list[jax.ShapeDtypeStruct]:
+        """Of the kernel: products and, with ``stream_k``, sums that blocks leave for others."""
+        t, results = self.tiling, [jax.ShapeDtypeStruct((self.m, n), self.out_dtype) for n in self.sizes]
+        if self.stream is not None:
+            results.append(jax.ShapeDtypeStruct((self.blocks * t.sides, t.tokens * TILE_N), jnp.float32))
+        return results
+
+    def tile(self, i: Any, block: Any, peer: Any) -> Tile:
+        """A block's tile i."""
+        t = self.tiling
+        if self.stream is not None:
+            (group, first, count, before), beside = self.stream.piece(i, block), 0
+        else:
+            (group, beside, first, count), before = self.rounds.piece(i, block, peer), i * (self.steps * t.teams)
+        row, token = group, jnp.int32(0)
+        if self.token_tiles > 1:
+            across = min(t.snake, self.token_tiles)
+            row, token = plgpu.planar_snake(group, (self.row_groups, self.token_tiles), 1, across)
+        weight, row = self._of_weight(row * t.share + (beside if t.share > 1 else 0))
+        return Tile(i, weight, row, token, first, count, before)
+
+    def _of_weight(self, row: Any) -> tuple[Any, Any]:
+        """The weight that a row of blocks belongs to, and its number there."""
+        weight, first = jnp.int32(0), jnp.int32(0)
+        for end in self.ends_of_rows[:-1]:
+            weight += (row >= end).astype(jnp.int32)
+            first = jnp.where(row >= end, end, first)
+        return weight, row - first
+
+    def for_weight(self, weight: Any, do: Callable[[int], None]) -> None:
+        """Calls ``do`` with the number of a weight that only the device knows."""
+        for i in range(len(self.sizes)):
+            if len(self.sizes) == 1:
+                do(i)
+            else:
+                pl.when(weight == i)(functools.partial(do, i))
