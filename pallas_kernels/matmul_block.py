@@ -65,7 +65,7 @@ class Block:
         else:
             self.mine = jax.lax.div(plan.tiles - self.block + plan.blocks - 1, jnp.int32(plan.blocks))
         if self.landing is not None:
-            self.ops.open_landing()(self.landing)
+            self.plan.in_cluster.open_landing()(self.landing)
         if plan.cluster > 1:
             hopper.cluster_arrive()
         pl.when(self.team == t.teams)(self._produce)
@@ -346,27 +346,27 @@ class TileAtWork:
 
     def _write_part(self, sums: Sums) -> None:
         """Of a tile that a cluster's blocks divide: adds up all their sums of some of the tokens, and writes these."""
-        ops, block = self.ops, self.block
+        cluster, block = self.plan.in_cluster, self.block
         # The other blocks are done with what they read, where sums will land.
         hopper.cluster_arrive()
         hopper.cluster_wait()
         here = block.side, block.peer, sums.unit, block.x_smem.at[0]
-        ops.send_parts()(*here, block.landing, *sums.accumulators)
-        ops.await_landing()(block.landing)
-        self._write(self.plan.part_ops, Sums([ops.gather_parts()(*here, *sums.accumulators)], self.ones))
+        cluster.send_parts()(*here, block.landing, *sums.accumulators)
+        cluster.await_landing()(block.landing)
+        self._write(self.plan.part_ops, Sums([cluster.gather_parts()(*here, *sums.accumulators)], self.ones))
 
     def _gathered(self, sums: Sums, first: int, senders: int) -> Sums:
         """With those that others sent to this block's shared memory."""
         received = self.block.received.at[first, self.block.side]
         gathered = [
-            self.ops.gather(h, senders)(accumulator, sums.unit, received)
+            self.plan.in_cluster.gather(h, senders)(accumulator, sums.unit, received)
             for h, accumulator in enumerate(sums.accumulators)
         ]
         return Sums(gathered, self.ones)
 
     def _add_up(self, sums: Sums) -> None:
         """Adds up with the block's other teams, then with the cluster's other blocks; the first of these writes."""
-        t, ops, block = self.plan.tiling, self.ops, self.block
+        t, cluster, block = self.plan.tiling, self.plan.in_cluster, self.block
         if t.split > 1:
             hopper.cluster_wait()
         if t.teams > 1:
@@ -375,25 +375,25 @@ class TileAtWork:
             def other_team() -> None:
                 for h in range(t.halves):
                     received = block.received.at[t.split - 2 + block.team, block.side]
-                    ops.send(h, within_block=True)(sums.accumulators[h], sums.unit, received)
+                    cluster.send(h, within_block=True)(sums.accumulators[h], sums.unit, received)
 
-            ops.meet()(block.side)
+            cluster.meet()(block.side)
 
         def first_team() -> None:
             ours = self._gathered(sums, t.split - 1, t.teams - 1) if t.teams > 1 else sums
             if t.split == 1:
-                self._write(ops, ours)
+                self._write(self.ops, ours)
                 return
 
             @pl.when(block.peer > 0)
             def other_block() -> None:
                 for h in range(t.halves):
                     received = block.received.at[block.peer - 1, block.side]
-                    ops.send(h)(ours.accumulators[h], ours.unit, received, block.landing)
+                    cluster.send(h)(ours.accumulators[h], ours.unit, received, block.landing)
 
             @pl.when(block.peer == 0)
             def leader() -> None:
-                ops.await_landing()(block.landing)
-                self._write(ops, self._gathered(ours, 0, t.split - 1))
+                cluster.await_landing()(block.landing)
+                self._write(self.ops, self._gathered(ours, 0, t.split - 1))
 
         pl.when(block.team == 0)(first_team) if t.teams > 1 else first_team()

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.cluster_steps import ClusterSums
 from pallas_kernels.matmul_steps import Steps
 from pallas_kernels.stream_steps import Exchange
 from pallas_kernels.tiling import Tiling, plan_rounds, plan_stream
@@ -65,7 +66,7 @@ class Plan:
         self.has_bias, self.has_residual = has_bias, has_residual
         self.tile_shape = tile_shape(group_size, scale_dtype)
         self.ops = Steps(m, sizes, group_size, scale_dtype, t, folded=folded)
-        self.exchange = Exchange(self.ops)
+        self.in_cluster, self.exchange = ClusterSums(self.ops), Exchange(self.ops)
         self.parts = t.split * t.teams
         steps = -(-k // TILE_K)
         if self.parts > 1:  # every part takes as many steps; those behind the last one read zeros
