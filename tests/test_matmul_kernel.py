@@ -236,6 +236,7 @@ LOWERED = [
     (4097, 6144, 4096, 128, BF16),
     (1000, 6144, 4096, 128, E4M3),  # tiles that two blocks divide, behind whole ones
     (1000, 64, 128, 128, E4M3),
+    (16, 2048, 8192, 128, E4M3),  # blocks that take equally many steps
 ]
 
 
@@ -341,6 +342,26 @@ def test_kernel_against_float32(multiply, sizes):
     assert frobenius(results[0], expected) < TOLERANCE
     for other in results[1:]:
         np.testing.assert_array_equal(np.asarray(other).view(np.uint16), np.asarray(results[0]).view(np.uint16))
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_flags_of_rounded_rows_serve_several_products():
+    m, n, k = 16, 2048, 8192
+    assert tiling.tiling_by_rule(m, n, k, 4 * weight_layout.share_bytes(128, E4M3)).stream_k
+    weights, dense = several_weights((n, n), k, ())
+    rows = jnp.asarray(np.random.default_rng(3).normal(size=(m, k)), BF16)
+
+    @jax.jit
+    def multiply(rows):
+        rounded = pk.round_rows(pk.Unrounded(rows), implementation="mosaic_gpu")
+        settings = {"group_size": 128, "scale_dtype": E4M3, "implementation": "mosaic_gpu"}
+        return rounded, [pk.int4_matmuls_tiled(rounded, [weight], **settings)[0] for weight in weights]
+
+    rounded, results = multiply(rows)
+    assert not np.any(rounded.flags)
+    for y, its in zip(results, dense, strict=True):
+        assert frobenius(y, product(rounded.values, rounded.scale, *its)) < TOLERANCE
 
 
 @pytest.mark.gpu
