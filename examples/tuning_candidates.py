@@ -24,7 +24,7 @@ def tilings(m: int, k: int) -> Iterator[Tiling]:
     """Cuts for the other kernel: of up to 64 tokens by the inputs, of more by the tokens, or by both."""
     whole, steps = next((tokens for tokens in TILES if tokens >= m), TILES[-1]), math.ceil(k / TILE_K)
     if m <= 64:
-        for stages, (split, teams) in itertools.product((4, 8), ((1, 1), (1, 2), (2, 1), (2, 2))):
+        for stages, (split, teams) in itertools.product((4, 6, 8), ((1, 1), (1, 2), (2, 1), (2, 2))):
             if steps >= 2 * split * teams:
                 yield Tiling(whole, stages, halves=1, unroll=2, split=split, teams=teams, persistent=False)
         for (teams, stages), split in itertools.product(((2, 8), (2, 12), (4, 12), (4, 16)), (1, 2)):

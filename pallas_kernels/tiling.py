@@ -281,7 +281,7 @@ def whole_tiles_tiling(tokens: int, n: int, steps: int) -> Tiling:
         if blocks <= STREAMING_MULTIPROCESSORS and tokens < 64 and steps >= 4:
             return dataclasses.replace(tiling, teams=2)  # for as many warps as two blocks to a multiprocessor have
         # Few stages where two blocks run on a multiprocessor: more in flight makes some of them fall behind.
-        return tiling if tokens == 64 else dataclasses.replace(tiling, stages=4)
+        return tiling if tokens == 64 else dataclasses.replace(tiling, stages=4 if tokens == 32 else 6)
     split = 1 if narrow >= ENOUGH_BLOCKS else 2
     if narrow * split <= STREAMING_MULTIPROCESSORS:  # of 64 outputs, one to a multiprocessor, with more in flight
         split = split if steps >= 4 * split else 1
