@@ -97,7 +97,7 @@ def product(x: Rounded, tiles: jax.Array, tensor_scale: jax.Array, *, n: int, cu
     if cut is None:
         [y] = int4_matmuls_tiled(x, [TiledWeight(tiles, tensor_scale, None, n)], **options)
     elif isinstance(cut, Streaming):
-        [y] = matvec(Rounded(x.values, x.scale), *weight, sizes=(n,), cut=cut, **options)
+        [y] = matvec(x, *weight, sizes=(n,), cut=cut, **options)
     else:
         [y] = matmul(x.values, x.scale, *weight, None, x.flags, sizes=(n,), tiling=cut, **options)
     return y

@@ -41,11 +41,11 @@ class Block:
         self.x, self.x_scale = x, x_scale
         weights, streams = len(plan.sizes), plan.stream is not None
         counts = (plan.has_residual, weights, weights, weights * plan.has_bias, streams, weights, streams)
-        ends = itertools.accumulate(counts, initial=0)
+        ends = list(itertools.accumulate(counts, initial=0))
         self.residual, self.w, self.tensor_scales, self.biases, self.flags, self.y, self.sums = (
             refs[start:end] for start, end in itertools.pairwise(ends)
         )
-        self.x_smem, self.w_smem, self.y_smem, self.full, self.empty, *rest = refs[-len(plan.scratch()) :]
+        self.x_smem, self.w_smem, self.y_smem, self.full, self.empty, *rest = refs[ends[-1] :]
         self.residual_here: Any = rest.pop() if plan.has_residual else None
         self.landing: Any = rest.pop() if t.split > 1 or plan.rounds.divided else None
         self.received: Any = rest.pop() if rest else None
@@ -333,7 +333,7 @@ class TileAtWork:
 
         @pl.when(self.ends_tile)
         def add() -> None:
-            start = stream.first_block(stream.piece(self.tile.number, block.block)[0]) * sides + block.side
+            start = stream.first_block(self.tile.group) * sides + block.side
             at_once = max(1, min(stream.senders, LOADED_AT_ONCE // self.ops.registers))
 
             def add_some(j: Any, totals: Any) -> Any:

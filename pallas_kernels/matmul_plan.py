@@ -24,6 +24,7 @@ class Tile(NamedTuple):
 
     Attributes:
       number: of the block's tiles.
+      group: of :class:`pallas_kernels.tiling.Rounds`; with ``stream_k`` the tile's number among all.
       weight: which one.
       row: of blocks of outputs, in that weight.
       token: of tiles of tokens.
@@ -33,6 +34,7 @@ class Tile(NamedTuple):
     """
 
     number: Any
+    group: Any
     weight: Any
     row: Any
     token: Any
@@ -142,7 +144,7 @@ class Plan:
             across = min(t.snake, self.token_tiles)
             row, token = plgpu.planar_snake(group, (self.row_groups, self.token_tiles), 1, across)
         weight, row = self._of_weight(row * t.share + (beside if t.share > 1 else 0))
-        return Tile(i, weight, row, token, first, count, before)
+        return Tile(i, group, weight, row, token, first, count, before)
 
     def _of_weight(self, row: Any) -> tuple[Any, Any]:
         """The weight that a row of blocks belongs to, and its number there."""

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from pallas_kernels import reference, weight_layout
 from pallas_kernels.dispatch import no_hopper, refused, register, require, select
 from pallas_kernels.reference import Numerics
-from pallas_kernels.rows import check_rows, round_rows
-from pallas_kernels.sources import Rounded, Source, Ungated, Unnormed
+from pallas_kernels.rows import check_source, round_rows
+from pallas_kernels.sources import Rounded, Source, Ungated
 from pallas_kernels.tiling import FLAGS, rounds_its_input
 from pallas_kernels.tuned import choose_streaming
 
@@ -46,7 +46,7 @@ def _mosaic_matvec(
     x: Rounded, weights: Sequence[TiledWeight], residual: jax.Array | None, **options: Any
 ) -> tuple[jax.Array, ...]:
     del options["numerics"]  # exact, or the kernel is not selected
-    return _mosaic_matvec_of(Rounded(x.values, x.scale), weights, residual, **options)
+    return _mosaic_matvec_of(x, weights, residual, **options)
 
 
 def _mosaic_matvec_of(
@@ -278,7 +278,7 @@ def int4_matmuls_tiled(
     settings = {"group_size": group_size, "scale_dtype": jnp.dtype(scale_dtype)}
     _check_numerics(op, numerics)
     if implementation in (None, "mosaic_gpu_matvec") and numerics == "exact" and not isinstance(source, Rounded):
-        rows = _check_source(op, source)
+        rows = check_source(op, source)
         if not _token_refusal(rows, isinstance(source, Ungated), weights, out_dtype, **settings):
             _check_tiled(op, weights, rows.shape[1], group_size, scale_dtype)
             _check_residual(op, residual, rows.shape[0], weights, out_dtype)
@@ -289,18 +289,6 @@ def int4_matmuls_tiled(
         round_rows(source, implementation=rounding), weights, residual,
         numerics=numerics, out_dtype=out_dtype, implementation=implementation, **settings,
     )  # fmt: skip
-
-
-def _check_source(op: str, source: Source) -> jax.Array:
-    """The rows of a source whose arrays belong together."""
-    rows, *others = source.arrays()
-    if isinstance(source, Ungated):
-        check_rows(op, rows, *others)
-    else:
-        check_rows(op, rows)
-    if isinstance(source, Unnormed):
-        require(op, "gain", source.gain, rows.shape[1:], (jnp.bfloat16, jnp.float32))
-    return rows
 
 
 def _token_refusal(

@@ -30,32 +30,30 @@ register("norm_quantize", mosaic_gpu=_mosaic_rows("norm_quantize"), reference=_r
 register("gate_quantize", mosaic_gpu=_mosaic_rows("gate_quantize"), reference=_reference_rows(reference.gate_quantize))
 
 
-def check_rows(op: str, *rows: jax.Array) -> None:
-    """Checks rows that belong together.
+def check_source(op: str, source: Source) -> jax.Array:
+    """The rows of a source whose arrays belong together.
 
     Raises:
-      ValueError: they are not matrices of one shape and dtype.
+      ValueError: they do not, as rows are not matrices of one shape and dtype, or there is no gain for each column.
     """
-    first = rows[0]
-    for other in rows:
-        if other.ndim != 2 or other.shape != first.shape or other.dtype != first.dtype:
+    first, *others = source.arrays()
+    rows = [first, *others] if isinstance(source, Ungated) else [first]
+    for row in rows:
+        if row.ndim != 2 or row.shape != first.shape or row.dtype != first.dtype:
             raise ValueError(
                 f"{op}: the rows must be matrices of one shape and dtype, got "
                 + " and ".join(f"{r.dtype} {r.shape}" for r in rows)
             )
+    if isinstance(source, Unnormed):
+        require(op, "gain", source.gain, first.shape[1:], (jnp.bfloat16, jnp.float32))
+    return first
 
 
-def _row_refusals(op: str, *rows: jax.Array) -> dict[str, str]:
-    """Why the Hopper kernels cannot take such rows, if they cannot; they must be matrices of one shape and dtype.
-
-    Raises:
-      ValueError: they are not.
-    """
-    check_rows(op, *rows)
-    first = rows[0]
-    reason, (m, k) = no_hopper(), first.shape
-    if first.dtype != jnp.bfloat16:
-        reason = f"the rows are {first.dtype}, not bfloat16"
+def _row_refusals(rows: jax.Array) -> dict[str, str]:
+    """Why the Hopper kernels cannot take rows of such a matrix, if they cannot."""
+    reason, (m, k) = no_hopper(), rows.shape
+    if rows.dtype != jnp.bfloat16:
+        reason = f"the rows are {rows.dtype}, not bfloat16"
     elif k % 8 or k > MAX_ROW:
         reason = f"{k} columns are no multiple of 8 up to {MAX_ROW}"
     elif m == 0:
@@ -107,13 +105,8 @@ def round_rows(source: Source, *, implementation: str | None = None) -> Rounded:
     """
     if isinstance(source, Rounded):
         return source
-    op, options = "quantize_rows", {}
-    if isinstance(source, Unnormed):
-        op, options = "norm_quantize", {"eps": source.eps}
-        refusals = _row_refusals(op, source.values)
-        require(op, "gain", source.gain, source.values.shape[1:], (jnp.bfloat16, jnp.float32))
-    else:
-        op = "gate_quantize" if isinstance(source, Ungated) else "quantize_rows"
-        refusals = _row_refusals(op, *source.arrays())
-    rows: Rounded = select(op, implementation, refusals)(*source.arrays(), **options)
-    return rows
+    op = {Unrounded: "quantize_rows", Unnormed: "norm_quantize", Ungated: "gate_quantize"}[type(source)]
+    refusals = _row_refusals(check_source(op, source))
+    options = {"eps": source.eps} if isinstance(source, Unnormed) else {}
+    rounded: Rounded = select(op, implementation, refusals)(*source.arrays(), **options)
+    return rounded

@@ -154,6 +154,11 @@ class StreamK:
         """How many blocks' sums another block adds to its own at most."""
         return min(-(-self.blocks // self.tiles), self.blocks - 1)
 
+    @property
+    def most_steps(self) -> int:
+        """Of a block."""
+        return -(-self.tiles * self.chains // self.blocks) * self.unroll
+
     def begin(self, block: Any) -> Any:
         """The first of a block's chains, counted through all tiles; that of the next block is where it ends."""
         return jax.lax.div(block * (self.tiles * self.chains), jnp.int32(self.blocks))
@@ -266,8 +271,7 @@ def few_tokens_microseconds(t: Tiling, n: int, steps: int) -> float:
     """What a product of up to 64 tokens takes about."""
     cost, tiles = FEW_TOKENS_COST[t.tokens], -(-n // t.outputs)
     if t.stream_k:
-        plan = plan_stream(t, tiles, steps)
-        return cost.stream_start + -(-tiles * plan.chains // plan.blocks) * t.unroll * t.sides * cost.lone_side
+        return cost.stream_start + plan_stream(t, tiles, steps).most_steps * t.sides * cost.lone_side
     rounds = -(-tiles * t.split // STREAMING_MULTIPROCESSORS)
     side = cost.lone_side if rounds * t.sides * t.teams == 2 else cost.side
     return cost.start + rounds * t.sides * -(-steps // t.split) * side + (t.split > 1) * SPLIT_MICROSECONDS
@@ -309,8 +313,7 @@ def estimated_microseconds(t: Tiling, m: int, n: int, k: int) -> float:
     if row_blocks < t.share:
         return math.inf
     if t.stream_k:
-        stream = plan_stream(t, row_blocks * token_tiles, -(-k // TILE_K))
-        steps = -(-stream.tiles * stream.chains // stream.blocks) * t.unroll
+        steps = plan_stream(t, row_blocks * token_tiles, -(-k // TILE_K)).most_steps
         return steps * STEP_MICROSECONDS[t.tokens] + STREAM_MICROSECONDS
     plan = plan_rounds(t, row_blocks, token_tiles, -(-k // TILE_K))
     steps = plan.whole * plan.steps + plan.part_steps

@@ -37,6 +37,8 @@ from pallas_kernels import (
 )
 from pallas_kernels.tiling import DecodeCut, Streaming, Tiling
 
+MATMUL = mosaic_matmul, matmul_plan, matmul_block, matmul_steps, cluster_steps, stream_steps
+
 
 @pytest.mark.parametrize(
     ("m", "n", "k", "group_size", "scale_dtype", "cut"),
@@ -126,7 +128,7 @@ def test_matmul(m, n, k, group_size, scale_dtype, how, monkeypatch):
     bias = jnp.asarray(np.random.default_rng(5).normal(size=n) * 100, jnp.float32)
     expected = product(x, x_scale, values, scales, 0.5, bias)
     for out_dtype, rounding in ((BF16, 2**-8), (jnp.float32, 0)):
-        with emulated(mosaic_matmul, matmul_plan, matmul_block, matmul_steps, cluster_steps, stream_steps):
+        with emulated(*MATMUL):
             [y] = mosaic_matmul.matmul(
                 x, x_scale, [tiles], [jnp.float32(0.5)], [bias],
                 sizes=(n,), group_size=group_size, scale_dtype=scale_dtype, out_dtype=out_dtype, tiling=how,
@@ -153,7 +155,7 @@ def test_folded_matmul(m, n, k, group_size, scale_dtype, how):
     tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
     bias = jnp.asarray(np.random.default_rng(5).normal(size=n) * 100, jnp.float32)
     expected = product(x, x_scale, *folded(values, scales), 0.5, bias)
-    with emulated(mosaic_matmul, matmul_plan, matmul_block, matmul_steps, cluster_steps, stream_steps):
+    with emulated(*MATMUL):
         [y] = mosaic_matmul.matmul(
             x, x_scale, [tiles], [jnp.float32(0.5)], [bias], sizes=(n,), group_size=group_size,
             scale_dtype=scale_dtype, out_dtype=jnp.float32, numerics="folded", tiling=how,
@@ -177,7 +179,7 @@ def test_matmul_of_several_weights(m, sizes, biased, how):
     weights, dense = several_weights(sizes, k, biased)
     expected = [product(x, x_scale, *of_weight) for of_weight in dense]
     tiles, tensor_scales, biases, _ = zip(*weights, strict=True)
-    with emulated(mosaic_matmul, matmul_plan, matmul_block, matmul_steps, cluster_steps, stream_steps):
+    with emulated(*MATMUL):
         results = mosaic_matmul.matmul(
             x, x_scale, tiles, tensor_scales, biases, sizes=sizes, group_size=128, scale_dtype=E4M3, tiling=how
         )  # fmt: skip
@@ -211,7 +213,7 @@ def test_residual(m, n, k, how, monkeypatch):
     residual = jnp.asarray(rng.normal(size=expected.shape) * np.abs(expected).max() / 4, BF16)
     settings = {"sizes": (n,), "group_size": 128, "scale_dtype": E4M3}
     if isinstance(how, Tiling):
-        with emulated(mosaic_matmul, matmul_plan, matmul_block, matmul_steps, cluster_steps, stream_steps):
+        with emulated(*MATMUL):
             [y] = mosaic_matmul.matmul(*arguments, residual, **settings, tiling=how)
     else:
         with emulated(mosaic_matvec, matvec_steps, warp_slots, matmul_steps):
