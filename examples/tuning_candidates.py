@@ -4,11 +4,13 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from pallas_kernels.tiling import SHARED_MEMORY, Streaming, Tiling, rounds_its_input, streaming_by_rule, tiling_by_rule
+from pallas_kernels.rules import MANY_TOKENS, estimated_microseconds, streaming_by_rule, tiling_by_rule
+from pallas_kernels.tiling import FEW_TOKENS_OF_TILES, SHARED_MEMORY, Streaming, Tiling, rounds_its_input
 from pallas_kernels.tuned import Cut
 from pallas_kernels.weight_layout import SHARES, TILE_K
 
-TILES = (8, 16, 32, 64, 128, 256)  # numbers of tokens that a tile may have
+TILES = (8, 16, 32, 64)  # numbers of tokens that a tile of few may have
+PLAUSIBLE = 1.3  # times what the fastest cut by the cost model takes
 
 
 def streamings(m: int, n: int, k: int, share: int) -> Iterator[Streaming]:
@@ -20,10 +22,11 @@ def streamings(m: int, n: int, k: int, share: int) -> Iterator[Streaming]:
         yield from (cut for cut in fitting[:1] if m > 1 or rounds_its_input(cut, m, k, gated=True))
 
 
-def tilings(m: int, k: int) -> Iterator[Tiling]:
-    """Cuts for the other kernel: of up to 64 tokens by the inputs, of more by the tokens, or by both."""
-    whole, steps = next((tokens for tokens in TILES if tokens >= m), TILES[-1]), math.ceil(k / TILE_K)
-    if m <= 64:
+def tilings(m: int, n: int, k: int) -> Iterator[Tiling]:
+    """Cuts for the other kernel: of few tokens by the inputs, of more by the tokens, or by both."""
+    steps = math.ceil(k / TILE_K)
+    if m <= FEW_TOKENS_OF_TILES:
+        whole = next(tokens for tokens in TILES if tokens >= m)
         for stages, (split, teams) in itertools.product((4, 6, 8), ((1, 1), (1, 2), (2, 1), (2, 2))):
             if steps >= 2 * split * teams:
                 yield Tiling(whole, stages, halves=1, unroll=2, split=split, teams=teams, persistent=False)
@@ -33,15 +36,11 @@ def tilings(m: int, k: int) -> Iterator[Tiling]:
         for stages, unroll in ((6, 2), (8, 2), (8, 4)):
             yield Tiling(whole, stages, halves=1, unroll=unroll, stream_k=True)
         return
-    sizes = [tokens for tokens in (whole, whole // 2) if tokens >= 128]
-    for tokens, share in itertools.product(sizes, (1, 2)):
-        yield Tiling(tokens, {256: 4, 128: 6}[tokens], share=share)
+    estimates = {t: estimated_microseconds(t, m, n, k) for t in MANY_TOKENS}
+    yield from (t for t, microseconds in estimates.items() if microseconds <= PLAUSIBLE * min(estimates.values()))
     if m <= 256:
-        yield Tiling(128, 4, persistent=False)
         yield Tiling(128, 6, halves=1, unroll=2, teams=2, sides=1, persistent=False)
-        for tokens in sizes:
-            yield Tiling(tokens, 4, split=2, persistent=False)
-            yield Tiling(tokens, 4, stream_k=True)
+        yield Tiling(128, 4, split=2, persistent=False)
 
 
 def candidates(m: int, n: int, k: int, share: int) -> list[Cut]:
@@ -51,5 +50,5 @@ def candidates(m: int, n: int, k: int, share: int) -> list[Cut]:
     if isinstance(by_rule, Streaming):  # of few tokens always the faster kernel, and of more never
         others = list(streamings(m, n, k, share))
     else:
-        others = [t for t in tilings(m, k) if t.shared_memory(SHARES * share) <= SHARED_MEMORY]
+        others = [t for t in tilings(m, n, k) if t.shared_memory(SHARES * share) <= SHARED_MEMORY]
     return [by_rule, *(cut for cut in others if cut != by_rule)]

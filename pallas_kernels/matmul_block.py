@@ -91,8 +91,8 @@ class Block:
 
     def _produce(self) -> None:
         t = self.plan.tiling
-        if self.plan.persistent:
-            plgpu.set_max_registers(40, action="decrease")
+        if self.plan.registers is not None:
+            plgpu.set_max_registers(self.plan.registers[0], action="decrease")
         if t.share > 1:  # the other block's barriers must exist
             hopper.cluster_wait()
         jax.lax.fori_loop(0, self.mine, self._produce_tile, None)
@@ -125,8 +125,8 @@ class Block:
                 copy_tokens(together)
 
             def copy_weight(number: int) -> None:
-                # Two tiles, as copies must be of whole 128 bytes.
-                where = (pl.ds(tile.row * 2, 2), at) if plan.at_once == 1 else (tile.row, pl.ds(at, 2))
+                # At least two tiles, as copies must be of whole 128 bytes.
+                where = (pl.ds(tile.row * t.sides, t.sides), at) if plan.at_once == 1 else (tile.row, pl.ds(at, 2))
                 target = self.w_smem.at[self.barrier_of(slot)]
                 plgpu.copy_gmem_to_smem(self.w[number].at[where], target, barrier)
 
@@ -136,8 +136,8 @@ class Block:
 
     def _compute(self) -> None:
         t = self.plan.tiling
-        if self.plan.persistent:
-            plgpu.set_max_registers(232, action="increase")
+        if self.plan.registers is not None:
+            plgpu.set_max_registers(self.plan.registers[1], action="increase")
         if t.share > 1:
             hopper.cluster_wait()
         jax.lax.fori_loop(0, self.mine, lambda i, _: TileAtWork(self, i).compute(), None)

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.cluster_steps import ClusterSums
 from pallas_kernels.matmul_steps import Steps
 from pallas_kernels.stream_steps import Exchange
-from pallas_kernels.tiling import Tiling, plan_rounds, plan_stream
+from pallas_kernels.tiling import FEW_TOKENS_OF_TILES, Tiling, plan_rounds, plan_stream
 from pallas_kernels.weight_layout import TILE_K, TILE_N, tile_shape
 
 
@@ -97,22 +97,31 @@ class Plan:
             m, sizes, group_size, scale_dtype, part_tiling, scaled_tokens=t.tokens, folded=folded
         )  # fmt: skip
         self.cluster = t.share * t.split
-        self.at_once = 2 // t.sides  # steps that are copied together
+        self.at_once = max(1, 2 // t.sides)  # steps that are copied together
+        self.registers = self._registers()
         # The chain behind which a tile's residual is asked for: not at once, as the last tile's results may still be
         # read; or -1 for at once.
         shortest = min(self.steps, self.rounds.part_steps or self.steps)
         asks_late = self.persistent and self.stream is None
         self.asking = min(1, shortest // t.unroll - 1) if asks_late else -1
 
+    def _registers(self) -> tuple[int, int] | None:
+        """Of a thread that copies and of one that computes, where all having as many would leave the latter too few."""
+        t = self.tiling
+        if t.sides * t.teams == 4 and t.tokens > FEW_TOKENS_OF_TILES:
+            return 24, 112
+        return (40, 232) if self.persistent or t.tokens > 128 else None
+
     def scratch(self) -> list[Any]:
         """Shared memory and barriers, in the order in which :class:`Block` takes them."""
         t, pairs = self.tiling, self.tiling.stages // self.at_once
         full = plgpu.Barrier(num_arrivals=self.at_once + 1, num_barriers=pairs)  # of copies
-        empty = plgpu.Barrier(num_arrivals=2, num_barriers=pairs)
-        shared = plgpu.ClusterBarrier(collective_axes=("peer",), num_arrivals=2, num_barriers=t.stages)
+        readers = max(2, t.sides)  # of what is copied together
+        empty = plgpu.Barrier(num_arrivals=readers, num_barriers=pairs)
+        shared = plgpu.ClusterBarrier(collective_axes=("peer",), num_arrivals=readers, num_barriers=t.stages)
         scratch: list[Any] = [
             plgpu.SMEM((t.stages, t.tokens, TILE_K), jnp.float8_e4m3fn, transforms=self.ops.swizzle),
-            plgpu.SMEM((pairs, 2, *self.tile_shape), jnp.int32),
+            plgpu.SMEM((pairs, readers, *self.tile_shape), jnp.int32),
             plgpu.SMEM((t.sides, t.tokens, TILE_N), jnp.bfloat16, transforms=self.ops.swizzle),
             full,
             shared if t.share > 1 else empty,

@@ -1,7 +1,6 @@
 """How the Hopper kernels are cut into pieces."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -13,6 +12,8 @@ BLOCK_N = 2 * TILE_N
 SHARED_MEMORY = 232448
 STREAMING_MULTIPROCESSORS = 132
 FLAGS = 2 * STREAMING_MULTIPROCESSORS  # of the two warpgroups of every block
+FEW_TOKENS_OF_TILES = 64  # up to which the weight's bytes decide what a product takes, not the tensor cores
+SIZES_APART = 32  # tokens, from one size of the larger tiles to the next
 FEW_TOKENS = 16  # that the matvec kernel can take; the rules give it half as many
 UNIT = SHARE_N  # outputs that the matvec kernel's warps make together
 WARPS = 16  # of a block of the matvec kernel
@@ -46,8 +47,9 @@ class Tiling:
       stream_k: whether the persistent blocks take equally many steps each, whatever tiles these are of, and those that
         have parts of a tile add up through global memory (stream-K, arXiv 2301.03598); for blocks of one team with two
         sides that share and split nothing.
-      sides: warpgroups of a team, 1 or 2, with 64 outputs each. With one, steps are copied in pairs, for two teams or
-        another even number, and blocks do not share tokens.
+      sides: warpgroups of a team, 1, 2 or 4, with 64 outputs each. With one, steps are copied in pairs, for two teams
+        or another even number, and blocks do not share tokens. With four, a block has one team, and at most 128 tokens
+        in one half.
     """
 
     tokens: int
@@ -218,110 +220,6 @@ def plan_rounds(t: Tiling, row_blocks: int, token_tiles: int, steps: int) -> Rou
     return Rounds(t.share, clusters if whole else divided, whole, divided, whole_steps, part_steps)
 
 
-def tiling_by_rule(m: int, n: int, k: int, tile_bytes: int) -> Tiling:
-    """A tiling for ``[m, k] x [n, k]``, by rules that follow from measurements on an H100 and an H200."""
-    if m > 64:
-        tiling = min(MANY_TOKENS, key=lambda t: estimated_microseconds(t, m, n, k))
-    else:
-        tiling = few_tokens_tiling(next(t for t in (8, 16, 32, 64) if t >= m), n, -(-k // TILE_K))
-    while tiling.shared_memory(tile_bytes) > SHARED_MEMORY and tiling.stages > 2 * tiling.teams:
-        tiling = dataclasses.replace(tiling, stages=tiling.stages - tiling.teams)
-    return tiling
-
-
-ENOUGH_BLOCKS = 96  # that keep the memory busy
-
-
-@dataclasses.dataclass(frozen=True)
-class FewTokensCost:
-    """What tiles of few tokens cost on an H200, in microseconds.
-
-    Attributes:
-      start: of a block, before its first step and behind its last one.
-      side: of a step of a warpgroup, where four are at work on a multiprocessor.
-      lone_side: where there are two, which cannot hide what a step waits for.
-      stream_start: of a block that adds up with others through global memory.
-    """
-
-    start: float
-    side: float
-    lone_side: float
-    stream_start: float
-
-
-FEW_TOKENS_COST = {
-    8: FewTokensCost(3.4, 0.110, 0.145, 4.3),
-    16: FewTokensCost(3.4, 0.110, 0.145, 4.3),
-    32: FewTokensCost(3.6, 0.115, 0.145, 5.2),
-    64: FewTokensCost(3.4, 0.175, 0.167, 6.2),
-}
-SPLIT_MICROSECONDS = 0.8  # that it takes to add up in a cluster
-STREAM_MARGIN = 1.03  # by which adding up through global memory must be faster to be chosen
-
-
-def few_tokens_tiling(tokens: int, n: int, steps: int) -> Tiling:
-    """For up to 64 tokens: equally many steps for all multiprocessors where that saves more than adding up costs."""
-    stream = Tiling(tokens, 6 if tokens == 64 else 8, halves=1, unroll=2, stream_k=True)
-    whole = whole_tiles_tiling(tokens, n, steps)
-    faster = STREAM_MARGIN * few_tokens_microseconds(stream, n, steps) < few_tokens_microseconds(whole, n, steps)
-    return stream if faster else whole
-
-
-def few_tokens_microseconds(t: Tiling, n: int, steps: int) -> float:
-    """What a product of up to 64 tokens takes about."""
-    cost, tiles = FEW_TOKENS_COST[t.tokens], -(-n // t.outputs)
-    if t.stream_k:
-        return cost.stream_start + plan_stream(t, tiles, steps).most_steps * t.sides * cost.lone_side
-    rounds = -(-tiles * t.split // STREAMING_MULTIPROCESSORS)
-    side = cost.lone_side if rounds * t.sides * t.teams == 2 else cost.side
-    return cost.start + rounds * t.sides * -(-steps // t.split) * side + (t.split > 1) * SPLIT_MICROSECONDS
-
-
-def whole_tiles_tiling(tokens: int, n: int, steps: int) -> Tiling:
-    """For up to 64 tokens, which take as long as the weight needs to be read: as many blocks as read at full speed."""
-    blocks, narrow = -(-n // BLOCK_N), -(-n // TILE_N)
-    tiling = Tiling(tokens, 8, halves=1, unroll=2, persistent=False)
-    if blocks >= ENOUGH_BLOCKS:
-        if blocks <= STREAMING_MULTIPROCESSORS and tokens < 64 and steps >= 4:
-            return dataclasses.replace(tiling, teams=2)  # for as many warps as two blocks to a multiprocessor have
-        # Few stages where two blocks run on a multiprocessor: more in flight makes some of them fall behind.
-        return tiling if tokens == 64 else dataclasses.replace(tiling, stages=4 if tokens == 32 else 6)
-    split = 1 if narrow >= ENOUGH_BLOCKS else 2
-    if narrow * split <= STREAMING_MULTIPROCESSORS:  # of 64 outputs, one to a multiprocessor, with more in flight
-        split = split if steps >= 4 * split else 1
-        teams, stages = (4, 16) if tokens <= 16 and steps >= 32 * split else (2, 12)
-        return dataclasses.replace(tiling, stages=stages, split=split, teams=teams, sides=1)
-    # Two teams in each of two blocks add up faster than four blocks.
-    teams = 2 if tokens >= 16 and 2 * blocks < ENOUGH_BLOCKS else 1
-    split = 2 if steps >= 4 * teams else 1
-    return dataclasses.replace(tiling, stages=6 if tokens == 64 and teams == 2 else 8, split=split, teams=teams)
-
-
-# Tilings for more than 64 tokens, in order of preference.
-MANY_TOKENS = [
-    *(Tiling(tokens, stages, share=share) for tokens, stages in ((256, 4), (128, 6)) for share in (1, 2)),
-    Tiling(128, 4, stream_k=True),
-]
-STEP_MICROSECONDS = {256: 0.8, 128: 0.5}  # of a tile of so many tokens
-DIVIDING_MICROSECONDS = 3  # that it takes to bring the parts of a tile together
-STREAM_MICROSECONDS = 6  # the same, through global memory
-
-
-def estimated_microseconds(t: Tiling, m: int, n: int, k: int) -> float:
-    """What rounds of such tiles take, but for what all tilings have in common."""
-    row_blocks, token_tiles = -(-n // BLOCK_N), -(-m // t.tokens)
-    if row_blocks < t.share:
-        return math.inf
-    if t.stream_k:
-        steps = plan_stream(t, row_blocks * token_tiles, -(-k // TILE_K)).most_steps
-        return steps * STEP_MICROSECONDS[t.tokens] + STREAM_MICROSECONDS
-    plan = plan_rounds(t, row_blocks, token_tiles, -(-k // TILE_K))
-    steps = plan.whole * plan.steps + plan.part_steps
-    # Copying tokens once for two blocks saves power, but has them wait for each other.
-    sharing = 1 if t.share == 1 else 1.03 if token_tiles == 1 else 0.98
-    return steps * STEP_MICROSECONDS[t.tokens] * sharing + bool(plan.divided) * DIVIDING_MICROSECONDS
-
-
 @dataclasses.dataclass(frozen=True)
 class Streaming:
     """How the product is cut into pieces.
@@ -389,32 +287,6 @@ def rounds_its_input(cut: Streaming | None, m: int, k: int, gated: bool) -> bool
 def rows_at_once(m: int) -> int:
     """Of a block of threads, that rounds so many tokens: a power of two."""
     return 1 << (m - 1).bit_length()
-
-
-LONG_UNIT = 16  # tokens times tiles of a warp and unit, above which a third slot is faster
-
-
-def streaming_by_rule(m: int, n: int, k: int, share: int) -> Streaming | None:
-    """Cuts for up to 8 tokens; None for more, of which the other kernel has the inputs copied.
-
-    Of all teams those whose warps have the fewest tiles to go through; then as few parts as possible, float16 if that
-    fits, and three slots where a unit keeps a warp busy for long: several tokens times its tiles of a unit.
-    """
-    if not 1 <= m <= FEW_TOKENS // 2:
-        return None
-
-    def tiles_of_a_warp(team: int) -> int:
-        return Streaming(2, team, 1, True).turns(n) * -(-k // (TILE_K * team))
-
-    team = min((8, 16, 4), key=tiles_of_a_warp)
-    all_rounds = -(-k // (TILE_K * team))
-    cuts = (
-        Streaming(slots, team, -(-all_rounds // parts), halves)
-        for parts in range(1, all_rounds + 1)
-        for halves in (True, False)
-        for slots in ((3, 2) if m > 1 and m * -(-all_rounds // parts) > LONG_UNIT else (2,))
-    )
-    return next((cut for cut in cuts if cut.shared_memory(m, n, k, share) <= SHARED_MEMORY), None)
 
 
 @dataclasses.dataclass(frozen=True)

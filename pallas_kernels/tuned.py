@@ -3,7 +3,8 @@
 ``examples/tune_matmul.py`` measures. Its tables lie in ``tuned/``, a file per device that says in ``"measured"`` where
 its numbers come from. Each of its ``"classes"`` is a weight ``[n, k]`` in shares of so many bytes, a number of tokens
 m, a kernel, and its :class:`Tiling` or :class:`Streaming`. It serves numbers of tokens down to the one before it; above
-``FEW`` only those of more than half of it, as it matters there how they divide into tiles.
+``FEW_TOKENS_OF_TILES``, where it matters how they divide into tiles, only those that fill as many times
+``SIZES_APART``.
 """
 
 import dataclasses
@@ -16,14 +17,12 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import tiling
-from pallas_kernels.tiling import Streaming, Tiling
+from pallas_kernels import rules
+from pallas_kernels.tiling import FEW_TOKENS, FEW_TOKENS_OF_TILES, SIZES_APART, Streaming, Tiling
 from pallas_kernels.weight_layout import SHARES
 
 TABLES = Path(__file__).with_name("tuned")
 KERNELS: dict[str, type[Streaming] | type[Tiling]] = {"matvec": Streaming, "matmul": Tiling}
-
-FEW = 64  # tokens, of which a product takes as long as the weight needs to be read
 
 Weight = tuple[int, int, int]  # outputs, inputs, bytes of a share
 Cut = Streaming | Tiling
@@ -68,19 +67,20 @@ def measured_cut(m: int, weight: Weight) -> Cut | None:
     """What was fastest on the default device for as many tokens or some more; None if nobody knows."""
     cuts = table(device_name(jax.devices()[0].device_kind)).get(weight, [])
     tokens, found = next(((tokens, cut) for tokens, cut in cuts if m <= tokens), (0, None))
-    return found if tokens <= FEW or 2 * m > tokens else None
+    fills = tokens <= FEW_TOKENS_OF_TILES or -(-m // SIZES_APART) == -(-tokens // SIZES_APART)
+    return found if fills else None
 
 
 def choose_tiling(m: int, n: int, k: int, tile_bytes: int) -> Tiling:
     """A tiling for ``[m, k] x [n, k]``."""
     cut = measured_cut(m, (n, k, tile_bytes // SHARES))
-    return cut if isinstance(cut, Tiling) else tiling.tiling_by_rule(m, n, k, tile_bytes)
+    return cut if isinstance(cut, Tiling) else rules.tiling_by_rule(m, n, k, tile_bytes)
 
 
 def choose_streaming(m: int, n: int, k: int, share: int) -> Streaming | None:
     """How the kernel for few tokens cuts a product; None if it takes no such shape, or the other kernel is faster."""
-    by_rule = tiling.streaming_by_rule(m, n, k, share)
-    cut = measured_cut(m, (n, k, share)) if 1 <= m <= tiling.FEW_TOKENS else None
+    by_rule = rules.streaming_by_rule(m, n, k, share)
+    cut = measured_cut(m, (n, k, share)) if 1 <= m <= FEW_TOKENS else None
     if cut is None:
         return by_rule
     return cut if isinstance(cut, Streaming) else None

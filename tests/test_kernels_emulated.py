@@ -117,6 +117,9 @@ def test_matvec_of_several_weights(m, sizes, k, cut, biased):
         (40, 192, 640, 64, BF16, Tiling(32, 3, unroll=2, share=2)),  # tiles that two blocks divide
         (70, 448, 896, 128, E4M3, Tiling(32, 3, unroll=2, share=2)),  # some of them whole
         (40, 256, 384, 128, E4M3, Tiling(16, 3, halves=1, unroll=2, share=2)),
+        (70, 320, 640, 64, BF16, Tiling(32, 3, halves=1, unroll=2, sides=4)),
+        (100, 192, 640, 128, E4M3, Tiling(96, 2, unroll=2, persistent=False)),
+        (170, 128, 384, 128, E4M3, Tiling(160, 2, unroll=2, persistent=False)),
     ],
 )
 def test_matmul(m, n, k, group_size, scale_dtype, how, monkeypatch):
@@ -171,6 +174,7 @@ def test_folded_matmul(m, n, k, group_size, scale_dtype, how):
         (9, (192, 64), (1,), Tiling(16, 4, halves=1, unroll=2, persistent=False, teams=2, sides=1)),
         (40, (64, 192, 64), (), Tiling(32, 3, halves=2, unroll=2)),  # blocks that go through tiles of all weights
         (40, (64, 192, 64), (0, 2), Tiling(32, 3, halves=2, unroll=2, stream_k=True)),
+        (40, (64, 320, 64), (0, 2), Tiling(32, 3, halves=1, unroll=2, sides=4)),
     ],
 )
 def test_matmul_of_several_weights(m, sizes, biased, how):
@@ -199,6 +203,7 @@ def test_matmul_of_several_weights(m, sizes, biased, how):
         (70, 192, 256, Tiling(32, 2, halves=2, unroll=2)),
         (70, 320, 896, Tiling(32, 2, halves=2, unroll=2)),  # blocks with several tiles
         (70, 448, 896, Tiling(32, 3, unroll=2, share=2)),  # of which two blocks divide the last ones
+        (70, 320, 896, Tiling(32, 2, halves=1, unroll=2, sides=4)),
     ],
 )
 def test_residual(m, n, k, how, monkeypatch):

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels as pk
-from pallas_kernels import mosaic_matmul, mosaic_matvec, tiling, weight_layout
-from pallas_kernels.tiling import Tiling
+from pallas_kernels import mosaic_matmul, mosaic_matvec, rules, weight_layout
+from pallas_kernels.tiling import Streaming, Tiling
 
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
 SCALE_TYPES = [E4M3, BF16]
@@ -151,7 +151,7 @@ def test_named_kernel_is_refused_where_it_cannot_run():
 
 @pytest.mark.parametrize(("m", "k"), [(17, 4096), (9, 256)])
 def test_more_tokens_are_not_for_the_kernel_of_few(m, k):
-    assert tiling.streaming_by_rule(m, 4096, k, 1040) is None
+    assert rules.streaming_by_rule(m, 4096, k, 1040) is None
     with pytest.raises(NotImplementedError, match=f"{m} tokens by 128 outputs by {k} inputs"):
         mosaic_matvec.matvec(
             pk.Rounded(jnp.zeros((m, k), E4M3), jnp.ones(m)), [jnp.zeros((2, k // 128, 5, 208), jnp.int32)],
@@ -280,7 +280,7 @@ def test_kernel_against_float32(multiply, sizes):
 @on_hopper
 def test_flags_of_rounded_rows_serve_several_products():
     m, n, k = 16, 2048, 8192
-    assert tiling.tiling_by_rule(m, n, k, 4 * weight_layout.share_bytes(128, E4M3)).stream_k
+    assert rules.tiling_by_rule(m, n, k, 4 * weight_layout.share_bytes(128, E4M3)).stream_k
     weights, dense = several_weights((n, n), k, ())
     rows = jnp.asarray(np.random.default_rng(3).normal(size=(m, k)), BF16)
 
@@ -319,6 +319,12 @@ def test_flags_of_rounded_rows_serve_several_products():
         Tiling(64, 8, halves=1, unroll=2, stream_k=True),
         Tiling(128, 4, stream_k=True),
         Tiling(256, 3, stream_k=True),
+        Tiling(128, 4, halves=1, sides=4),
+        Tiling(96, 4, halves=1, sides=4, unroll=2),
+        Tiling(96, 8, persistent=False),
+        Tiling(160, 6, share=2),
+        Tiling(192, 4, persistent=False),
+        Tiling(224, 4, stream_k=True),
     ],
     ids=str,
 )
@@ -345,7 +351,7 @@ def test_folded_against_float32(shape):
 @pytest.mark.parametrize("m", [2, 16])
 def test_streamings_agree_with_float32(m, cut):
     """70 tiles along k: parts of 16 or 32 tiles, of which the last is not full."""
-    results, expected = on_gpu(matvec, m, 8640, 8960, 64, E4M3, bias=False, repeats=3, cut=tiling.Streaming(*cut))
+    results, expected = on_gpu(matvec, m, 8640, 8960, 64, E4M3, bias=False, repeats=3, cut=Streaming(*cut))
     assert frobenius(results[0], expected) < TOLERANCE
     np.testing.assert_array_equal(np.asarray(results[0]).view(np.uint16), np.asarray(results[2]).view(np.uint16))
 

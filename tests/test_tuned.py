@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from test_matmul_kernel import E4M3, matmul, matvec
 
-from pallas_kernels import tiling, tuned, weight_layout
+from pallas_kernels import rules, tiling, tuned, weight_layout
 from pallas_kernels.tiling import Streaming, Tiling
 
 ROOT = Path(__file__).parents[1]
@@ -56,20 +56,20 @@ def test_measured_cuts_come_before_rules(on_a_measured_device):
     n, k, _ = WEIGHT
     for m, expected in {1: CUTS[4], 4: CUTS[4], 5: None, 16: None}.items():
         assert tuned.choose_streaming(m, n, k, SHARE) == expected
-    for m, expected in {5: CUTS[16], 16: CUTS[16], 129: CUTS[256], 256: CUTS[256]}.items():
+    for m, expected in {5: CUTS[16], 16: CUTS[16], 225: CUTS[256], 256: CUTS[256]}.items():
         assert tuned.choose_tiling(m, n, k, 4 * SHARE) == expected
-    for m in (17, 128, 257, 9000):  # that are divided into tiles as nobody measured
-        assert tuned.choose_tiling(m, n, k, 4 * SHARE) == tiling.tiling_by_rule(m, n, k, 4 * SHARE)
+    for m in (17, 129, 224, 257, 9000):  # that are divided into tiles as nobody measured
+        assert tuned.choose_tiling(m, n, k, 4 * SHARE) == rules.tiling_by_rule(m, n, k, 4 * SHARE)
     # The kernel for many tokens, asked for by name where the other one is faster.
-    assert tuned.choose_tiling(3, n, k, 4 * SHARE) == tiling.tiling_by_rule(3, n, k, 4 * SHARE)
+    assert tuned.choose_tiling(3, n, k, 4 * SHARE) == rules.tiling_by_rule(3, n, k, 4 * SHARE)
 
 
 def test_rules_serve_what_nobody_measured(on_a_measured_device, monkeypatch):
     for n, k, share in ((6208, 4096, SHARE), (6144, 4224, SHARE), (6144, 4096, SHARE + 16)):
-        assert tuned.choose_streaming(4, n, k, share) == tiling.streaming_by_rule(4, n, k, share)
-        assert tuned.choose_tiling(100, n, k, 4 * share) == tiling.tiling_by_rule(100, n, k, 4 * share)
+        assert tuned.choose_streaming(4, n, k, share) == rules.streaming_by_rule(4, n, k, share)
+        assert tuned.choose_tiling(100, n, k, 4 * share) == rules.tiling_by_rule(100, n, k, 4 * share)
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H400")])
-    assert tuned.choose_streaming(4, *WEIGHT) == tiling.streaming_by_rule(4, *WEIGHT)
+    assert tuned.choose_streaming(4, *WEIGHT) == rules.streaming_by_rule(4, *WEIGHT)
 
 
 def lowers(m, n, k, cut):
@@ -86,7 +86,7 @@ def test_candidates_begin_with_the_rules_and_lower(examples, m, n, k):
     from tuning_candidates import candidates
 
     found = candidates(m, n, k, SHARE)
-    assert found[0] == (tiling.streaming_by_rule(m, n, k, SHARE) or tiling.tiling_by_rule(m, n, k, 4 * SHARE))
+    assert found[0] == (rules.streaming_by_rule(m, n, k, SHARE) or rules.tiling_by_rule(m, n, k, 4 * SHARE))
     assert len(set(found)) == len(found) > 3
     for cut in found:
         assert lowers(m, n, k, cut), cut

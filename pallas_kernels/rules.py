@@ -1,0 +1,182 @@
+"""How products are cut where nobody measured: cost models, whose numbers are fits to what an H100 and an H200 took."""
+
+import dataclasses
+import math
+
+from pallas_kernels.tiling import (
+    BLOCK_N,
+    FEW_TOKENS,
+    FEW_TOKENS_OF_TILES,
+    SHARED_MEMORY,
+    SIZES_APART,
+    STREAMING_MULTIPROCESSORS,
+    Streaming,
+    Tiling,
+    plan_rounds,
+    plan_stream,
+)
+from pallas_kernels.weight_layout import TILE_K, TILE_N
+
+
+def tiling_by_rule(m: int, n: int, k: int, tile_bytes: int) -> Tiling:
+    """A tiling for ``[m, k] x [n, k]``, by rules that follow from measurements on an H100 and an H200."""
+    if m > FEW_TOKENS_OF_TILES:
+        tiling = min(MANY_TOKENS, key=lambda t: estimated_microseconds(t, m, n, k))
+    else:
+        tiling = few_tokens_tiling(next(t for t in (8, 16, 32, 64) if t >= m), n, -(-k // TILE_K))
+    fewer = tiling.teams if tiling.persistent else 2 * tiling.teams  # stages, that chains of steps still divide
+    while tiling.shared_memory(tile_bytes) > SHARED_MEMORY and tiling.stages > fewer + tiling.teams:
+        tiling = dataclasses.replace(tiling, stages=tiling.stages - fewer)
+    return tiling
+
+
+ENOUGH_BLOCKS = 96  # that keep the memory busy
+
+
+@dataclasses.dataclass(frozen=True)
+class FewTokensCost:
+    """What tiles of few tokens cost on an H200, in microseconds.
+
+    Attributes:
+      start: of a block, before its first step and behind its last one.
+      side: of a step of a warpgroup, where four are at work on a multiprocessor.
+      lone_side: where there are two, which cannot hide what a step waits for.
+      stream_start: of a block that adds up with others through global memory.
+    """
+
+    start: float
+    side: float
+    lone_side: float
+    stream_start: float
+
+
+FEW_TOKENS_COST = {
+    8: FewTokensCost(3.4, 0.110, 0.145, 4.3),
+    16: FewTokensCost(3.4, 0.110, 0.145, 4.3),
+    32: FewTokensCost(3.6, 0.115, 0.145, 5.2),
+    64: FewTokensCost(3.4, 0.175, 0.167, 6.2),
+}
+SPLIT_MICROSECONDS = 0.8  # that it takes to add up in a cluster
+STREAM_MARGIN = 1.03  # by which adding up through global memory must be faster to be chosen
+
+
+def few_tokens_tiling(tokens: int, n: int, steps: int) -> Tiling:
+    """For up to 64 tokens: equally many steps for all multiprocessors where that saves more than adding up costs."""
+    stream = Tiling(tokens, 6 if tokens == 64 else 8, halves=1, unroll=2, stream_k=True)
+    whole = whole_tiles_tiling(tokens, n, steps)
+    faster = STREAM_MARGIN * few_tokens_microseconds(stream, n, steps) < few_tokens_microseconds(whole, n, steps)
+    return stream if faster else whole
+
+
+def few_tokens_microseconds(t: Tiling, n: int, steps: int) -> float:
+    """What a product of up to 64 tokens takes about."""
+    cost, tiles = FEW_TOKENS_COST[t.tokens], -(-n // t.outputs)
+    if t.stream_k:
+        return cost.stream_start + plan_stream(t, tiles, steps).most_steps * t.sides * cost.lone_side
+    rounds = -(-tiles * t.split // STREAMING_MULTIPROCESSORS)
+    side = cost.lone_side if rounds * t.sides * t.teams == 2 else cost.side
+    return cost.start + rounds * t.sides * -(-steps // t.split) * side + (t.split > 1) * SPLIT_MICROSECONDS
+
+
+def whole_tiles_tiling(tokens: int, n: int, steps: int) -> Tiling:
+    """For up to 64 tokens, which take as long as the weight needs to be read: as many blocks as read at full speed."""
+    blocks, narrow = -(-n // BLOCK_N), -(-n // TILE_N)
+    tiling = Tiling(tokens, 8, halves=1, unroll=2, persistent=False)
+    if blocks >= ENOUGH_BLOCKS:
+        if blocks <= STREAMING_MULTIPROCESSORS and tokens < 64 and steps >= 4:
+            return dataclasses.replace(tiling, teams=2)  # for as many warps as two blocks to a multiprocessor have
+        # Few stages where two blocks run on a multiprocessor: more in flight makes some of them fall behind.
+        return tiling if tokens == 64 else dataclasses.replace(tiling, stages=4 if tokens == 32 else 6)
+    split = 1 if narrow >= ENOUGH_BLOCKS else 2
+    if narrow * split <= STREAMING_MULTIPROCESSORS:  # of 64 outputs, one to a multiprocessor, with more in flight
+        split = split if steps >= 4 * split else 1
+        teams, stages = (4, 16) if tokens <= 16 and steps >= 32 * split else (2, 12)
+        return dataclasses.replace(tiling, stages=stages, split=split, teams=teams, sides=1)
+    # Two teams in each of two blocks add up faster than four blocks.
+    teams = 2 if tokens >= 16 and 2 * blocks < ENOUGH_BLOCKS else 1
+    split = 2 if steps >= 4 * teams else 1
+    return dataclasses.replace(tiling, stages=6 if tokens == 64 and teams == 2 else 8, split=split, teams=teams)
+
+
+STAGES = dict(zip(range(96, 257, SIZES_APART), (8, 6, 6, 5, 4, 4), strict=True))  # of tiles of so many tokens
+STEP_MICROSECONDS = {96: 0.36, 128: 0.46, 160: 0.53, 192: 0.60, 224: 0.63, 256: 0.70}  # of such a tile's 128 outputs
+FOUR_SIDED_MICROSECONDS = {96: 0.60, 128: 0.77}  # the same of 256 outputs
+# Tilings for more than 64 tokens, in order of preference.
+MANY_TOKENS = [
+    *(Tiling(tokens, stages, share=share) for tokens, stages in STAGES.items() for share in (1, 2)),
+    *(Tiling(tokens, 4, halves=1, sides=4) for tokens in FOUR_SIDED_MICROSECONDS),
+    # As many stages as a turn of the loop, which brings slots back to the first one, has steps.
+    *(Tiling(tokens, 8 if tokens <= 128 else 4, persistent=False) for tokens in STAGES if tokens <= 192),
+    *(Tiling(tokens, min(stages, 6), stream_k=True) for tokens, stages in STAGES.items()),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ManyTokensCost:
+    """What tiles of many tokens cost beside their steps on an H200, in microseconds.
+
+    Attributes:
+      start: of a persistent block; of others, nothing beside what a round costs.
+      sharing_start: of one that shares tokens with another block.
+      round: of each tile that a block takes, before its first step and behind its last one.
+      dividing: of a cluster that brings together the parts of a tile, and for each token of it.
+      streaming: the same of all blocks, through global memory.
+    """
+
+    start: float
+    sharing_start: float
+    round: float
+    dividing: tuple[float, float]
+    streaming: tuple[float, float]
+
+
+# Of blocks, persistent or not, that divide steps equally or do not: where more are worth it at all.
+MOST_ROUNDS = {(True, False): math.inf, (False, False): 1, (True, True): 3}
+MANY_TOKENS_COST = ManyTokensCost(1.6, 2.6, 2.3, (0.7, 0.014), (3.6, 0.037))
+
+
+def estimated_microseconds(t: Tiling, m: int, n: int, k: int) -> float:
+    """What a product of many tokens takes about."""
+    cost = MANY_TOKENS_COST
+    row_blocks, token_tiles, steps = -(-n // t.outputs), -(-m // t.tokens), -(-k // TILE_K)
+    tiles = row_blocks * token_tiles
+    if row_blocks < t.share or tiles > MOST_ROUNDS[t.persistent, t.stream_k] * STREAMING_MULTIPROCESSORS:
+        return math.inf
+    step = (FOUR_SIDED_MICROSECONDS if t.sides == 4 else STEP_MICROSECONDS)[t.tokens]
+    if t.stream_k:
+        most_steps = plan_stream(t, tiles, steps).most_steps
+        return cost.streaming[0] + cost.streaming[1] * t.tokens + most_steps * step
+    if not t.persistent:
+        return cost.round + steps * step
+    plan = plan_rounds(t, row_blocks, token_tiles, steps)
+    # Copying tokens once for two blocks saves power.
+    sharing = 0.98 if t.share == 2 and token_tiles > 1 else 1
+    together = cost.dividing[0] + cost.dividing[1] * t.tokens if plan.divided else 0
+    start = cost.sharing_start if t.share == 2 else cost.start
+    return start + plan.whole * (cost.round + plan.steps * step * sharing) + plan.part_steps * step + together
+
+
+LONG_UNIT = 16  # tokens times tiles of a warp and unit, above which a third slot is faster
+
+
+def streaming_by_rule(m: int, n: int, k: int, share: int) -> Streaming | None:
+    """Cuts for up to 8 tokens; None for more, of which the other kernel has the inputs copied.
+
+    Of all teams those whose warps have the fewest tiles to go through; then as few parts as possible, float16 if that
+    fits, and three slots where a unit keeps a warp busy for long: several tokens times its tiles of a unit.
+    """
+    if not 1 <= m <= FEW_TOKENS // 2:
+        return None
+
+    def tiles_of_a_warp(team: int) -> int:
+        return Streaming(2, team, 1, True).turns(n) * -(-k // (TILE_K * team))
+
+    team = min((8, 16, 4), key=tiles_of_a_warp)
+    all_rounds = -(-k // (TILE_K * team))
+    cuts = (
+        Streaming(slots, team, -(-all_rounds // parts), halves)
+        for parts in range(1, all_rounds + 1)
+        for halves in (True, False)
+        for slots in ((3, 2) if m > 1 and m * -(-all_rounds // parts) > LONG_UNIT else (2,))
+    )
+    return next((cut for cut in cuts if cut.shared_memory(m, n, k, share) <= SHARED_MEMORY), None)
