@@ -80,6 +80,8 @@ def record(
     parser.add_argument("--commit", required=True, help="to record")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing more after this time")
     args = parser.parse_args()
+    if args.out is not None and args.out.is_dir():
+        parser.error(f"--out {args.out} is a folder; name a file in it")
     device = torch.cuda.get_device_name()
     target = args.out or RESULTS / f"{name}-{device_name(device)}.json"
     results: dict[str, Any] = {

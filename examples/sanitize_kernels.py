@@ -206,6 +206,8 @@ def main() -> None:
     parser.add_argument("--only", choices=CASES, nargs="+", help="examine these cases; what is known of others is kept")
     parser.add_argument("--case", choices=CASES, help="launch this case alone, as the sanitizer does")
     args = parser.parse_args()
+    if args.out.is_dir():
+        parser.error(f"--out {args.out} is a folder; name a file in it")
     if args.case:
         launch(args.case)
         return
