@@ -24,6 +24,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pages import result_file
 
 import convert
 import fireq_jax
@@ -189,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", type=Path, help="what accuracy_texts.py wrote")
     parser.add_argument("--model", type=Path, help="a GGUF file or a folder; the embedded model if left out")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=result_file, default=RESULTS)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after this time")
     rows = [*(name for name, _, _ in RECIPES), "A8"]
     parser.add_argument("--only", action="append", choices=rows, help="a row to measure, not all; may be repeated")

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pages import result_file
 
 import fireq_jax
 from fireq_jax import scaling
@@ -92,7 +93,7 @@ def planted_outliers(tokens: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=result_file, default=RESULTS)
     parser.add_argument("--commit", required=True, help="to record")
     args = parser.parse_args()
     results: dict[str, Any] = {

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from pages import result_file
 
 from convert.folder import write_json
 from convert.safetensors_file import write_file
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--recipe", default="data_free", help="a preset that needs no calibration")
     parser.add_argument("--folder", type=Path, required=True, help="an empty place with 1.4 times the model's size")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=result_file, required=True)
     arguments = parser.parse_args()
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
     source, target = arguments.folder / "float", arguments.folder / "int4"

@@ -11,7 +11,7 @@ import torch
 
 # The one way to time kernels of both frameworks alike; jax.experimental.mosaic.gpu.profiler uses it for JAX functions.
 from jax._src.lib import mosaic_gpu as mosaic_gpu_library
-from pages import RESULTS
+from pages import RESULTS, result_file
 
 from convert.folder import write_json
 from pallas_kernels.tuned import device_name
@@ -76,12 +76,10 @@ def record(
     ``measure`` gets the seconds behind which it is to begin nothing more; a run that is cut off leaves what it has.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="docs/results, by the benchmark's name and the device's, if not given")
+    parser.add_argument("--out", type=result_file, help="in docs/results, by benchmark and device, if not given")
     parser.add_argument("--commit", required=True, help="to record")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing more after this time")
     args = parser.parse_args()
-    if args.out is not None and args.out.is_dir():
-        parser.error(f"--out {args.out} is a folder; name a file in it")
     device = torch.cuda.get_device_name()
     target = args.out or RESULTS / f"{name}-{device_name(device)}.json"
     results: dict[str, Any] = {

@@ -1,5 +1,6 @@
 """Generated parts of hand-written pages."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,13 @@ from convert.folder import write_text
 from pallas_kernels.tuned import device_name
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
+
+
+def result_file(path: str) -> Path:
+    """An argument that names a file to write when all is measured: a folder is refused before anything is."""
+    if Path(path).is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; name a file in it")
+    return Path(path)
 
 
 def of_devices(name: str) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pages import result_file
 
 import pallas_kernels as pk
 from convert.folder import write_json
@@ -201,13 +202,11 @@ def run_in_time(command: list[str]) -> "subprocess.CompletedProcess[str] | None"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=result_file, default=RESULTS)
     parser.add_argument("--commit", help="to record")
     parser.add_argument("--only", choices=CASES, nargs="+", help="examine these cases; what is known of others is kept")
     parser.add_argument("--case", choices=CASES, help="launch this case alone, as the sanitizer does")
     args = parser.parse_args()
-    if args.out.is_dir():
-        parser.error(f"--out {args.out} is a folder; name a file in it")
     if args.case:
         launch(args.case)
         return

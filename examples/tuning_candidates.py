@@ -4,12 +4,17 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from pallas_kernels.rules import MANY_TOKENS, estimated_microseconds, streaming_by_rule, tiling_by_rule
+from pallas_kernels.rules import (
+    FEW_TOKENS_COST,
+    MANY_TOKENS,
+    estimated_microseconds,
+    streaming_by_rule,
+    tiling_by_rule,
+)
 from pallas_kernels.tiling import FEW_TOKENS_OF_TILES, SHARED_MEMORY, Streaming, Tiling, rounds_its_input
 from pallas_kernels.tuned import Cut
 from pallas_kernels.weight_layout import SHARES, TILE_K
 
-TILES = (8, 16, 32, 64)  # numbers of tokens that a tile of few may have
 PLAUSIBLE = 1.3  # times what the fastest cut by the cost model takes
 
 
@@ -26,7 +31,7 @@ def tilings(m: int, n: int, k: int) -> Iterator[Tiling]:
     """Cuts for the other kernel: of few tokens by the inputs, of more by the tokens, or by both."""
     steps = math.ceil(k / TILE_K)
     if m <= FEW_TOKENS_OF_TILES:
-        whole = next(tokens for tokens in TILES if tokens >= m)
+        whole = next(tokens for tokens in FEW_TOKENS_COST if tokens >= m)
         for stages, (split, teams) in itertools.product((4, 6, 8), ((1, 1), (1, 2), (2, 1), (2, 2))):
             if steps >= 2 * split * teams:
                 yield Tiling(whole, stages, halves=1, unroll=2, split=split, teams=teams, persistent=False)

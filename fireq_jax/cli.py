@@ -27,7 +27,7 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a h
 RecipeName = Annotated[str, typer.Option("--recipe", help="Preset used if the model is not quantised yet.")]
 LmHead = Annotated[str, typer.Option(help="Output projection: float, int8, fp8 or int4.")]
 Float = Annotated[bool, typer.Option("--float", help="Run the model as it is, without quantising it.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the results to this file.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Also write the results to this file.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopK = Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")]

@@ -23,7 +23,7 @@ def tiling_by_rule(m: int, n: int, k: int, tile_bytes: int) -> Tiling:
     if m > FEW_TOKENS_OF_TILES:
         tiling = min(MANY_TOKENS, key=lambda t: estimated_microseconds(t, m, n, k))
     else:
-        tiling = few_tokens_tiling(next(t for t in (8, 16, 32, 64) if t >= m), n, -(-k // TILE_K))
+        tiling = few_tokens_tiling(next(t for t in FEW_TOKENS_COST if t >= m), n, -(-k // TILE_K))
     fewer = tiling.teams if tiling.persistent else 2 * tiling.teams  # stages, that chains of steps still divide
     while tiling.shared_memory(tile_bytes) > SHARED_MEMORY and tiling.stages > fewer + tiling.teams:
         tiling = dataclasses.replace(tiling, stages=tiling.stages - fewer)
@@ -50,7 +50,7 @@ class FewTokensCost:
     stream_start: float
 
 
-FEW_TOKENS_COST = {
+FEW_TOKENS_COST = {  # of tiles of so many tokens, upwards
     8: FewTokensCost(3.4, 0.110, 0.145, 4.3),
     16: FewTokensCost(3.4, 0.110, 0.145, 4.3),
     32: FewTokensCost(3.6, 0.115, 0.145, 5.2),
