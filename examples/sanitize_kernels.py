@@ -71,10 +71,9 @@ def product(
     return multiply, (x8, scale, tiles, residual)
 
 
-def stream_k(m: int, n: int, k: int) -> Case:
-    """Blocks that add up through global memory."""
+def tiled(m: int, n: int, k: int, tiling: Tiling) -> Case:
+    """A product cut as no rule would cut one of so small sizes."""
     _, (x8, scale, tiles, _) = product("reference", m, (n,), k)
-    tiling = Tiling(16, 4, halves=1, unroll=2, stream_k=True)
 
     def multiply(x8: jax.Array, scale: jax.Array, tiles: list[jax.Array]) -> Any:
         weights = tiles, [jnp.float32(0.5)], [None]
@@ -145,7 +144,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "matvec with the norms of three": lambda: unnormed(3, 1024, 192),
     "matmul, inputs split": lambda: product("mosaic_gpu", 16, (256,), 2048, with_residual=True),
     "matmul, 64 tokens": lambda: product("mosaic_gpu", 50, (128, 64), 1024),
-    "matmul, parts of tiles": lambda: stream_k(40, 192, 2048),
+    "matmul, parts of tiles": lambda: tiled(40, 192, 2048, Tiling(16, 4, halves=1, unroll=2, stream_k=True)),
+    "matmul, 256 outputs": lambda: tiled(300, 576, 640, Tiling(128, 4, halves=1, sides=4)),
     "matmul, shared tokens": lambda: product("mosaic_gpu", 600, (448, 128), 512),
     "matmul, shared tokens, residual": lambda: product("mosaic_gpu", 600, (512,), 512, with_residual=True),
     "matmul, divided tiles": lambda: product("mosaic_gpu", 600, (448, 128), 2048),
@@ -160,6 +160,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "prefill attention, heads of 64": lambda: prompt(2, 300, 3, 1, 64),
     "prefill attention behind a prefix": lambda: prompt(1, 150, 2, 2, 128, prefix=136),
     "decode attention, split": lambda: cached(1, 2048, 8, 2, 128),
+    "decode attention, many splits": lambda: cached(1, 16384, 2, 1, 64),
     "decode attention, unsplit": lambda: cached(64, 304, 4, 2, 64),
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """How decode attention's partial results are merged: those of a block's warps, and those of a sequence's splits."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import jax.numpy as jnp
@@ -35,9 +36,11 @@ class MergeSteps:
         return cast(Operation, begin)
 
     def merge_warps(self) -> Operation:
-        """``(state, shared, results, block, sequence, kv head) -> ()``: the warps' results as one, to memory.
+        """``(state, shared, results, number, sequence, kv head) -> ()``: the warps' results as one, to memory.
 
-        Results are those of the splits, float32 ``[blocks, rows, pitch]``, or ``y`` if there is but one split.
+        Results are ``y`` if there is but one split; the parts that a block of a cluster is to merge, in its shared
+        memory, with the number of this block's split; or else those of all splits, float32 ``[blocks, rows, pitch]``,
+        with this block's number.
         """
         s = self.shape
         d, pitch = s.head_dim, s.pitch
@@ -47,7 +50,7 @@ class MergeSteps:
             return_type=(),
         )
         def write(_: Any, state: Any, shared: Any, results: Any, *where: Any) -> Any:
-            block, sequence, kv_head = (x.registers.item() for x in where)
+            number, sequence, kv_head = (x.registers.item() for x in where)
             g, t, warp = lane_parts()
             registers = hopper.unpack(state)
             base = hopper.shared_address(shared)
@@ -72,43 +75,94 @@ class MergeSteps:
             rows_at_once = 32 * s.cut.warps // d
             element, first_row = arith.andi(thread, i32(d - 1)), arith.divui(thread, i32(d))
 
-            def read(address: ir.Value, offset: int) -> ir.Value:
-                return hopper.asm(f"ld.shared.f32 $0, [$1+{offset}];", "=f,r", [address], [ir.F32Type.get()])[0]
-
             for i in range(0, s.rows, rows_at_once):
                 row = arith.addi(first_row, i32(i))
                 at = arith.addi(base, arith.muli(row, i32(4 * pitch)))
                 step = 4 * pitch * s.row_blocks * ROWS
-                peaks = [read(at, w * step + 4 * d) for w in range(s.cut.warps)]
+                peaks = [load_float(at, w * step + 4 * d) for w in range(s.cut.warps)]
                 largest = functools.reduce(hopper.maximum, peaks)
                 mine = arith.addi(at, arith.muli(element, i32(4)))
                 out, total = f32(0), f32(0)
                 for w in range(s.cut.warps):
                     weight = hopper.exp2(arith.subf(peaks[w], largest))
-                    out = arith.addf(out, arith.mulf(read(mine, w * step), weight))
-                    total = arith.addf(total, arith.mulf(read(at, w * step + 4 * d + 4), weight))
+                    out = arith.addf(out, arith.mulf(load_float(mine, w * step), weight))
+                    total = arith.addf(total, arith.mulf(load_float(at, w * step + 4 * d + 4), weight))
                 exists = arith.cmpi(arith.CmpIPredicate.ult, row, i32(s.rows))
                 if s.cut.splits == 1:
                     self._store_result(results, sequence, kv_head, row, element, out, total, exists)
+                    continue
+                if s.cut.clustered:
+                    target = self._place_of_part(results, row, number)
                 else:
-                    target = hopper.global_address(results, 4, (block, s.rows * pitch), (row, pitch))
-                    self._store_part(target, element, out, largest, total, exists)
+                    target = hopper.global_address(results, 4, (number, s.rows * pitch), (row, pitch))
+                self._store_part(target, element, out, largest, total, exists)
             return ()
 
         return cast(Operation, write)
+
+    @property
+    def rows_of_block(self) -> int:
+        """Query rows whose parts a block of a cluster merges, at most: every so manieth row is one block's."""
+        return -(-self.shape.rows // self.shape.cut.splits)
+
+    @property
+    def words_of_parts(self) -> int:
+        """Of shared memory, for the parts of these rows."""
+        return self.rows_of_block * self.shape.cut.splits * self.shape.pitch
+
+    def _place_of_part(self, parts: Any, row: ir.Value, split: ir.Value) -> ir.Value:
+        """The address in the cluster at which the block that merges a row has a split's part of it."""
+        splits = i32(self.shape.cut.splits)
+        place = arith.addi(arith.muli(arith.divui(row, splits), splits), split)
+        address = arith.addi(hopper.shared_address(parts), arith.muli(place, i32(4 * self.shape.pitch)))
+        return hopper.in_block(address, arith.remui(row, splits))
 
     def _store_part(
         self, target: ir.Value, element: ir.Value, out: ir.Value, largest: ir.Value, total: ir.Value, exists: ir.Value
     ) -> None:
         """A split's result of a row, whose first thread brings its maximum and sum, too."""
-        place = arith.addi(target, arith.extui(integer(64), arith.muli(element, i32(4))))
-        hopper.store_float_if(place, out, exists)
+        place = arith.muli(element, i32(4))
+        if self.shape.cut.clustered:
+            space, kind = "shared::cluster", "r"
+        else:
+            space, kind, place = "global", "l", arith.extui(integer(64), place)
+        place = arith.addi(target, place)
         leads = arith.andi(exists, arith.cmpi(arith.CmpIPredicate.eq, element, i32(0)))
         behind = 4 * self.shape.head_dim
         hopper.asm(
-            f"{{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.v2.f32 [$0+{behind}], {{$1, $2}}; }}",
-            "l,f,f,r", [target, largest, total, arith.extui(integer(32), leads)], [],
+            f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.{space}.f32 [$0], $1; }}", f"{kind},f,r",
+            [place, out, arith.extui(integer(32), exists)], [],
         )  # fmt: skip
+        hopper.asm(
+            f"{{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.{space}.v2.f32 [$0+{behind}], {{$1, $2}}; }}",
+            f"{kind},f,f,r", [target, largest, total, arith.extui(integer(32), leads)], [],
+        )  # fmt: skip
+
+    def merge_parts(self) -> Operation:
+        """``(parts, y, split, sequence, kv head) -> ()``: a block's rows, whose parts have come from all splits."""
+        s = self.shape
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), *[self.steps.scalar] * 3), return_type=())
+        def write(_: Any, parts: Any, y: Any, *where: Any) -> Any:
+            split, sequence, kv_head = (x.registers.item() for x in where)
+            thread = utils.thread_idx()
+            element, first = arith.andi(thread, i32(s.head_dim - 1)), arith.divui(thread, i32(s.head_dim))
+            for i in range(0, self.rows_of_block, 32 * s.cut.warps // s.head_dim):
+                number = arith.addi(first, i32(i))
+                row = arith.addi(arith.muli(number, i32(s.cut.splits)), split)
+                exists = arith.cmpi(arith.CmpIPredicate.ult, row, i32(s.rows))
+                number = arith.minui(number, i32(self.rows_of_block - 1))
+                first_part = arith.muli(number, i32(4 * s.cut.splits * s.pitch))
+                base = arith.addi(hopper.shared_address(parts), first_part)
+                mine, found = arith.addi(base, arith.muli(element, i32(4))), []
+                for at in range(0, 4 * s.cut.splits * s.pitch, 4 * s.pitch):
+                    behind = at + 4 * s.head_dim
+                    found.append((load_float(mine, at), load_float(base, behind), load_float(base, behind + 4)))
+                _, total, out = merged((f32(LOWEST), f32(0), f32(0)), found)
+                self._store_result(y, sequence, kv_head, row, element, out, total, exists)
+            return ()
+
+        return cast(Operation, write)
 
     def _store_result(
         self, y: Any, sequence: ir.Value, kv_head: ir.Value, row: ir.Value, element: ir.Value,
@@ -160,16 +214,7 @@ class MergeSteps:
                 ]
                 value, peak, weight = (arith.bitcast(single, word) for [word] in words)
                 parts.append((value, arith.select(exists, peak, f32(MASKED)), weight))
-            highest = largest
-            for _value, peak, _weight in parts:
-                highest = hopper.maximum(highest, peak)
-            shrink = hopper.exp2(arith.subf(largest, highest))
-            total, out = arith.mulf(total, shrink), arith.mulf(out, shrink)
-            for value, peak, weight in parts:
-                factor = hopper.exp2(arith.subf(peak, highest))
-                total = arith.addf(total, arith.mulf(weight, factor))
-                out = arith.addf(out, arith.mulf(value, factor))
-            return hopper.pack([highest, total, out])
+            return hopper.pack(merged((largest, total, out), parts))
 
         return cast(Operation, add)
 
@@ -188,3 +233,25 @@ class MergeSteps:
             return ()
 
         return cast(Operation, write)
+
+
+def load_float(address: ir.Value, offset: int) -> ir.Value:
+    """A float32 of shared memory."""
+    return hopper.asm(f"ld.shared.f32 $0, [$1+{offset}];", "=f,r", [address], [ir.F32Type.get()])[0]
+
+
+def merged(
+    state: tuple[ir.Value, ir.Value, ir.Value], parts: Sequence[tuple[ir.Value, ir.Value, ir.Value]]
+) -> list[ir.Value]:
+    """Maximum, sum and output of a row behind parts with an output, a maximum and a sum each, in their order."""
+    largest, total, out = state
+    highest = largest
+    for _value, peak, _weight in parts:
+        highest = hopper.maximum(highest, peak)
+    shrink = hopper.exp2(arith.subf(largest, highest))
+    total, out = arith.mulf(total, shrink), arith.mulf(out, shrink)
+    for value, peak, weight in parts:
+        factor = hopper.exp2(arith.subf(peak, highest))
+        total = arith.addf(total, arith.mulf(weight, factor))
+        out = arith.addf(out, arith.mulf(value, factor))
+    return [highest, total, out]

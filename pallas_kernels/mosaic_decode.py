@@ -3,8 +3,9 @@
 Per sequence and kv head up to 16 query rows (new tokens x query heads of the kv head) attend to every slot up to their
 position. The slots are cut into splits, one per block; inside a block its four or eight warps take tiles of 32 slots in
 turns, each with a running maximum, sum and output of its own. A warp has its tiles copied to slots of its own in shared
-memory, one ahead, and waits for no other warp before the end. The warps' results are merged in shared memory, those of
-the splits, if there are several, by a second kernel, a block per query row.
+memory, one ahead, and waits for no other warp before the end. The warps' results are merged in shared memory; those of
+the splits, if there are several, in a cluster's, a block for every so manieth query row, or by a second kernel, a block
+per query row.
 
 Products are ``mma.sync`` m16n8k16 in float32: key codes with queries (e4m3; both exact in float16), and value codes
 (exact in bf16) with ``exp(score - max) · v_scale``, rounded to bf16. Codes are the first operand, of 16 rows, because
@@ -27,21 +28,26 @@ from pallas_kernels.tiling import DECODE_TILE, DecodeCut, choose_decode_cut
 
 
 def make_kernel(shape: DecodeShape, softmax_scale: float, out_dtype: Any) -> Operation:
-    """``(q8, q_scale, k codes, k scales, v codes, v scales, positions) -> results``: of splits, or ``y`` of just one.
+    """``(q8, q_scale, k codes, k scales, v codes, v scales, positions) -> results``: ``y``, or those of splits.
 
-    Those of splits are what :func:`make_combine` takes.
+    These are what :func:`make_combine` takes; one split, or those of a cluster, have no need for it.
     """
     ops = Steps(shape, softmax_scale)
+    merge = MergeSteps(ops, out_dtype)
     s, cut = shape, shape.cut
     pairs = s.batch * s.kv_heads
     stride = cut.warps * DECODE_TILE
 
     def body(
         q8: Any, q_scale: Any, k: Any, k_scales: Any, v: Any, v_scales: Any, positions: Any, results: Any, shared: Any,
-        arrivals: Any,
+        arrivals: Any, *parts: Any,
     ) -> None:  # fmt: skip
-        block = jax.lax.axis_index("block")
-        split, pair = jax.lax.rem(block, jnp.int32(cut.splits)), jax.lax.div(block, jnp.int32(cut.splits))
+        if cut.clustered:
+            hopper.cluster_arrive()
+            pair, split = jax.lax.axis_index("pair"), jax.lax.axis_index("split")
+        else:
+            block = jax.lax.axis_index("block")
+            split, pair = jax.lax.rem(block, jnp.int32(cut.splits)), jax.lax.div(block, jnp.int32(cut.splits))
         sequence, kv_head = jax.lax.div(pair, jnp.int32(s.kv_heads)), jax.lax.rem(pair, jnp.int32(s.kv_heads))
         ops.slots.open()(arrivals)
         warp = ops.slots.warp()()
@@ -80,19 +86,32 @@ def make_kernel(shape: DecodeShape, softmax_scale: float, out_dtype: Any) -> Ope
         zeros = jnp.zeros(ops.type["state"].shape, jnp.float32)
         state = ops.start()(plgpu.layout_cast(zeros, ops.layout["state"]))
         state, _, _ = jax.lax.fori_loop(0, mine, step, (state, jnp.int32(0), jnp.int32(0)))
-        MergeSteps(ops, out_dtype).merge_warps()(state, shared, results, block, sequence, kv_head)
+        if not cut.clustered:
+            merge.merge_warps()(state, shared, results, block, sequence, kv_head)
+            return
+        hopper.cluster_wait()  # all blocks are at work: their shared memory exists
+        merge.merge_warps()(state, shared, *parts, split, sequence, kv_head)
+        hopper.cluster_arrive_done()
+        hopper.cluster_wait()
+        merge.merge_parts()(*parts, results, split, sequence, kv_head)
 
-    of_splits = jax.ShapeDtypeStruct((pairs * cut.splits, s.rows, s.pitch), jnp.float32)
+    scratch = [plgpu.SMEM((s.shared_words,), jnp.int32), plgpu.SMEM((2 * cut.warps * cut.depth,), jnp.int32)]
+    blocks: dict[str, Any] = {"grid": (pairs * cut.splits,), "grid_names": ("block",)}
+    result = _result_type(shape, out_dtype)
+    if cut.clustered:
+        scratch.append(plgpu.SMEM((merge.words_of_parts,), jnp.float32))
+        blocks = {"grid": (pairs,), "grid_names": ("pair",), "cluster": (cut.splits,), "cluster_names": ("split",)}
+    elif cut.splits > 1:
+        result = jax.ShapeDtypeStruct((pairs * cut.splits, s.rows, s.pitch), jnp.float32)
     kernel = plgpu.kernel(
         body,
-        out_type=of_splits if cut.splits > 1 else _result_type(shape, out_dtype),
-        scratch_types=[plgpu.SMEM((s.shared_words,), jnp.int32), plgpu.SMEM((2 * cut.warps * cut.depth,), jnp.int32)],
-        grid=(pairs * cut.splits,),
-        grid_names=("block",),
+        out_type=result,
+        scratch_types=scratch,
         num_threads=cut.warps // 4,
         thread_name="warpgroup",
         compiler_params=hopper.COMPILER_PARAMS,
         kernel_name="decode_attention",
+        **blocks,
     )
     return cast(Operation, kernel)
 
@@ -165,4 +184,4 @@ def decode_attention(
     results = make_kernel(shape, softmax_scale, out_dtype)(
         q8, q_scale, k_codes, k_scales, v_codes, v_scales, query_positions
     )
-    return results if cut.splits == 1 else make_combine(shape, out_dtype)(results)
+    return results if cut.splits == 1 or cut.clustered else make_combine(shape, out_dtype)(results)

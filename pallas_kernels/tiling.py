@@ -297,25 +297,37 @@ class DecodeCut:
       splits: blocks that share its slots.
       warps: of a block, 4 or 8.
       depth: tiles of each warp that are on their way or at work.
+      clustered: whether the splits are a cluster, of up to 8 blocks, that merges their results in its shared memory;
+        else a second kernel does.
     """
 
     splits: int
     warps: int = 4
     depth: int = 2
+    clustered: bool = False
+
+
+LARGEST_CLUSTER = 8  # blocks, that every Hopper GPU runs together
+CLUSTERED_SLOTS = 65536  # of all sequences and kv heads, up to which clusters of more than two blocks are faster
 
 
 def choose_decode_cut(batch: int, kv_heads: int, slots: int) -> DecodeCut:
     """What was fastest among the shapes that were tried (docs/kernels.md), for a cache that is full.
 
-    Blocks of one wave need no second kernel if there is one per multiprocessor; where there are several, finer pieces
-    leave less of the device idle at the end. Else as many splits as run at once, two blocks per multiprocessor, each
-    with two tiles per warp or more, or one where that would leave few splits.
+    A sequence and kv head has a block for itself where there are enough of them, and a cluster of two where that makes
+    enough. Fewer are cut into as many splits as run at once, two blocks per multiprocessor, each with two tiles per
+    warp or more, or one where that would leave few splits. A second kernel merges these, which takes 2 us, or, in
+    short caches, a cluster, whose blocks do not all find place at once beside those of others.
     """
     pairs = batch * kv_heads
-    if pairs > STREAMING_MULTIPROCESSORS:
-        return DecodeCut(2 if slots >= 2048 else 1)
-    if pairs >= 3 * STREAMING_MULTIPROCESSORS // 4:
-        return DecodeCut(1, warps=8)
+    enough = 3 * STREAMING_MULTIPROCESSORS // 4
+    if pairs >= enough:
+        return DecodeCut(1, warps=4 if pairs > STREAMING_MULTIPROCESSORS else 8)
+    if 2 * pairs >= enough:
+        return DecodeCut(2, warps=4 if slots <= 1024 else 8, clustered=True)
     rounds = -(-slots // (4 * DECODE_TILE))
+    if pairs * slots <= CLUSTERED_SLOTS:
+        splits = min(2 * STREAMING_MULTIPROCESSORS // pairs, LARGEST_CLUSTER, rounds)
+        return DecodeCut(splits, warps=4 if slots <= 4096 else 8, clustered=splits > 1)
     wanted = min(2 * STREAMING_MULTIPROCESSORS // pairs, max(8, rounds // 2), rounds)
     return DecodeCut(-(-rounds // -(-rounds // wanted)))

@@ -150,7 +150,11 @@ def emulated(*modules):
         return results
 
     def member():
-        return machine.block.peer, machine.block.warpgroup
+        return machine.block.peer, getattr(machine.block, "warpgroup", 0)
+
+    def arrive_done():
+        machine.block.deliver()
+        machine.block.cluster.arrive(member())
 
     hopper_functions = {
         "wgmma_e4m3": issue, "wait_for_wgmma": wait_for_products, "store_matrices": store_matrices,
@@ -162,7 +166,7 @@ def emulated(*modules):
         "i32": lambda value: constant(value, 32), "f32": lambda value: Register(machine.full(value, F32)),
         "pack": list, "unpack": list, "splat": lambda number: number,
         "cluster_arrive": lambda: machine.block.cluster.arrive(member()),
-        "cluster_arrive_done": lambda: machine.block.cluster.arrive(member()),
+        "cluster_arrive_done": arrive_done,
         "cluster_wait": lambda: machine.block.cluster.wait(member(), machine.failures),
         "warpgroup_barrier": lambda: None,
         "unknown_zero": lambda: constant(0, 32),
@@ -193,12 +197,12 @@ def emulated(*modules):
         return [Register(machine.full(values[0], dtype)) for _ in range(values.size // 128)]
 
     def separately(blocks, warpgroups, bodies):
-        """Runs the warpgroups of a cluster's blocks side by side."""
-        cluster = Cluster(blocks, warpgroups) if len(blocks) > 1 else None
+        """Runs the warpgroups of a cluster's blocks side by side; of 0, the blocks as wholes."""
+        cluster = Cluster(blocks, max(warpgroups, 1)) if len(blocks) > 1 else None
 
         def run(block, warpgroup, meetings, body):
             block.cluster = cluster
-            machine.block = Warpgroup(block, warpgroup, meetings)
+            machine.block = Warpgroup(block, warpgroup, meetings) if warpgroups else block
             try:
                 with jax.disable_jit():
                     body()
@@ -210,7 +214,7 @@ def emulated(*modules):
         threads = [
             threading.Thread(target=run, args=(block, warpgroup, meetings, body))
             for block, body, meetings in zip(blocks, bodies, [{} for _ in blocks], strict=True)
-            for warpgroup in range(warpgroups)
+            for warpgroup in range(max(warpgroups, 1))
         ]
         for thread in threads:
             thread.start()
@@ -240,9 +244,10 @@ def emulated(*modules):
                 ]
                 if any(isinstance(spec, BarrierSpec) for spec in scratch_types):
                     separately(blocks, num_threads, bodies)
+                elif len(blocks) > 1:
+                    separately(blocks, 0, bodies)
                 else:
-                    [block], [body_of_block] = blocks, bodies
-                    machine.block = block
+                    [machine.block], [body_of_block] = blocks, bodies
                     body_of_block()
             for array, ref in zip(arrays, refs, strict=True):
                 if isinstance(array, jax.Ref):
@@ -281,7 +286,7 @@ def emulated(*modules):
 
     def index_of(name):
         block = machine.block
-        return jnp.int32(getattr(block, {"warpgroup": "warpgroup", "peer": "peer"}.get(name, "index")))
+        return jnp.int32(getattr(block, {"warpgroup": "warpgroup", "peer": "peer", "split": "peer"}.get(name, "index")))
 
     plgpu = SimpleNamespace(
         Barrier=BarrierSpec, ClusterBarrier=ClusterBarrierSpec,

@@ -166,6 +166,13 @@ class Block:
         self.arrivals, self.cluster = {}, None
         self.team = np.zeros(threads // 32, np.int64)
         self.loads = []  # that may not have been carried out
+        self.sent = []  # to shared memory of the cluster: arrays, places and bytes
+
+    def deliver(self):
+        """Has what was stored to other blocks' memory arrive there, as an arrival at the cluster's barrier does."""
+        for memory, place, data in self.sent:
+            memory[place : place + data.size] = data
+        self.sent.clear()
 
     def settle(self):
         """Carries out all loads, as is done before a warp stores anything, or meets another one."""

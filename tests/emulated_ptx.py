@@ -45,6 +45,13 @@ class Machine:
         for memory, places, threads in self.accesses(space, addresses, active, data.shape[1], True):
             memory[places] = data[threads]
 
+    def store_in_cluster(self, addresses, active, data):
+        """Stores to blocks' shared memory, which nobody can count on before the sender arrived at the barrier."""
+        for thread in np.flatnonzero(active):
+            peer, place = divmod(int(addresses[thread]), PEER_BYTES)
+            assert place % data.shape[1] == 0, "misaligned address"
+            self.block.sent.append((self.block.cluster.blocks[peer].shared, place, data[thread].copy()))
+
     def accesses(self, space, addresses, active, size, writing):
         """Of each array that active threads address: its bytes, the places of ``size`` each, and the threads."""
         assert np.all(addresses[active] % size == 0), "misaligned address"
@@ -154,7 +161,10 @@ class Machine:
                 sources = group(arguments[1]) if count > 1 else [arguments[1]]
                 words = [value(s, {4: U32, 2: B16, 1: np.uint8}[size]) for s in sources]
                 data = np.stack(words, axis=1).view(np.uint8)
-                self.store(space, address(arguments[0]), active, data)
+                if "shared::cluster" in kind:
+                    self.store_in_cluster(address(arguments[0]), active, data)
+                else:
+                    self.store(space, address(arguments[0]), active, data)
         elif kind[0] == "bar" and isinstance(self.block, Warpgroup):
             self.block.meet(int(value(arguments[0])[0]), int(arguments[1]))
         elif kind[0] == "bar" and len(arguments) == 2:

@@ -70,7 +70,18 @@ def test_lowers_for_cuda_without_a_gpu(sizes):
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize("cut", [None, DecodeCut(1, 8), DecodeCut(5), DecodeCut(3, 8, 3)], ids=str)
+@pytest.mark.parametrize(
+    "cut",
+    [
+        None,
+        DecodeCut(1, 8),
+        DecodeCut(5),
+        DecodeCut(3, 8, 3),
+        DecodeCut(8, 8, clustered=True),
+        DecodeCut(3, clustered=True),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_kernel_against_the_reference(sizes, cut):
     arguments, scale = inputs(*sizes), sizes[4] ** -0.5

@@ -246,7 +246,10 @@ def test_residual(m, n, k, how, monkeypatch):
         (1, 4, 1, 128, 512, [5], DecodeCut(4)),  # and of which three have nothing
         (1, 4, 1, 128, 800, [790, 131], DecodeCut(1)),  # tiles in slots that had others before
         (1, 3, 1, 64, 1600, [1599], DecodeCut(2, depth=3)),
-        (1, 2, 1, 64, 2304, [2300], DecodeCut(18)),  # more splits than are merged at once
+        (1, 2, 1, 64, 2304, [2300], DecodeCut(18)),  # more splits than are merged at once, by a second kernel
+        # A cluster's blocks merge a row each, or none; or two or three.
+        (1, 5, 1, 128, 1024, [1023, 40], DecodeCut(8, clustered=True)),
+        (2, 12, 2, 64, 704, [[690, 691]], DecodeCut(5, 8, clustered=True)),
         (2, 16, 2, 128, 160, [[150, 151]], DecodeCut(2, 8)),  # two tokens: sixteen rows
         (3, 4, 4, 64, 256, [[0, 1, 2], [253, 254, 255]], None),
     ],
@@ -260,7 +263,9 @@ def any_decoding(draw):
     """What :func:`check_decode_attention` takes: any cut, and positions around its boundaries or elsewhere."""
     tokens, kv_heads, slots = draw(st.integers(1, 2)), draw(st.integers(1, 3)), 8 * draw(st.integers(1, 60))
     group, head_dim = draw(st.integers(1, 8)), draw(st.sampled_from([64, 128]))
-    cut = draw(st.builds(DecodeCut, st.integers(1, 4), st.sampled_from([4, 8]), st.integers(2, 4)))
+    splits = draw(st.integers(1, 4))
+    clustered = splits > 1 and draw(st.booleans())
+    cut = DecodeCut(splits, draw(st.sampled_from([4, 8])), draw(st.integers(2, 4)), clustered)
     positions = []
     for _ in range(draw(st.integers(1, 3))):
         first = draw(st.integers(0, slots - tokens))
