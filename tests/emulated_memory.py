@@ -239,7 +239,7 @@ class Warpgroup(Block):
     def __init__(self, block, warpgroup, meetings):
         self.threads, self.index, self.warpgroup, self.peer = 128, block.index, warpgroup, block.peer
         self.shared, self.products, self.meetings, self.arrivals = block.shared, [], meetings, block.arrivals
-        self.cluster, self.loads = block.cluster, []
+        self.cluster, self.loads, self.sent = block.cluster, [], []
 
     def meet(self, barrier, threads):
         """A named barrier with other warpgroups."""
