@@ -28,6 +28,7 @@ from pages import result_file
 
 import convert
 import fireq_jax
+from convert.folder import write_json
 from pallas_kernels import quantize_fp8
 
 ROOT = Path(__file__).parents[1]
@@ -200,10 +201,7 @@ def main() -> None:
     # float32 products on a GPU would otherwise run in tf32.
     with jax.default_matmul_precision("highest"):
         results = measure(args)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    staged = args.out.with_suffix(".partial")
-    staged.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    staged.rename(args.out)
+    write_json(args.out, results)
 
 
 if __name__ == "__main__":
