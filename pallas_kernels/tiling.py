@@ -308,26 +308,29 @@ class DecodeCut:
 
 
 LARGEST_CLUSTER = 8  # blocks, that every Hopper GPU runs together
-CLUSTERED_SLOTS = 65536  # of all sequences and kv heads, up to which clusters of more than two blocks are faster
+CLUSTERED_SLOTS = 2048  # up to which clusters of more than two blocks are faster than a second kernel
 
 
 def choose_decode_cut(batch: int, kv_heads: int, slots: int) -> DecodeCut:
     """What was fastest among the shapes that were tried (docs/kernels.md), for a cache that is full.
 
     A sequence and kv head has a block for itself where there are enough of them, and a cluster of two where that makes
-    enough. Fewer are cut into as many splits as run at once, two blocks per multiprocessor, each with two tiles per
-    warp or more, or one where that would leave few splits. A second kernel merges these, which takes 2 us, or, in
-    short caches, a cluster, whose blocks do not all find place at once beside those of others.
+    enough. Where they are more than one wave of blocks and long, halves leave less of the device idle at the end. Few
+    are cut into as many splits as run at once, two blocks per multiprocessor, each with two tiles per warp or more, or
+    one where that would leave few splits. A second kernel merges these, which takes 2 us, or, where they are short, a
+    cluster, whose blocks begin together or not at all.
     """
     pairs = batch * kv_heads
     enough = 3 * STREAMING_MULTIPROCESSORS // 4
+    if pairs > STREAMING_MULTIPROCESSORS:
+        return DecodeCut(1 if slots <= 4096 else 2)
     if pairs >= enough:
-        return DecodeCut(1, warps=4 if pairs > STREAMING_MULTIPROCESSORS else 8)
+        return DecodeCut(1, warps=8)
     if 2 * pairs >= enough:
         return DecodeCut(2, warps=4 if slots <= 1024 else 8, clustered=True)
     rounds = -(-slots // (4 * DECODE_TILE))
-    if pairs * slots <= CLUSTERED_SLOTS:
+    if slots <= CLUSTERED_SLOTS:
         splits = min(2 * STREAMING_MULTIPROCESSORS // pairs, LARGEST_CLUSTER, rounds)
-        return DecodeCut(splits, warps=4 if slots <= 4096 else 8, clustered=splits > 1)
+        return DecodeCut(splits, clustered=splits > 1)
     wanted = min(2 * STREAMING_MULTIPROCESSORS // pairs, max(8, rounds // 2), rounds)
     return DecodeCut(-(-rounds // -(-rounds // wanted)))
