@@ -320,15 +320,14 @@ def choose_decode_cut(batch: int, kv_heads: int, slots: int) -> DecodeCut:
     one where that would leave few splits. A second kernel merges these, which takes 2 us, or, where they are short, a
     cluster, whose blocks begin together or not at all.
     """
-    pairs = batch * kv_heads
+    pairs, rounds = batch * kv_heads, -(-slots // (4 * DECODE_TILE))
     enough = 3 * STREAMING_MULTIPROCESSORS // 4
     if pairs > STREAMING_MULTIPROCESSORS:
         return DecodeCut(1 if slots <= 4096 else 2)
     if pairs >= enough:
         return DecodeCut(1, warps=8)
     if 2 * pairs >= enough:
-        return DecodeCut(2, warps=4 if slots <= 1024 else 8, clustered=True)
-    rounds = -(-slots // (4 * DECODE_TILE))
+        return DecodeCut(min(2, rounds), warps=4 if slots <= 1024 else 8, clustered=rounds > 1)
     if slots <= CLUSTERED_SLOTS:
         splits = min(2 * STREAMING_MULTIPROCESSORS // pairs, LARGEST_CLUSTER, rounds)
         return DecodeCut(splits, clustered=splits > 1)

@@ -75,3 +75,18 @@ def test_chosen_streamings_fit_the_device(m, n_tiles, k_groups, share):
     units = -(-n // (16 * 132 * 16 // cut.team)) * 16 // cut.team if tiles * 128 < k else 0
     slots = cut.slots * 16 * share
     assert sum(-(-size // 1024) * 1024 for size in (inputs, 32 * sums, slots, cut.slots * 128, units * sums)) <= 232448
+
+
+@given(st.integers(1, 600), st.integers(1, 64), st.integers(1, 16500), st.sampled_from([64, 128]), st.integers(1, 16))
+def test_chosen_cuts_of_a_cache_fit_the_device(batch, kv_heads, eights, head_dim, rows):
+    """And no split of a full cache is without work, but in clusters, which serve shorter sequences better so."""
+    cut = tiling.choose_decode_cut(batch, kv_heads, 8 * eights)
+    assert cut.warps in (4, 8)
+    assert not cut.clustered or 2 <= cut.splits <= 8  # what every Hopper GPU places together
+    rounds = -(-8 * eights // (32 * cut.warps))
+    each = -(-rounds // cut.splits)
+    assert cut.clustered or (cut.splits - 1) * each < rounds
+    tiles = cut.warps * cut.depth * 32 * (head_dim + 4)
+    results = cut.warps * 8 * -(-rows // 8) * 4 * (head_dim + 4)
+    parts = -(-rows // cut.splits) * cut.splits * 4 * (head_dim + 4) if cut.clustered else 0
+    assert max(tiles, results) + parts + 2048 <= tiling.SHARED_MEMORY
