@@ -147,10 +147,11 @@ def global_address(ref: ir.Value, element_bytes: int, *index: tuple[ir.Value | i
     return address
 
 
-def store_float_if(address: ir.Value, value: ir.Value, condition: ir.Value) -> None:
-    """Writes a float32 to global memory where the condition, a bit, holds."""
+def store_float_if(address: ir.Value, value: ir.Value, condition: ir.Value, space: str = "global") -> None:
+    """Writes a float32 to global or shared memory, or to that of a cluster, where the condition, a bit, holds."""
     asm(
-        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.global.f32 [$0], $1; }", "l,f,r",
+        f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.{space}.f32 [$0], $1; }}",
+        "l,f,r" if space == "global" else "r,f,r",
         [address, value, arith.extui(ir.IntegerType.get_signless(32), condition)], [],
     )  # fmt: skip
 

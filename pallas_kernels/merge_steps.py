@@ -14,6 +14,7 @@ from pallas_kernels import hopper
 from pallas_kernels.decode_steps import LOWEST, MASKED, ROWS, Steps, integer, lane_parts, load_once
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
+from pallas_kernels.row_steps import to_floats
 
 AT_ONCE = 16  # splits whose results are on their way together
 
@@ -78,15 +79,7 @@ class MergeSteps:
             for i in range(0, s.rows, rows_at_once):
                 row = arith.addi(first_row, i32(i))
                 at = arith.addi(base, arith.muli(row, i32(4 * pitch)))
-                step = 4 * pitch * s.row_blocks * ROWS
-                peaks = [load_float(at, w * step + 4 * d) for w in range(s.cut.warps)]
-                largest = functools.reduce(hopper.maximum, peaks)
-                mine = arith.addi(at, arith.muli(element, i32(4)))
-                out, total = f32(0), f32(0)
-                for w in range(s.cut.warps):
-                    weight = hopper.exp2(arith.subf(peaks[w], largest))
-                    out = arith.addf(out, arith.mulf(load_float(mine, w * step), weight))
-                    total = arith.addf(total, arith.mulf(load_float(at, w * step + 4 * d + 4), weight))
+                largest, total, out = self._of_shared_parts(at, element, s.cut.warps, 4 * pitch * s.row_blocks * ROWS)
                 exists = arith.cmpi(arith.CmpIPredicate.ult, row, i32(s.rows))
                 if s.cut.splits == 1:
                     self._store_result(results, sequence, kv_head, row, element, out, total, exists)
@@ -113,9 +106,24 @@ class MergeSteps:
     def _place_of_part(self, parts: Any, row: ir.Value, split: ir.Value) -> ir.Value:
         """The address in the cluster at which the block that merges a row has a split's part of it."""
         splits = i32(self.shape.cut.splits)
-        place = arith.addi(arith.muli(arith.divui(row, splits), splits), split)
-        address = arith.addi(hopper.shared_address(parts), arith.muli(place, i32(4 * self.shape.pitch)))
+        first = self._first_part(parts, arith.divui(row, splits))
+        address = arith.addi(first, arith.muli(split, i32(4 * self.shape.pitch)))
         return hopper.in_block(address, arith.remui(row, splits))
+
+    def _first_part(self, parts: Any, number: ir.Value) -> ir.Value:
+        """The shared address of the first split's part of a block's row of that number."""
+        bytes_of_row = i32(4 * self.shape.cut.splits * self.shape.pitch)
+        return arith.addi(hopper.shared_address(parts), arith.muli(number, bytes_of_row))
+
+    def _of_shared_parts(self, first: ir.Value, element: ir.Value, count: int, apart: int) -> list[ir.Value]:
+        """:func:`merged` of a row's parts in shared memory, so many bytes apart, and of a thread's element of them."""
+        mine, behind = arith.addi(first, arith.muli(element, i32(4))), 4 * self.shape.head_dim
+        return merged(
+            [
+                to_floats(hopper.load_shared(first, at + behind, 2) + hopper.load_shared(mine, at, 1), 4)
+                for at in range(0, count * apart, apart)
+            ]
+        )
 
     def _store_part(
         self, target: ir.Value, element: ir.Value, out: ir.Value, largest: ir.Value, total: ir.Value, exists: ir.Value
@@ -126,13 +134,9 @@ class MergeSteps:
             space, kind = "shared::cluster", "r"
         else:
             space, kind, place = "global", "l", arith.extui(integer(64), place)
-        place = arith.addi(target, place)
+        hopper.store_float_if(arith.addi(target, place), out, exists, space)
         leads = arith.andi(exists, arith.cmpi(arith.CmpIPredicate.eq, element, i32(0)))
         behind = 4 * self.shape.head_dim
-        hopper.asm(
-            f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.{space}.f32 [$0], $1; }}", f"{kind},f,r",
-            [place, out, arith.extui(integer(32), exists)], [],
-        )  # fmt: skip
         hopper.asm(
             f"{{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.{space}.v2.f32 [$0+{behind}], {{$1, $2}}; }}",
             f"{kind},f,f,r", [target, largest, total, arith.extui(integer(32), leads)], [],
@@ -151,14 +155,8 @@ class MergeSteps:
                 number = arith.addi(first, i32(i))
                 row = arith.addi(arith.muli(number, i32(s.cut.splits)), split)
                 exists = arith.cmpi(arith.CmpIPredicate.ult, row, i32(s.rows))
-                number = arith.minui(number, i32(self.rows_of_block - 1))
-                first_part = arith.muli(number, i32(4 * s.cut.splits * s.pitch))
-                base = arith.addi(hopper.shared_address(parts), first_part)
-                mine, found = arith.addi(base, arith.muli(element, i32(4))), []
-                for at in range(0, 4 * s.cut.splits * s.pitch, 4 * s.pitch):
-                    behind = at + 4 * s.head_dim
-                    found.append((load_float(mine, at), load_float(base, behind), load_float(base, behind + 4)))
-                _, total, out = merged((f32(LOWEST), f32(0), f32(0)), found)
+                place = self._first_part(parts, arith.minui(number, i32(self.rows_of_block - 1)))
+                _, total, out = self._of_shared_parts(place, element, s.cut.splits, 4 * s.pitch)
                 self._store_result(y, sequence, kv_head, row, element, out, total, exists)
             return ()
 
@@ -198,7 +196,6 @@ class MergeSteps:
         )
         def add(_: Any, state: Any, partial: Any, row: Any, first: Any) -> Any:
             single = ir.F32Type.get()
-            largest, total, out = hopper.unpack(state)
             row, element = row.registers.item(), arith.andi(utils.thread_idx(), i32(s.head_dim - 1))
             pair, row = arith.divui(row, i32(s.rows)), arith.remui(row, i32(s.rows))
             parts = []
@@ -213,8 +210,8 @@ class MergeSteps:
                     *(load_once(1, address, exists, 4 * (s.head_dim + j)) for j in (0, 1)),
                 ]
                 value, peak, weight = (arith.bitcast(single, word) for [word] in words)
-                parts.append((value, arith.select(exists, peak, f32(MASKED)), weight))
-            return hopper.pack(merged((largest, total, out), parts))
+                parts.append((arith.select(exists, peak, f32(MASKED)), weight, value))
+            return hopper.pack(merged([hopper.unpack(state), *parts]))
 
         return cast(Operation, add)
 
@@ -235,23 +232,9 @@ class MergeSteps:
         return cast(Operation, write)
 
 
-def load_float(address: ir.Value, offset: int) -> ir.Value:
-    """A float32 of shared memory."""
-    return hopper.asm(f"ld.shared.f32 $0, [$1+{offset}];", "=f,r", [address], [ir.F32Type.get()])[0]
-
-
-def merged(
-    state: tuple[ir.Value, ir.Value, ir.Value], parts: Sequence[tuple[ir.Value, ir.Value, ir.Value]]
-) -> list[ir.Value]:
-    """Maximum, sum and output of a row behind parts with an output, a maximum and a sum each, in their order."""
-    largest, total, out = state
-    highest = largest
-    for _value, peak, _weight in parts:
-        highest = hopper.maximum(highest, peak)
-    shrink = hopper.exp2(arith.subf(largest, highest))
-    total, out = arith.mulf(total, shrink), arith.mulf(out, shrink)
-    for value, peak, weight in parts:
-        factor = hopper.exp2(arith.subf(peak, highest))
-        total = arith.addf(total, arith.mulf(weight, factor))
-        out = arith.addf(out, arith.mulf(value, factor))
-    return [highest, total, out]
+def merged(parts: Sequence[Sequence[ir.Value]]) -> list[ir.Value]:
+    """Maximum, sum and output of a row whose parts have these, added up in their order."""
+    peaks, *summed = zip(*parts, strict=True)
+    largest = functools.reduce(hopper.maximum, peaks)
+    factors = [hopper.exp2(arith.subf(peak, largest)) for peak in peaks]
+    return [largest, *(functools.reduce(arith.addf, map(arith.mulf, values, factors)) for values in summed)]

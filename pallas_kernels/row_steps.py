@@ -222,13 +222,8 @@ def across_block(value: ir.Value, scratch: Any, warps: int, combine: Any, rows: 
     thread = utils.thread_idx()
     base = hopper.shared_address(scratch)
     first = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(thread, i32(31)), i32(0))
-    hopper.asm(
-        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.shared.f32 [$0], $1; }", "r,f,r",
-        [
-            arith.addi(base, arith.muli(arith.shrui(thread, i32(5)), i32(4))), value,
-            arith.extui(ir.IntegerType.get_signless(32), first),
-        ], [],
-    )  # fmt: skip
+    own = arith.addi(base, arith.muli(arith.shrui(thread, i32(5)), i32(4)))
+    hopper.store_float_if(own, value, first, "shared")
     hopper.block_barrier()
     each = warps // rows
     if rows > 1:

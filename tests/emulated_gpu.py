@@ -92,9 +92,7 @@ def emulated(*modules):
         Value=object,
     )
     utils = SimpleNamespace(
-        thread_idx=lambda: Register(
-            np.arange(machine.block.threads, dtype=U32) + U32(128 * getattr(machine.block, "warpgroup", 0))
-        ),
+        thread_idx=lambda: Register(np.arange(machine.block.threads, dtype=U32) + U32(128 * machine.block.warpgroup)),
         memref_ptr=lambda ref: ref,
     )
     llvm = SimpleNamespace(ptrtoint=lambda kind, ref: Register(machine.full(ref.address, kind)))
@@ -150,7 +148,7 @@ def emulated(*modules):
         return results
 
     def member():
-        return machine.block.peer, getattr(machine.block, "warpgroup", 0)
+        return machine.block.peer, machine.block.warpgroup
 
     def arrive_done():
         machine.block.deliver()

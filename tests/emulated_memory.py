@@ -157,7 +157,7 @@ class Block:
     """A thread block at work; ``peer`` is its number in a cluster."""
 
     def __init__(self, threads, index, peer=0):
-        self.threads, self.index, self.peer = threads, index, peer
+        self.threads, self.index, self.peer, self.warpgroup = threads, index, peer, 0
         self.shared = np.full(SHARED_BYTES, 0xA5, np.uint8)  # what is read before it is written is garbage
         self.used = 0
         self.warp = np.arange(threads) // 32

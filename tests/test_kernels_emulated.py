@@ -31,6 +31,7 @@ from pallas_kernels import (
     mosaic_decode,
     mosaic_matmul,
     mosaic_matvec,
+    row_steps,
     stream_steps,
     tiling,
     warp_slots,
@@ -293,7 +294,7 @@ def check_decode_attention(tokens, heads, kv_heads, head_dim, slots, positions, 
     # What stands behind the last token was never written, or by a longer sequence before.
     behind = jnp.arange(slots) > positions.max(1)[:, None, None]
     unwritten = [jnp.where(behind, jnp.nan, part) if part.ndim == 3 else part for part in cache]
-    with emulated(mosaic_decode, decode_steps, merge_steps, warp_slots, matmul_steps):
+    with emulated(mosaic_decode, decode_steps, merge_steps, row_steps, warp_slots, matmul_steps):
         actual = mosaic_decode.decode_attention(
             q8, q_scale, *unwritten, positions, softmax_scale=head_dim**-0.5, out_dtype=jnp.float32, cut=cut
         )
