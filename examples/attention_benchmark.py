@@ -172,12 +172,15 @@ def prompt_case(heads: Heads, batch: int, tokens: int) -> dict[str, Any]:
     rounding = jax.jit(pk.rotate_and_round, donate_argnums=5)
     cache = empty_cache(heads, batch, tokens)
 
-    def before(_: int) -> Any:
+    def before(_: int, **tables: jax.Array) -> Any:
         nonlocal cache
-        prompt, cache = rounding(q, k, v, *angles, cache, starts, lengths)
+        prompt, cache = rounding(q, k, v, *angles, cache, starts, lengths, **tables)
         return prompt
 
     calls["rotate and round"] = before
+    per_channel = jnp.ones((heads.kv, heads.size))
+    calls["rotate, scale and round"] = functools.partial(before, scale=per_channel)
+    calls["rotate, scale, mix and round"] = functools.partial(before, scale=per_channel, key_offset=per_channel)
     return {
         **heads._asdict(), "batch": batch, "tokens": tokens, "microseconds": kernel_times(calls), "errors": errors,
         "rounding_bytes": rounding_bytes(heads, batch * tokens), "cudnn_fp8_refused": refused,

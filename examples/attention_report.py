@@ -11,6 +11,7 @@ from pages import fill, of_devices, pyplot, table
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "kernels.md"
 PLOT = ROOT / "docs" / "attention.svg"
+BEFORE = ("rotate and round", "rotate, scale and round", "rotate, scale, mix and round")  # the kernel before attention
 
 
 def heads(row: dict[str, Any]) -> str:
@@ -31,7 +32,7 @@ def prompts_table(results: dict[str, Any]) -> str:
     rows = []
     for row in results["prompts"]:
         times, errors = row["microseconds"], row["errors"]
-        before = row["rounding_bytes"] / results["copy_bytes_per_second"] * 1e6
+        of_bytes = row["rounding_bytes"] / results["copy_bytes_per_second"] * 1e6
         cells = [
             f"{row['batch']} x {row['tokens']}", heads(row), f"{times['fireq']:.1f}",
             f"{flops(row) / times['fireq'] / 1e6:.0f}", ratio(times, "cudnn bf16"), ratio(times, "cudnn fp8"),
@@ -39,10 +40,11 @@ def prompts_table(results: dict[str, Any]) -> str:
         for name in ("fireq", "cudnn fp8"):
             found = errors.get(name)
             cells.append(f"{found['overall']:.3f} ({found['worst_row']:.2f})" if found else "-")
-        cells += [f"{times['rotate and round']:.1f}", f"{times['rotate and round'] / before:.2f}"]
+        for name in BEFORE:
+            cells.append(f"{times[name]:.1f} ({times[name] / of_bytes:.2f})" if name in times else "-")
         rows.append(cells)
     header = ["batch x tokens", "heads", "us", "TFLOP/s", "speed to cuDNN bf16", "to cuDNN fp8", "distance (worst row)"]
-    header += ["distance of cuDNN fp8", "rotate and round, us", "of its bytes' time"]
+    header += ["distance of cuDNN fp8", *(f"{name}, us (of its bytes' time)" for name in BEFORE)]
     return table(header, rows)
 
 

@@ -7,7 +7,7 @@ code: what it reads next is asked for before it works on what has come, and no r
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -26,6 +26,7 @@ from pallas_kernels.row_steps import balanced, largest_magnitude, to_floats
 EACH = 4  # neighbouring channels of each half of a head that a lane holds
 TOGETHER = 2  # heads of queries that a lane works on at once, if they are not mixed; as many are on their way
 SMALLEST_NORMAL = 2.0**-126  # whose reciprocal is finite
+Table = Callable[[], list[ir.Value]]  # gives a lane's channels
 ROUNDING = 1.5 * 2.0**23 - INT4_MIN  # a float32 of which neighbours are 1 apart
 
 
@@ -152,6 +153,14 @@ class Steps:
         new_high = [fma(b, c, arith.mulf(a, s)) for a, b, c, s in zip(low, high, cos, sin, strict=True)]
         return [*new_low, *new_high]
 
+    def _held_if_mixed[**P](self, table: Callable[P, list[ir.Value]]) -> Callable[P, list[ir.Value]]:
+        """Has a table's registers loaded once by kernels that mix, and else again wherever they are needed.
+
+        Without them 64 registers are enough, with which a multiprocessor holds a third more warps. What mixes needs
+        more in any case.
+        """
+        return cast(Callable[P, list[ir.Value]], functools.cache(table)) if self.shape.mixed else table
+
     def _mixed(self, registers: Sequence[ir.Value]) -> list[ir.Value]:
         """Times the orthonormal Hadamard matrix of Sylvester's construction."""
         registers = list(registers)
@@ -208,14 +217,15 @@ class Steps:
             # Whether for all units it is the same heads of theirs that share a kv head.
             aligned = group % each == 0 or each % group == 0
 
-            @functools.cache
+            @self._held_if_mixed
             def table(first: int) -> list[ir.Value]:
                 """The scales of the kv head that a head reads."""
                 kv_head = arith.divui(arith.addi(head, i32(first)), i32(group))
                 kv_head = arith.minui(kv_head, i32(s.kv_heads - 1))
                 return self._floats(self._row(scales, 4, kv_head, d), d)
 
-            step = 1 if s.mixed else TOGETHER  # mixing takes registers, and waits for nothing
+            # Mixing takes registers, and waits for nothing; so do scales of several kv heads.
+            step = 1 if s.mixed or (s.scaled and not aligned) else TOGETHER
             together = [range(i, min(i + step, each)) for i in range(0, each, step)]
             following = load(together[0])
             rotation = self._rotation(*(self._row(x, 4, token, d // 2) for x in (cosines, sines)))
@@ -245,24 +255,28 @@ class Steps:
 
     def _key(
         self, words: Sequence[ir.Value], rotation: tuple[list[ir.Value], list[ir.Value]],
-        inverse_scale: Sequence[ir.Value], offset: Row | None,
+        inverse_scale: Table, offset: Row | None,
     ) -> list[ir.Value]:  # fmt: skip
         """A head of a key."""
         values = self._rotated(words, rotation)
         if self.shape.scaled:
-            values = times(values, inverse_scale)
+            values = times(values, inverse_scale())
         if offset is None:
             return values
         # Loaded where it is needed: it would take eight registers.
         moved = [arith.subf(a, b) for a, b in zip(values, self._floats(offset, self.shape.head_dim), strict=True)]
         return self._mixed(moved)
 
-    def _tables_of_keys(self, scale: Any, offset: Any, kv_head: ir.Value) -> tuple[list[ir.Value], Row | None]:
-        """Of a kv head: one over its scales, and where its offset is, if the shape has them."""
-        s = self.shape
-        scales = self._floats(self._row(scale, 4, kv_head, s.head_dim), s.head_dim) if s.scaled else []
-        offset_row = self._row(offset, 4, kv_head, s.head_dim) if s.mixed else None
-        return [hopper.approximate_reciprocal(r) for r in scales], offset_row
+    def _tables_of_keys(self, scale: Any, offset: Any, kv_head: ir.Value) -> tuple[Table, Row | None]:
+        """Of a kv head: what gives one over its scales, and where its offset is, if the shape has them."""
+        d = self.shape.head_dim
+        row = self._row(scale, 4, kv_head, d) if self.shape.scaled else None
+
+        @self._held_if_mixed
+        def inverse_scale() -> list[ir.Value]:
+            return [] if row is None else [hopper.approximate_reciprocal(r) for r in self._floats(row, d)]
+
+        return inverse_scale, self._row(offset, 4, kv_head, d) if self.shape.mixed else None
 
     def _in_cache(self, codes: Any, scales: Any, row: ir.Value, slot: ir.Value, kept: ir.Value | None) -> InCache:
         """Of a sequence and kv head, counted as ``row``."""

@@ -25,17 +25,17 @@ WARPS = 4  # of a block
 HEADS_OF_LANES = 8  # query heads of a token, at most
 
 
-def warps_of_prompt(head_dim: int, tables: bool) -> int:
+def warps_of_prompt(head_dim: int, mixed: bool) -> int:
     """Of a block: as many as let a multiprocessor hold the most, by registers or by shared memory for a block's keys.
 
-    With tables of scales or offsets a thread has more than 64 registers, so that two blocks of 16 warps do not fit.
+    What mixes has more than 64 registers in a thread, so that two blocks of 16 warps do not fit.
     """
-    return 16 if head_dim == 128 and not tables else 8
+    return 16 if head_dim == 128 and not mixed else 8
 
 
 def blocks_at_once(s: AppendShape) -> int:
-    """Of a prompt's, that the device holds: three with tables, of up to 85 registers, and else 32 warps' worth."""
-    return (3 if s.scaled or s.mixed else 32 // s.warps) * STREAMING_MULTIPROCESSORS
+    """Of a prompt's, that the device holds: three that mix, of up to 85 registers, and else 32 warps' worth."""
+    return (3 if s.mixed else 32 // s.warps) * STREAMING_MULTIPROCESSORS
 
 
 def heads_of_lanes(s: AppendShape, others: int) -> int:
@@ -66,7 +66,7 @@ def make_kernel(s: AppendShape, prompt: bool) -> Operation:
     # Blocks of queries stand between those of keys and of values, because one kind waits for memory, the other for its
     # instructions. In few rounds, and where instructions are many, it is better that the short ones come last.
     few = of_queries + 2 * key_blocks <= 2 * blocks_at_once(s)
-    period = 1 if few or s.scaled or s.mixed else 1 + of_queries // (2 * key_blocks)
+    period = 1 if few or s.mixed else 1 + of_queries // (2 * key_blocks)
 
     def body(
         q: Any, k: Any, v: Any, cos: Any, sin: Any, scale: Any, offset: Any, starts: Any,
@@ -151,7 +151,7 @@ def rotate(
     b, t, h, d = q.shape
     kv, slots = k.shape[2], cache[0].shape[2]
     scaled, mixed = scale is not None, key_offset is not None
-    warps = warps_of_prompt(d, tables=scaled or mixed) if prompt else WARPS
+    warps = warps_of_prompt(d, mixed) if prompt else WARPS
     kernel = make_kernel(AppendShape(b, t, h, kv, d, slots, warps, scaled, mixed), prompt)
     tables = [jnp.zeros((1,), jnp.float32) if table is None else table for table in (scale, key_offset)]
     refs = [jax.new_ref(x) for x in cache]
