@@ -102,8 +102,9 @@ def empty_cache(batch: int, kv_heads: int, slots: int, head_dim: int) -> tuple[j
 
 
 def rotation(
-    name: str, batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int, with_tables: bool = False
-) -> Case:
+    name: str, batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int, scaled: bool = False,
+    mixed: bool = False,
+) -> Case:  # fmt: skip
     angles = np.random.default_rng(9).uniform(0, 6, (batch, tokens, 1, head_dim // 2))
     cos, sin = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
     projections = [normal(i, batch, tokens, h, head_dim) for i, h in enumerate((heads, kv_heads, kv_heads))]
@@ -112,7 +113,9 @@ def rotation(
     arrays = (*projections, cos, sin, cache, jnp.arange(batch, dtype=jnp.int32) % 8, lengths)
     operation = getattr(pk, name)
     scale, offset = (normal(i, kv_heads, head_dim).astype(jnp.float32) for i in (5, 6))
-    tables = {"scale": jnp.exp(scale), "key_offset": offset} if with_tables else {}
+    tables = {"scale": jnp.exp(scale)} if scaled else {}
+    if mixed:
+        tables["key_offset"] = offset
     return lambda *a: operation(*a[:-1], **a[-1], implementation="mosaic_gpu"), (*arrays, tables)
 
 
@@ -153,9 +156,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "matmul, divided tiles, float32": lambda: product("mosaic_gpu", 130, (192,), 2048, out_dtype=jnp.float32),
     "matmul, folded": lambda: product("mosaic_gpu", 130, (192,), 512, numerics="folded"),
     "rotation of tokens": lambda: rotation("rotate_and_append", 3, 1, 8, 2, 128),
-    "rotation of tokens, mixed": lambda: rotation("rotate_and_append", 3, 1, 8, 2, 64, with_tables=True),
+    "rotation of tokens, mixed": lambda: rotation("rotate_and_append", 3, 1, 8, 2, 64, True, True),
     "rotation of prompts": lambda: rotation("rotate_and_round", 2, 150, 4, 2, 128),
-    "rotation of prompts, mixed": lambda: rotation("rotate_and_round", 2, 150, 4, 2, 64, with_tables=True),
+    "rotation of prompts, scaled": lambda: rotation("rotate_and_round", 2, 150, 4, 2, 128, True),
+    "rotation of prompts, mixed": lambda: rotation("rotate_and_round", 2, 150, 4, 2, 64, True, True),
     "prefill attention": lambda: prompt(2, 300, 4, 2, 128),
     "prefill attention, heads of 64": lambda: prompt(2, 300, 3, 1, 64),
     "prefill attention behind a prefix": lambda: prompt(1, 150, 2, 2, 128, prefix=136),
