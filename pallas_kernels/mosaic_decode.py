@@ -179,7 +179,7 @@ def decode_attention(
     """
     b, t, h, d = q8.shape
     kv, slots = k_codes.shape[1:3]
-    cut = cut or choose_decode_cut(b, kv, slots)
+    cut = cut or choose_decode_cut(b, kv, d, slots)
     shape = DecodeShape(b, t, h, kv, d, slots, cut)
     results = make_kernel(shape, softmax_scale, out_dtype)(
         q8, q_scale, k_codes, k_scales, v_codes, v_scales, query_positions

@@ -308,22 +308,33 @@ class DecodeCut:
 
 
 LARGEST_CLUSTER = 8  # blocks, that every Hopper GPU runs together
+# Of more sequences and kv heads than multiprocessors: by splits, what they cost beyond their share of the work, the gap
+# before the second kernel included, in slots of 128 channels that a multiprocessor goes through meanwhile (240 per us
+# on an H200); and the part of a block's work by which the uneven end takes longer.
+MERGING = {1: 0, 2: 1450, 3: 2500}
+UNEVEN_END = 0.4
 CLUSTERED_SLOTS = 2048  # up to which clusters of more than two blocks are faster than a second kernel
 
 
-def choose_decode_cut(batch: int, kv_heads: int, slots: int) -> DecodeCut:
+def choose_decode_cut(batch: int, kv_heads: int, head_dim: int, slots: int) -> DecodeCut:
     """What was fastest among the shapes that were tried (docs/kernels.md), for a cache that is full.
 
     A sequence and kv head has a block for itself where there are enough of them, and a cluster of two where that makes
-    enough. Where they are more than one wave of blocks and long, halves leave less of the device idle at the end. Few
-    are cut into as many splits as run at once, two blocks per multiprocessor, each with two tiles per warp or more, or
-    one where that would leave few splits. A second kernel merges these, which takes 2 us, or, where they are short, a
-    cluster, whose blocks begin together or not at all.
+    enough. Where they are more than multiprocessors, all wait for those that have a block more than others; halves and
+    thirds are spread more evenly, which pays where caches are long. Few are cut into as many splits as run at once, two
+    blocks per multiprocessor, each with two tiles per warp or more, or one where that would leave few splits. A second
+    kernel merges these, which takes 2 us, or, where they are short, a cluster, whose blocks begin together or not at
+    all.
     """
     pairs, rounds = batch * kv_heads, -(-slots // (4 * DECODE_TILE))
     enough = 3 * STREAMING_MULTIPROCESSORS // 4
     if pairs > STREAMING_MULTIPROCESSORS:
-        return DecodeCut(1 if slots <= 4096 else 2)
+
+        def cost(splits: int) -> float:
+            blocks = -(-pairs * splits // STREAMING_MULTIPROCESSORS)  # of a multiprocessor, one after the other
+            return (blocks + UNEVEN_END) * slots * head_dim / 128 / splits + MERGING[splits]
+
+        return DecodeCut(min(MERGING, key=cost))
     if pairs >= enough:
         return DecodeCut(1, warps=8)
     if 2 * pairs >= enough:

@@ -80,7 +80,7 @@ def test_chosen_streamings_fit_the_device(m, n_tiles, k_groups, share):
 @given(st.integers(1, 600), st.integers(1, 64), st.integers(1, 16500), st.sampled_from([64, 128]), st.integers(1, 16))
 def test_chosen_cuts_of_a_cache_fit_the_device(batch, kv_heads, eights, head_dim, rows):
     """And no split of a full cache is without work, but in clusters, which serve shorter sequences better so."""
-    cut = tiling.choose_decode_cut(batch, kv_heads, 8 * eights)
+    cut = tiling.choose_decode_cut(batch, kv_heads, head_dim, 8 * eights)
     assert cut.warps in (4, 8)
     assert not cut.clustered or 2 <= cut.splits <= 8  # what every Hopper GPU places together
     rounds = -(-8 * eights // (32 * cut.warps))
