@@ -308,36 +308,38 @@ class DecodeCut:
 
 
 LARGEST_CLUSTER = 8  # blocks, that every Hopper GPU runs together
-# Of more sequences and kv heads than multiprocessors: by splits, what they cost beyond their share of the work, the gap
-# before the second kernel included, in slots of 128 channels that a multiprocessor goes through meanwhile (240 per us
-# on an H200); and the part of a block's work by which the uneven end takes longer.
-MERGING = {1: 0, 2: 1450, 3: 2500}
+# What splits cost beyond their share of the work, the gap before the second kernel included, in slots of 128 channels
+# that a multiprocessor goes through meanwhile (240 per us on an H200); the part of a block's work by which the uneven
+# end takes longer; and both for blocks that have a multiprocessor each.
+MERGING = {1: 0, 2: 1450, 3: 2500, 4: 2650, 5: 3400}
 UNEVEN_END = 0.4
+ALONE, ALONE_END = 1300, 0.15
 CLUSTERED_SLOTS = 2048  # up to which clusters of more than two blocks are faster than a second kernel
 
 
 def choose_decode_cut(batch: int, kv_heads: int, head_dim: int, slots: int) -> DecodeCut:
     """What was fastest among the shapes that were tried (docs/kernels.md), for a cache that is full.
 
-    A sequence and kv head has a block for itself where there are enough of them, and a cluster of two where that makes
-    enough. Where they are more than multiprocessors, all wait for those that have a block more than others; halves and
-    thirds are spread more evenly, which pays where caches are long. Few are cut into as many splits as run at once, two
-    blocks per multiprocessor, each with two tiles per warp or more, or one where that would leave few splits. A second
-    kernel merges these, which takes 2 us, or, where they are short, a cluster, whose blocks begin together or not at
-    all.
+    Where sequences and kv heads are more than half of the multiprocessors, all wait for the multiprocessor that has the
+    most to read. One split each is the coarsest way to spread them; more are finer, but are merged by a second kernel.
+    A cluster of two serves those that are fewer, but fill the device so. Still fewer are cut into as many splits as run
+    at once, two blocks per multiprocessor, each with two tiles per warp or more, or one where that would leave few
+    splits. A second kernel merges these, which takes 2 us, or, where they are short, a cluster, whose blocks begin
+    together or not at all.
     """
     pairs, rounds = batch * kv_heads, -(-slots // (4 * DECODE_TILE))
-    enough = 3 * STREAMING_MULTIPROCESSORS // 4
-    if pairs > STREAMING_MULTIPROCESSORS:
+    if 2 * pairs > STREAMING_MULTIPROCESSORS:
+        work, alone = slots * head_dim / 128, pairs <= STREAMING_MULTIPROCESSORS
 
         def cost(splits: int) -> float:
-            blocks = -(-pairs * splits // STREAMING_MULTIPROCESSORS)  # of a multiprocessor, one after the other
-            return (blocks + UNEVEN_END) * slots * head_dim / 128 / splits + MERGING[splits]
+            if splits == 1 and alone:
+                return (1 + ALONE_END) * work + ALONE
+            blocks = -(-pairs * splits // STREAMING_MULTIPROCESSORS)  # of a multiprocessor
+            return (blocks + UNEVEN_END) * work / splits + MERGING[splits]
 
-        return DecodeCut(min(MERGING, key=cost))
-    if pairs >= enough:
-        return DecodeCut(1, warps=8)
-    if 2 * pairs >= enough:
+        splits = min(range(1, 6 if alone else 4), key=cost)
+        return DecodeCut(splits, warps=8 if splits == 1 and alone else 4)
+    if 8 * pairs >= 3 * STREAMING_MULTIPROCESSORS:
         return DecodeCut(min(2, rounds), warps=4 if slots <= 1024 else 8, clustered=rounds > 1)
     if slots <= CLUSTERED_SLOTS:
         splits = min(2 * STREAMING_MULTIPROCESSORS // pairs, LARGEST_CLUSTER, rounds)
