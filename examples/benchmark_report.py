@@ -167,10 +167,11 @@ def feed_forward_part(results: dict[str, Any]) -> list[str]:
 
 
 def operators_part(results: dict[str, Any]) -> list[str]:
-    about = (
-        "Sums of the kernels' own times, from one profiled call; the decode step's cache is not donated here, so that "
-        "its copies count as other."
-    )
+    about = "Sums of the kernels' own times, from one profiled call; "
+    if results.get("decode_profile") == "loop":
+        about += "a decode step's are the mean of those of the loop above, whose first step copies the cache."
+    else:
+        about += "the decode step's cache is not donated here, so that its copies count as other."
     return ["### Where the time goes", about, operators_table(results)]
 
 

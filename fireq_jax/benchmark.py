@@ -27,7 +27,6 @@ from fireq_jax.timed_calls import (
     Params,
     copy_bandwidth,
     decode_call,
-    decode_step_call,
     feed_forward_call,
     feed_forward_fp8_call,
     generate_call,
@@ -137,13 +136,17 @@ def run_benchmark(
         "decode": [],
         "generate": [],
         "operators": {},
+        "decode_profile": "loop",
     }  # fmt: skip
 
-    def profiled(cases: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
-        return {"first": cases[:1], "all": cases, "none": ()}[operators]
+    profiled = {
+        (what, *case)
+        for what, cases in (("prefill", prefill), ("decode", decode))
+        for case in {"first": cases[:1], "all": cases, "none": ()}[operators]
+    }
 
     def measured(what: str, call_of: Callable[..., Call], *case: int) -> dict[str, Measured]:
-        """Per kind of model; of the first prompts the kernels, too."""
+        """Per kind of model; of some cases the kernels, too."""
         found = {}
         for kind, p in params.items():
             progress(f"{kind}: {what} {' x '.join(map(str, case))}")
@@ -152,10 +155,9 @@ def run_benchmark(
             compiled = call.compile()
             compile_seconds = time.perf_counter() - began
             found[kind] = call.measure(compiled)._replace(compile_seconds=compile_seconds)
-            if what == "prefill" and case in map(tuple, profiled(prefill)):
-                result["operators"].setdefault(f"prefill {case[0]} x {case[1]}", {})[kind] = kernel_times(
-                    call.bound(compiled)
-                )
+            if (what, *case) in profiled and found[kind].seconds is not None:
+                times = kernel_times(call.bound(compiled), call.parts)
+                result["operators"].setdefault(f"{what} {case[0]} x {case[1]}", {})[kind] = times
         return found
 
     for tokens in feed_forward:
@@ -183,13 +185,6 @@ def run_benchmark(
         case = {"batch": batch, "length": length, "new_tokens": new_tokens}
         found = measured("generate", functools.partial(generate_call, new_tokens=new_tokens), batch, length)
         result["generate"].append(case | _as_case(found))
-        save(result)
-    for batch, context in profiled(decode):
-        progress(f"kernels of decode {batch} x {context}")
-        steps = {kind: decode_step_call(model, p, batch, context) for kind, p in params.items()}
-        result["operators"][f"decode {batch} x {context}"] = {
-            kind: kernel_times(call.bound(call.compile())) for kind, call in steps.items()
-        }
         save(result)
     return result
 

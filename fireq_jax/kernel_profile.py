@@ -16,8 +16,11 @@ OPERATORS = {
 }
 
 
-def kernel_times(call: Callable[[], Any]) -> dict[str, Any]:
-    """Microseconds of the kernels of a call by operation, and of each kernel's name; empty where no GPU runs them."""
+def kernel_times(call: Callable[[], Any], parts: int = 1) -> dict[str, Any]:
+    """Microseconds of kernels by operation, and of each kernel's name; empty where no GPU runs them.
+
+    They are those of one of the equal ``parts`` that the call consists of, on average.
+    """
     jax.block_until_ready(call())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -35,8 +38,8 @@ def kernel_times(call: Callable[[], Any]) -> dict[str, Any]:
     names: dict[str, dict[str, float]] = {}
     for event in events:
         entry = names.setdefault(event.name, {"count": 0, "microseconds": 0.0})
-        entry["count"] += 1
-        entry["microseconds"] += event.duration_ns / 1e3
+        entry["count"] += 1 / parts
+        entry["microseconds"] += event.duration_ns / 1e3 / parts
     by_operator = dict.fromkeys((*OPERATORS, "other"), 0.0)
     for name, entry in names.items():
         by_operator[operator_of(name)] += entry["microseconds"]

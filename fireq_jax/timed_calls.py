@@ -247,11 +247,6 @@ def generate_call(model: Llama, params: Params, batch: int, length: int, new_tok
     return Call(compiled_generate, model, arrays, (new_tokens, SAMPLING, (), length + new_tokens))
 
 
-def decode_step_call(model: Llama, params: Params, batch: int, context: int) -> Call:
-    """A single step, to be profiled: its cache is not donated, so that it is copied."""
-    return Call(decode, model, functools.partial(_behind, model, params, batch, context, 2))
-
-
 def step_bytes(params: Params, of_token: int, batch: int, context: float) -> int:
     """Bytes that a decode step must read: every weight but the input embedding, and the caches."""
     weights = parameter_bytes(params)

@@ -1,5 +1,6 @@
 """``fireq-jax bench`` and the page that is made of what it writes."""
 
+import contextlib
 import importlib.util
 import json
 import sys
@@ -154,6 +155,39 @@ def test_torch_is_measured_in_a_process_of_its_own(monkeypatch, capsys):
 )
 def test_kernels_belong_to_operations(kernel, operator):
     assert kernel_profile.operator_of(kernel) == operator
+
+
+def test_times_of_kernels_are_those_of_one_part(monkeypatch):
+    def event(name, microseconds):
+        return SimpleNamespace(name=name, duration_ns=1e3 * microseconds)
+
+    stream = SimpleNamespace(name="Stream #1", events=[event("int4_matvec", 4), event("copy", 6)] * 2)
+    host = SimpleNamespace(name="Framework ops", events=[event("int4_matvec", 99)])
+    planes = [
+        SimpleNamespace(name="/device:GPU:0", lines=[stream, host]), SimpleNamespace(name="/host:CPU", lines=[stream])
+    ]  # fmt: skip
+
+    @contextlib.contextmanager
+    def trace(folder):
+        yield
+        Path(folder, "a.xplane.pb").touch()
+
+    monkeypatch.setattr(jax.profiler, "trace", trace)
+    monkeypatch.setattr(jax.profiler.ProfileData, "from_file", lambda _: SimpleNamespace(planes=planes))
+    times = kernel_profile.kernel_times(lambda: None, parts=4)
+    assert times["kernels"] == {
+        "int4_matvec": {"count": 0.5, "microseconds": 2.0}, "copy": {"count": 0.5, "microseconds": 3.0}
+    }  # fmt: skip
+    assert {name: time for name, time in times["microseconds"].items() if time} == {"matmul": 2.0, "other": 3.0}
+
+
+def test_kernels_of_all_cases_are_profiled(monkeypatch):
+    parts = []
+    monkeypatch.setattr(benchmark, "kernel_times", lambda call, count: parts.append((call() is None, count)) or {})
+    cases = {"prefill": [(1, 8), (2, 8)], "decode": [(1, 8), (2, 8)]}
+    result = benchmark.run_benchmark("toy", recipe="rtn", **cases, new_tokens=4, operators="all")
+    assert list(result["operators"]) == ["prefill 1 x 8", "prefill 2 x 8", "decode 1 x 8", "decode 2 x 8"]
+    assert parts == [(False, 1)] * 4 + [(False, 4)] * 4  # steps of a loop, of both kinds of model
 
 
 def test_random_weights_have_the_sizes_of_the_model():
