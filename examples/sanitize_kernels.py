@@ -113,9 +113,7 @@ def rotation(
     arrays = (*projections, cos, sin, cache, jnp.arange(batch, dtype=jnp.int32) % 8, lengths)
     operation = getattr(pk, name)
     scale, offset = (normal(i, kv_heads, head_dim).astype(jnp.float32) for i in (5, 6))
-    tables = {"scale": jnp.exp(scale)} if scaled else {}
-    if mixed:
-        tables["key_offset"] = offset
+    tables = {"scale": jnp.exp(scale) if scaled else None, "key_offset": offset if mixed else None}
     return lambda *a: operation(*a[:-1], **a[-1], implementation="mosaic_gpu"), (*arrays, tables)
 
 
@@ -156,10 +154,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "matmul, divided tiles, float32": lambda: product("mosaic_gpu", 130, (192,), 2048, out_dtype=jnp.float32),
     "matmul, folded": lambda: product("mosaic_gpu", 130, (192,), 512, numerics="folded"),
     "rotation of tokens": lambda: rotation("rotate_and_append", 3, 1, 8, 2, 128),
-    "rotation of tokens, mixed": lambda: rotation("rotate_and_append", 3, 1, 8, 2, 64, True, True),
+    "rotation of tokens, mixed": lambda: rotation("rotate_and_append", 3, 1, 8, 2, 64, scaled=True, mixed=True),
     "rotation of prompts": lambda: rotation("rotate_and_round", 2, 150, 4, 2, 128),
-    "rotation of prompts, scaled": lambda: rotation("rotate_and_round", 2, 150, 4, 2, 128, True),
-    "rotation of prompts, mixed": lambda: rotation("rotate_and_round", 2, 150, 4, 2, 64, True, True),
+    "rotation of prompts, scaled": lambda: rotation("rotate_and_round", 2, 150, 4, 2, 128, scaled=True),
+    "rotation of prompts, mixed": lambda: rotation("rotate_and_round", 2, 150, 4, 2, 64, scaled=True, mixed=True),
     "prefill attention": lambda: prompt(2, 300, 4, 2, 128),
     "prefill attention, heads of 64": lambda: prompt(2, 300, 3, 1, 64),
     "prefill attention behind a prefix": lambda: prompt(1, 150, 2, 2, 128, prefix=136),

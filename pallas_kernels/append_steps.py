@@ -255,11 +255,11 @@ class Steps:
 
     def _key(
         self, words: Sequence[ir.Value], rotation: tuple[list[ir.Value], list[ir.Value]],
-        inverse_scale: Table, offset: Row | None,
+        inverse_scale: Table | None, offset: Row | None,
     ) -> list[ir.Value]:  # fmt: skip
         """A head of a key."""
         values = self._rotated(words, rotation)
-        if self.shape.scaled:
+        if inverse_scale is not None:
             values = times(values, inverse_scale())
         if offset is None:
             return values
@@ -267,16 +267,16 @@ class Steps:
         moved = [arith.subf(a, b) for a, b in zip(values, self._floats(offset, self.shape.head_dim), strict=True)]
         return self._mixed(moved)
 
-    def _tables_of_keys(self, scale: Any, offset: Any, kv_head: ir.Value) -> tuple[Table, Row | None]:
+    def _tables_of_keys(self, scale: Any, offset: Any, kv_head: ir.Value) -> tuple[Table | None, Row | None]:
         """Of a kv head: what gives one over its scales, and where its offset is, if the shape has them."""
-        d = self.shape.head_dim
-        row = self._row(scale, 4, kv_head, d) if self.shape.scaled else None
+        s, d = self.shape, self.shape.head_dim
+        scale_row, offset_row = (self._row(table, 4, kv_head, d) for table in (scale, offset))
 
         @self._held_if_mixed
         def inverse_scale() -> list[ir.Value]:
-            return [] if row is None else [hopper.approximate_reciprocal(r) for r in self._floats(row, d)]
+            return [hopper.approximate_reciprocal(r) for r in self._floats(scale_row, d)]
 
-        return inverse_scale, self._row(offset, 4, kv_head, d) if self.shape.mixed else None
+        return inverse_scale if s.scaled else None, offset_row if s.mixed else None
 
     def _in_cache(self, codes: Any, scales: Any, row: ir.Value, slot: ir.Value, kept: ir.Value | None) -> InCache:
         """Of a sequence and kv head, counted as ``row``."""
