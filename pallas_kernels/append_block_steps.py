@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import hopper
+from pallas_kernels import arithmetic, hopper
 from pallas_kernels.append_steps import EACH, AppendShape, InCache, Row, Steps, rounded, store_global
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
@@ -88,15 +88,15 @@ class BlockSteps(Steps):
     ) -> ir.Value:
         """One over the block's common scale, which is written, too."""
         word = ir.IntegerType.get_signless(32)
-        peak = balanced(peaks, hopper.maximum_or_nan)
-        scale = e4m3_scale(across_block(peak, scratch, self.shape.warps, hopper.maximum_or_nan), largest)
+        peak = balanced(peaks, arithmetic.maximum_or_nan)
+        scale = e4m3_scale(across_block(peak, scratch, self.shape.warps, arithmetic.maximum_or_nan), largest)
         # Up to a power of two; a NaN stays one.
         above = arith.addi(arith.bitcast(word, scale), i32(MANTISSA))
         above = arith.bitcast(ir.F32Type.get(), arith.andi(above, i32(~MANTISSA)))
         scale = arith.select(arith.cmpf(arith.CmpFPredicate.OEQ, scale, scale), above, scale)
         first = arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), i32(0))
         hopper.store_float_if(hopper.global_address(scales, 4, (block, 1)), scale, first)
-        return hopper.reciprocal(scale)
+        return arithmetic.reciprocal(scale)
 
     def _place(self, held: Any, number: int) -> tuple[ir.Value, int]:
         """Where a thread has four registers of that number in shared memory, those of a block's threads together."""
@@ -230,7 +230,7 @@ class BlockSteps(Steps):
         place = arith.xori(place, arith.shli(self._swizzle(row), i32(2)))
         base = arith.addi(turned, arith.addi(arith.muli(row, i32(SCALE_TOKENS)), place))
         for i in range(0, EACH, 2):
-            pairs = hopper.permute(even, odd, 0x5140 + 0x2222 * (i // 2))
+            pairs = arithmetic.permute(even, odd, 0x5140 + 0x2222 * (i // 2))
             hopper.asm(
                 "{ .reg .b16 l, h; mov.b32 {l, h}, $1; "
                 f"st.shared.b16 [$0+{i * SCALE_TOKENS}], l; st.shared.b16 [$0+{(i + 1) * SCALE_TOKENS}], h; }}",

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import hopper
+from pallas_kernels import arithmetic, hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.packing import INT4_MIN
@@ -147,7 +147,7 @@ class Steps:
         self, words: Sequence[ir.Value], rotation: tuple[list[ir.Value], list[ir.Value]]
     ) -> list[ir.Value]:  # fmt: skip
         """A head in bf16 with its pairs (i, i + d / 2) rotated, in float32."""
-        values, (cos, sin), fma = to_floats(words, 2), rotation, hopper.multiply_add
+        values, (cos, sin), fma = to_floats(words, 2), rotation, arithmetic.multiply_add
         low, high = values[:EACH], values[EACH:]
         new_low = [fma(a, c, arith.negf(arith.mulf(b, s))) for a, b, c, s in zip(low, high, cos, sin, strict=True)]
         new_high = [fma(b, c, arith.mulf(a, s)) for a, b, c, s in zip(low, high, cos, sin, strict=True)]
@@ -176,7 +176,7 @@ class Steps:
         for distance in (2**bit for bit in range(self.shape.lanes.bit_length() - 1)):
             upper = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(self._lane(), i32(distance)), i32(0))
             sign = arith.select(upper, f32(-1), f32(1))
-            registers = [hopper.multiply_add(r, sign, hopper.exchange(r, distance)) for r in registers]
+            registers = [arithmetic.multiply_add(r, sign, hopper.exchange(r, distance)) for r in registers]
         return [arith.mulf(r, f32(1 / math.sqrt(self.shape.head_dim))) for r in registers]
 
     def _store_e4m3(self, row: Row, registers: Sequence[ir.Value], factor: ir.Value) -> None:
@@ -240,12 +240,12 @@ class Steps:
                 if s.mixed:
                     made = [self._mixed(values) for values in made]
                 peaks = [largest_magnitude(values) for values in made]
-                peaks = hopper.all_across_lanes(peaks, hopper.maximum_or_nan, s.lanes)
+                peaks = hopper.all_across_lanes(peaks, arithmetic.maximum_or_nan, s.lanes)
                 for i, values, peak in zip(several, made, peaks, strict=True):
                     flag = here if (it := exists(i)) is None else arith.andi(here, it)
                     zero = arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0))
                     scale = arith.select(zero, f32(1), arith.mulf(peak, f32(1 / QUERY_MAX)))
-                    factor = hopper.approximate_reciprocal(hopper.maximum(scale, f32(SMALLEST_NORMAL)))
+                    factor = arithmetic.approximate_reciprocal(arithmetic.maximum(scale, f32(SMALLEST_NORMAL)))
                     self._store_e4m3(targets.behind(d * i)._replace(exists=flag), values, factor)
                     flag = arith.andi(self._is_first_lane(), flag)
                     store_global("f32", "f", scale_target.behind(4 * i)._replace(exists=flag), scale)
@@ -274,7 +274,7 @@ class Steps:
 
         @self._held_if_mixed
         def inverse_scale() -> list[ir.Value]:
-            return [hopper.approximate_reciprocal(r) for r in self._floats(scale_row, d)]
+            return [arithmetic.approximate_reciprocal(r) for r in self._floats(scale_row, d)]
 
         return inverse_scale if s.scaled else None, offset_row if s.mixed else None
 
@@ -302,7 +302,7 @@ class Steps:
         """A lane's int4 codes of the first and of the second half, each in the lower 16 bits of a word."""
         word = ir.IntegerType.get_signless(32)
         # Added to ROUNDING a number becomes an integer in the last bits, whose last four are the code's plus 8.
-        numbers = [arith.bitcast(word, hopper.multiply_add(r, factor, f32(ROUNDING))) for r in registers]
+        numbers = [arith.bitcast(word, arithmetic.multiply_add(r, factor, f32(ROUNDING))) for r in registers]
         lowest = int(np.float32(ROUNDING + INT4_MIN).view(np.int32))
         numbers = [arith.minsi(arith.maxsi(x, i32(lowest)), i32(lowest + 15)) for x in numbers]
         words = []
@@ -321,9 +321,9 @@ class Steps:
         magnitude = arith.select(zero, f32(1), arith.mulf(peak, f32(-1 / INT4_MIN)))
         positive = arith.andi(positive, arith.cmpf(arith.CmpFPredicate.OGT, peak, f32(0)))
         scale = arith.select(positive, arith.subf(f32(0), magnitude), magnitude)
-        in_bf16 = hopper.to_bf16x2(scale, f32(0))
+        in_bf16 = arithmetic.to_bf16x2(scale, f32(0))
         scale = arith.bitcast(single, arith.shli(in_bf16, i32(16)))
-        for half, part in enumerate(self._codes(registers, hopper.reciprocal(scale))):
+        for half, part in enumerate(self._codes(registers, arithmetic.reciprocal(scale))):
             store_global("b16", "r", target.codes.behind(half * self.shape.head_dim // 4), part)
         exists = self._is_first_lane()
         if target.scale.exists is not None:
@@ -376,7 +376,7 @@ def times(values: Sequence[ir.Value], factors: Sequence[ir.Value]) -> list[ir.Va
 def rounded(registers: Sequence[ir.Value], factor: ir.Value) -> list[ir.Value]:
     """A lane's channels of the first and of the second half, times the factor, as words of four e4m3."""
     scaled = [arith.mulf(r, factor) for r in registers]
-    return [hopper.to_e4m3x4(scaled[EACH * half : EACH * (half + 1)]) for half in range(2)]
+    return [arithmetic.to_e4m3x4(scaled[EACH * half : EACH * (half + 1)]) for half in range(2)]
 
 
 def store_global(kind: str, constraint: str, row: Row, value: ir.Value) -> None:

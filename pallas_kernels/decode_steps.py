@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import hopper
+from pallas_kernels import arithmetic, hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.tiling import DECODE_SLOTS, DECODE_TILE, DecodeCut
@@ -192,7 +192,7 @@ class Steps:
                         convert = "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.rn.f16x2.e4m3x2 $0, l; }"
                         pair = hopper.pure_asm(convert, "=r,r", [pair], word)
                         if i % 2:  # whose codes come times 16
-                            pair = hopper.f16x2("fma.rn", pair, i32(0x2C002C00), i32(0))
+                            pair = arithmetic.f16x2("fma.rn", pair, i32(0x2C002C00), i32(0))
                         pairs.append(pair)
                     for e in range(2):
                         eight = [i32(0x80088008)] * 2 + [i32(0x80808080)] * 2  # minus
@@ -343,18 +343,18 @@ class Steps:
                         score = arith.mulf(score, arith.mulf(scales[block], factors[row]))
                         seen = arith.cmpi(arith.CmpIPredicate.slt, slots[block], limits[row])
                         mine.append(arith.select(seen, score, f32(MASKED)))
-                        largest = hopper.maximum(largest, mine[-1])
-                    largest = hopper.across_lanes(largest, hopper.maximum, lanes=8, apart=4)
-                    shrink = hopper.exp2(arith.subf(before, largest))
+                        largest = arithmetic.maximum(largest, mine[-1])
+                    largest = hopper.across_lanes(largest, arithmetic.maximum, lanes=8, apart=4)
+                    shrink = arithmetic.exp2(arith.subf(before, largest))
                     total = arith.mulf(total, shrink)
                     for block, score in enumerate(mine):
-                        weight = hopper.exp2(arith.subf(score, largest))
+                        weight = arithmetic.exp2(arith.subf(score, largest))
                         total = arith.addf(total, weight)
                         of_block[2 * block + column] = arith.mulf(weight, v_scales[block])
                     registers[size * n + column], registers[size * n + 2 + column] = largest, total
                     shrinks.append(shrink)
                 # From lanes that each have two rows of a slot to lanes that each have two slots of a row.
-                pairs = (hopper.to_bf16x2(*of_block[2 * block : 2 * block + 2]) for block in range(4))
+                pairs = (arithmetic.to_bf16x2(*of_block[2 * block : 2 * block + 2]) for block in range(4))
                 weights.append([hopper.transpose_matrix(pair) for pair in pairs])
             for n in range(self.shape.row_blocks):
                 for i in range(self.outputs):

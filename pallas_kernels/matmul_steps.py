@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels import hopper
+from pallas_kernels import arithmetic, hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.tiling import Tiling
 from pallas_kernels.weight_layout import CODE_WORDS, SHARE_N, SHARES, TILE_K, share_bytes
@@ -46,7 +46,7 @@ def fold_codes(words: Sequence[ir.Value], scales: Sequence[ir.Value]) -> list[ir
     for scale in scales:
         sizes = [arith.mulf(scale, f32(i)) for i in range(8)]
         minus = [arith.mulf(scale, f32(-i)) for i in range(1, 9)]
-        tables.append([hopper.to_e4m3x4(four) for four in (sizes[:4], sizes[4:8], minus[:4], minus[4:])])
+        tables.append([arithmetic.to_e4m3x4(four) for four in (sizes[:4], sizes[4:8], minus[:4], minus[4:])])
     # Of four bytes the lower three bits are brought together, four bits each, as a choice of bytes.
     look_up = (
         "{ .reg .b32 chosen, upper, positive, negative, signs; and.b32 chosen, $1, 0x07070707; "
@@ -291,7 +291,7 @@ class Steps:
             address = arith.addi(arith.muli(token, i32(128)), arith.muli(chunk, i32(16)))
             address = arith.addi(hopper.shared_address(y), address)
             results = self._results(half, accumulator, scales, factors, *bias)
-            packed = [hopper.to_bf16x2(*results[i : i + 2]) for i in range(0, len(results), 2)]
+            packed = [arithmetic.to_bf16x2(*results[i : i + 2]) for i in range(0, len(results), 2)]
             for j in range(0, self.half // 8, 2):
                 offset = (half * self.half + 8 * j) * 128
                 place, results = arith.addi(address, i32(offset)), packed[2 * j : 2 * j + 4]

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels import hopper
+from pallas_kernels import arithmetic, hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation, decode_scales, float_address, load_if
 from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS, SUMS_PITCH, UNIT, WARPS, Streaming
@@ -308,7 +308,7 @@ class Steps:
                         part[block] = hopper.multiply_tiles(part[block], a, inputs(u, block), "f16")
                 pair = decode_scales(scales[group], self.scale_dtype)
                 total = [
-                    hopper.multiply_add(part[block][column + 2 * row], pair[row], total[i])
+                    arithmetic.multiply_add(part[block][column + 2 * row], pair[row], total[i])
                     for i, (block, row, column) in enumerate(self._registers())
                 ]
             return hopper.pack(total)
@@ -427,7 +427,7 @@ class Steps:
                 if offset_of_output is not None:
                     y = arith.addf(y, offset_of_output)
                 if addend is not None:
-                    rounded = arith.shli(hopper.to_bf16x2(y, f32(0)), i32(16))
+                    rounded = arith.shli(arithmetic.to_bf16x2(y, f32(0)), i32(16))
                     y = arith.addf(addend, arith.bitcast(single, rounded))
                 offset = arith.muli(arith.extui(i64, index), hopper.constant(self.out_size, bits=64))
                 store = "cvt.rn.bf16.f32 b, $1; @p st.global.b16 [$0], b;"
@@ -487,6 +487,6 @@ def decode_to_halves(word: ir.Value) -> list[ir.Value]:
     for shift in (8, 0):  # inputs 0 and 2, then 1 and 3 of four
         for source in (word, rotated):
             shifted = arith.shli(source, i32(shift)) if shift else source
-            bits = hopper.and_or(shifted, i32(0x87008700), i32(0x00800080))
-            operand.append(hopper.f16x2("add.rn", bits, i32(MINUS_HALF)))
+            bits = arithmetic.and_or(shifted, i32(0x87008700), i32(0x00800080))
+            operand.append(arithmetic.f16x2("add.rn", bits, i32(MINUS_HALF)))
     return operand

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import hopper
+from pallas_kernels import arithmetic, hopper
 from pallas_kernels.decode_steps import LOWEST, MASKED, ROWS, Steps, integer, lane_parts, load_once
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
@@ -235,6 +235,6 @@ class MergeSteps:
 def merged(parts: Sequence[Sequence[ir.Value]]) -> list[ir.Value]:
     """Maximum, sum and output of a row whose parts have these, added up in their order."""
     peaks, *summed = zip(*parts, strict=True)
-    largest = functools.reduce(hopper.maximum, peaks)
-    factors = [hopper.exp2(arith.subf(peak, largest)) for peak in peaks]
+    largest = functools.reduce(arithmetic.maximum, peaks)
+    factors = [arithmetic.exp2(arith.subf(peak, largest)) for peak in peaks]
     return [largest, *(functools.reduce(arith.addf, map(arith.mulf, values, factors)) for values in summed)]

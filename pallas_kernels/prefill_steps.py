@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import hopper
+from pallas_kernels import arithmetic, hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.reference_attention import SCALE_TOKENS
@@ -281,19 +281,19 @@ class Steps:
         ) -> Any:
             scores, old, sums = hopper.unpack(scores), hopper.unpack(offsets), hopper.unpack(sums)
             (_key_scale, value_before), (key_scale, value_scale) = hopper.unpack(before), hopper.unpack(now)
-            factors = hopper.to_f16x2(*(arith.mulf(factor, key_scale) for factor in hopper.unpack(factors)))
-            factors = hopper.f16x2("max", factors, i32(SMALLEST_FACTORS))
-            factors = hopper.f16x2("min", factors, i32(LARGEST_FACTORS))
+            factors = arithmetic.to_f16x2(*(arith.mulf(factor, key_scale) for factor in hopper.unpack(factors)))
+            factors = arithmetic.f16x2("max", factors, i32(SMALLEST_FACTORS))
+            factors = arithmetic.f16x2("min", factors, i32(LARGEST_FACTORS))
             new_pair = self._offsets(scores, factors, old)
-            new = hopper.of_f16x2(new_pair)
+            new = arithmetic.of_f16x2(new_pair)
             weights, totals = self._weights(scores, factors, new_pair)
             # Exact of powers of two, as scales are.
-            change_of_unit = arith.mulf(value_before, hopper.approximate_reciprocal(value_scale))
+            change_of_unit = arith.mulf(value_before, arithmetic.approximate_reciprocal(value_scale))
             shrink, grown = [], []
             for half in range(2):
-                change = hopper.exp2(arith.subf(new[half], old[half]))
+                change = arithmetic.exp2(arith.subf(new[half], old[half]))
                 shrink.append(arith.mulf(change, change_of_unit))
-                grown.append(hopper.multiply_add(sums[half], change, totals[half]))
+                grown.append(arithmetic.multiply_add(sums[half], change, totals[half]))
                 # ptxas would move all of this behind the next wait for the tensor core, which is what it must overlap.
                 # It does not move a store there, and this one is never made: no sum is that large.
                 hopper.asm(
@@ -311,23 +311,23 @@ class Steps:
 
     def _offsets(self, scores: Sequence[ir.Value], factors: ir.Value, old: Sequence[ir.Value]) -> ir.Value:
         """Of both rows, as two float16: the old ones where no score is further above the maximum than ``SLACK``."""
-        larger = functools.partial(hopper.f16x2, "max")
+        larger = functools.partial(arithmetic.f16x2, "max")
         # The hardware compares three at once.
         threes = [[functools.reduce(larger, row[i : i + 3]) for i in range(0, len(row), 3)]
                   for row in (scores[::2], scores[1::2])]  # fmt: skip
         first, second = (balanced(row, larger) for row in threes)  # a row's even columns, and its odd ones
-        largest = larger(hopper.permute(first, second, 0x5410), hopper.permute(first, second, 0x7632))
+        largest = larger(arithmetic.permute(first, second, 0x5410), arithmetic.permute(first, second, 0x7632))
         largest = hopper.across_lanes(largest, larger, 4)
         new = []
-        for offset, score, factor in zip(old, hopper.of_f16x2(largest), hopper.of_f16x2(factors), strict=True):
+        for offset, score, factor in zip(old, arithmetic.of_f16x2(largest), arithmetic.of_f16x2(factors), strict=True):
             peak = arith.mulf(score, factor)
             above = arith.cmpf(arith.CmpFPredicate.OGT, arith.addf(peak, offset), f32(WEIGHT_EXPONENT + SLACK))
             # Less by what rounding to float16 may add, lest a weight of a large score be too large for e4m3.
-            size = hopper.magnitude(peak)
+            size = arithmetic.magnitude(peak)
             following = arith.subf(f32(WEIGHT_EXPONENT), peak)
-            following = hopper.multiply_add(size, f32(-(2.0**-11)), following)
+            following = arithmetic.multiply_add(size, f32(-(2.0**-11)), following)
             new.append(arith.select(above, following, offset))
-        return hopper.to_f16x2(*new)
+        return arithmetic.to_f16x2(*new)
 
     def _weights(
         self, scores: Sequence[ir.Value], factors: ir.Value, offsets: ir.Value
@@ -337,7 +337,7 @@ class Steps:
         ptxas would compute all powers first and do everything else behind them, which makes the warp wait for one unit
         after the other. So a group depends, by zeros that ptxas does not know of, on the end of an earlier one.
         """
-        by_row = [[hopper.permute(x, x, selector) for x in (factors, offsets)] for selector in (0x1010, 0x3232)]
+        by_row = [[arithmetic.permute(x, x, selector) for x in (factors, offsets)] for selector in (0x1010, 0x3232)]
         zeros = arith.andi(factors, i32(SIGNS))
         words: list[ir.Value] = []
         parts: list[list[ir.Value]] = [[], []]
@@ -348,18 +348,18 @@ class Steps:
                 factor, offset = by_row[i % 2]
                 ended = (first - under_way * GROUP) // 2
                 if ended >= 0:
-                    offset = hopper.and_or(words[ended + i % 2], zeros, offset)
-                exponent = hopper.f16x2("fma.rn", score, factor, offset)
-                power_of = hopper.exp2_f16x2_by_polynomial if i in polynomials else hopper.exp2_f16x2
+                    offset = arithmetic.and_or(words[ended + i % 2], zeros, offset)
+                exponent = arithmetic.f16x2("fma.rn", score, factor, offset)
+                power_of = arithmetic.exp2_f16x2_by_polynomial if i in polynomials else arithmetic.exp2_f16x2
                 powers.append(power_of(exponent))
             for half, part in enumerate(parts):
                 for j, power in enumerate(powers[half::2]):
                     if len(part) == 2:  # chains
-                        part[j] = hopper.f16x2("add.rn", power, part[j])
+                        part[j] = arithmetic.f16x2("add.rn", power, part[j])
                     else:
                         part.append(power)
-            words += [hopper.halves_to_e4m3x4(*powers[i : i + 2]) for i in range(0, GROUP, 2)]
-        sums = [arith.addf(*hopper.of_f16x2(hopper.f16x2("add.rn", *part))) for part in parts]
+            words += [arithmetic.halves_to_e4m3x4(*powers[i : i + 2]) for i in range(0, GROUP, 2)]
+        sums = [arith.addf(*arithmetic.of_f16x2(arithmetic.f16x2("add.rn", *part))) for part in parts]
         return words, sums
 
     def as_operand(self) -> Operation:
@@ -374,7 +374,7 @@ class Steps:
         def arrange(_: Any, weights: Any) -> Any:
             words = hopper.unpack(weights)
             pairs = [words[i : i + 2] for i in range(0, len(words), 2)]  # of 16 columns; both rows in a word
-            return hopper.pack([hopper.permute(a, b, selector) for a, b in pairs for selector in (0x5410, 0x7632)])
+            return hopper.pack([arithmetic.permute(a, b, selector) for a, b in pairs for selector in (0x5410, 0x7632)])
 
         return cast(Operation, arrange)
 
@@ -419,7 +419,7 @@ class Steps:
             for i, place in self._held(held):
                 for j, word in enumerate(hopper.load_shared(*place)):
                     before = arith.bitcast(ir.F32Type.get(), word)
-                    registers[i + j] = hopper.multiply_add(before, factors[(i + j) % 4 // 2], registers[i + j])
+                    registers[i + j] = arithmetic.multiply_add(before, factors[(i + j) % 4 // 2], registers[i + j])
             return hopper.pack(registers)
 
         return cast(Operation, add)
@@ -458,9 +458,9 @@ class Steps:
             factors = []
             for total in hopper.unpack(sums):
                 # The four lanes of a row each summed their own columns.
-                factors.append(hopper.divide(scale, hopper.across_lanes(total, arith.addf, 4)))
+                factors.append(arithmetic.divide(scale, hopper.across_lanes(total, arith.addf, 4)))
             registers = [arith.mulf(r, factors[i % 4 // 2]) for i, r in enumerate(hopper.unpack(output))]
-            words = [hopper.to_bf16x2(registers[i], registers[i + 1]) for i in range(0, len(registers), 2)]
+            words = [arithmetic.to_bf16x2(registers[i], registers[i + 1]) for i in range(0, len(registers), 2)]
             row, second = self._matrix_row()
             base = arith.addi(hopper.shared_address(tile), arith.muli(row, i32(128)))
             for block in range(0, s.head_dim // 8, 2):

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import hopper
+from pallas_kernels import arithmetic, hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.reference import E4M3_MAX
@@ -159,8 +159,8 @@ def gated(gates: Sequence[ir.Value], others: Sequence[ir.Value]) -> list[ir.Valu
         powers = []
         for gate in gates[i : i + 2]:
             exponent = arith.minnumf(arith.mulf(gate, steepness), largest)
-            powers.append(arith.addf(hopper.exp2(exponent), f32(1)))
-        inverse = hopper.approximate_reciprocal(arith.mulf(*powers))
+            powers.append(arith.addf(arithmetic.exp2(exponent), f32(1)))
+        inverse = arithmetic.approximate_reciprocal(arith.mulf(*powers))
         for gate, other, power in zip(gates[i : i + 2], others[i : i + 2], reversed(powers), strict=True):
             results.append(arith.mulf(arith.mulf(gate, arith.mulf(inverse, power)), other))
     return results
@@ -174,12 +174,12 @@ def rounded_to_e4m3(
     Or for the row of several that a thread has a part of. ``scratch`` has a word of shared memory per warp and, in a
     cluster, one more per block.
     """
-    peak = across_block(largest_magnitude(registers), scratch, warps, hopper.maximum_or_nan, rows)
+    peak = across_block(largest_magnitude(registers), scratch, warps, arithmetic.maximum_or_nan, rows)
     if parts > 1:
-        peak = across_cluster(peak, scratch, 4 * warps, parts, hopper.maximum_or_nan)
+        peak = across_cluster(peak, scratch, 4 * warps, parts, arithmetic.maximum_or_nan)
     scale = e4m3_scale(peak)
-    quotients = hopper.divide_all(registers, scale)
-    packed = [hopper.to_e4m3x4(quotients[i : i + 4]) for i in range(0, len(quotients), 4)]
+    quotients = arithmetic.divide_all(registers, scale)
+    packed = [arithmetic.to_e4m3x4(quotients[i : i + 4]) for i in range(0, len(quotients), 4)]
     return packed, scale
 
 
@@ -199,17 +199,17 @@ def to_floats(words: Sequence[ir.Value], size: int) -> list[ir.Value]:
 
 def to_words(values: Sequence[ir.Value]) -> list[ir.Value]:
     """float32 to packed bf16."""
-    return [hopper.to_bf16x2(values[i], values[i + 1]) for i in range(0, len(values), 2)]
+    return [arithmetic.to_bf16x2(values[i], values[i + 1]) for i in range(0, len(values), 2)]
 
 
 def largest_magnitude(registers: Sequence[ir.Value]) -> ir.Value:
     """Of a thread's float32 registers, or NaN if one is."""
-    return balanced([hopper.magnitude(r) for r in registers], hopper.maximum_or_nan)
+    return balanced([arithmetic.magnitude(r) for r in registers], arithmetic.maximum_or_nan)
 
 
 def e4m3_scale(peak: ir.Value, largest: float = E4M3_MAX) -> ir.Value:
     """``peak / largest``, or 1 if that is 0."""
-    scale = hopper.divide(peak, f32(largest))
+    scale = arithmetic.divide(peak, f32(largest))
     return arith.select(arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0)), f32(1), scale)
 
 

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import hopper
+from pallas_kernels import arithmetic, hopper
 from pallas_kernels.hopper import i32
 from pallas_kernels.matmul_steps import Operation
 
@@ -95,7 +95,7 @@ class WarpSlots:
         nothing = i32(0)
         if read:
             *others, last = read
-            nothing = hopper.either_and(functools.reduce(arith.ori, others), last, unknown_zero)
+            nothing = arithmetic.either_and(functools.reduce(arith.ori, others), last, unknown_zero)
         for source, at, size in parts:
             hopper.asm(
                 "{ .reg .pred p; elect.sync _|p, 0xffffffff; setp.gt.and.s32 p, $4, $5, p; "

@@ -47,6 +47,8 @@ from emulated_memory import (
 from emulated_ptx import Machine
 from jax.experimental.pallas import mosaic_gpu
 
+from pallas_kernels import arithmetic
+
 
 @contextmanager
 def emulated(*modules):
@@ -170,7 +172,6 @@ def emulated(*modules):
         "unknown_zero": lambda: constant(0, 32),
         "run_where": lambda condition, body: body(),  # whose loads and stores have conditions of their own
         "shared_address": lambda ref: Register(machine.full(ref.address, U32)),
-        "to_bf16x2": lambda low, high: pure_asm("cvt.rn.bf16x2.f32 $0, $1, $2;", "", [high, low], U32),
     }  # fmt: skip
 
     def scalar(value):
@@ -307,7 +308,7 @@ def emulated(*modules):
         replaced = {"arith": arith, "llvm": llvm, "utils": utils, "ir": ir, "plgpu": plgpu}
         replaced |= {name: hopper_functions[name] for name in ("f32", "i32")}
         try:
-            for module in modules:
+            for module in (*modules, arithmetic):
                 present = {name: x for name, x in replaced.items() if hasattr(module, name)}
                 if hasattr(module, "pl"):
                     present["pl"] = SimpleNamespace(when=when, ds=lambda start, size: slice(start, start + size))

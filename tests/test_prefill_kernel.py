@@ -38,7 +38,7 @@ def real(x, lengths):
 
 
 def powers_by_polynomial(x):
-    """What :func:`hopper.exp2_f16x2_by_polynomial` gives in float16; neighbours of the last axis are a register."""
+    """What :func:`arithmetic.exp2_f16x2_by_polynomial` gives in float16; neighbours of the last axis are a register."""
 
     def half(values):
         return np.float16(values).astype(np.float64)
