@@ -104,6 +104,12 @@ def to_e4m3x4(four: Sequence[ir.Value]) -> ir.Value:
     return hopper.pure_asm(ptx, "=r,f,f,f,f", four, ir.IntegerType.get_signless(32))
 
 
+def to_halves(word: ir.Value) -> list[ir.Value]:
+    """The lower and the upper two of four e4m3 as float16."""
+    convert = "{{ .reg .b16 l, h; mov.b32 {{l, h}}, $1; cvt.rn.f16x2.e4m3x2 $0, {}; }}"
+    return [hopper.pure_asm(convert.format(part), "=r,r", [word], word.type) for part in "lh"]
+
+
 def maximum(a: ir.Value, b: ir.Value) -> ir.Value:
     """The larger float32; of a number and a NaN the number."""
     return hopper.pure_asm("max.f32 $0, $1, $2;", "=f,f,f", [a, b], a.type)

@@ -156,6 +156,16 @@ def store_float_if(address: ir.Value, value: ir.Value, condition: ir.Value, spac
     )  # fmt: skip
 
 
+def load_bf16_if(address: ir.Value, condition: ir.Value) -> ir.Value:
+    """A bf16 of global memory as float32, or 0 where the condition does not hold."""
+    load = (
+        "{ .reg .pred p; .reg .b16 z, h; setp.ne.b32 p, $2, 0; mov.b16 z, 0; mov.b16 h, 0; "
+        "@p ld.global.nc.b16 h, [$1]; mov.b32 $0, {z, h}; }"
+    )
+    flag = arith.extui(ir.IntegerType.get_signless(32), condition)
+    return asm(load, "=f,l,r", [address, flag], [ir.F32Type.get()])[0]
+
+
 READ_ONLY = "ld.global.nc"  # of memory that the kernel does not write, so that its lines may stay in the cache
 
 
@@ -205,6 +215,14 @@ def store_shared(address: ir.Value, registers: Sequence[ir.Value], offset: int =
     vector, listed = (f".v{count}", "{" + ", ".join(names) + "}") if count > 1 else ("", names[0])
     constraints = ",".join(["r"] + [kind] * count)
     asm(f"st.shared{vector}.b32 [$0+{offset}], {listed};", constraints, [address, *registers], [])
+
+
+def store_shared_if(address: ir.Value, offset: int, words: Sequence[ir.Value], condition: ir.Value) -> None:
+    """Stores two or four words to shared memory where the condition, a bit, holds."""
+    count, flag = len(words), arith.extui(ir.IntegerType.get_signless(32), condition)
+    registers = ", ".join(f"${i + 2}" for i in range(count))
+    ptx = f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.shared.v{count}.b32 [$0+{offset}], {{{registers}}}; }}"
+    asm(ptx, ",".join(["r"] * (count + 2)), [address, flag, *words], [])
 
 
 def wait_for_wgmma(in_flight: int, registers: Sequence[ir.Value], keep: Sequence[ir.Value] = ()) -> list[ir.Value]:

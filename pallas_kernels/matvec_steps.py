@@ -14,6 +14,7 @@ from jaxlib.mlir.dialects import arith, llvm
 from pallas_kernels import arithmetic, hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation, decode_scales, float_address, load_if
+from pallas_kernels.row_steps import balanced
 from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS, SUMS_PITCH, UNIT, WARPS, Streaming
 from pallas_kernels.warp_slots import WarpSlots
 from pallas_kernels.weight_layout import CODE_WORDS, SHARE_N, SHARES, TILE_K, share_bytes
@@ -219,7 +220,6 @@ class Steps:
 
         @plgpu.inline_mgpu(arg_types=(self.layout["inputs"], plgpu.RefType()), return_type=())
         def put(_: Any, inputs: Any, held: Any) -> Any:
-            word = ir.IntegerType.get_signless(32)
             target, words = hopper.shared_address(held), hopper.unpack(inputs)
             for i, (token, column, here) in enumerate(self._pieces()):
                 if self.cut.halves:
@@ -232,10 +232,10 @@ class Steps:
                 for lane in range(4):
                     swapped = [in_operand_order(words[8 * i + 4 * half + lane]) for half in range(2)]
                     if self.cut.halves:
-                        values = [h for w in swapped for h in to_halves(w)]
-                        store_if(place, 16 * lane, values, arith.extui(word, here))
+                        values = [h for w in swapped for h in arithmetic.to_halves(w)]
+                        hopper.store_shared_if(place, 16 * lane, values, here)
                     else:
-                        store_if(place, 32 * lane, swapped, arith.extui(word, here))
+                        hopper.store_shared_if(place, 32 * lane, swapped, here)
             return ()
 
         return cast(Operation, put)
@@ -276,7 +276,7 @@ class Steps:
                 return loaded[block][2 * (u % 2) : 2 * (u % 2) + 2]
             if u % 4 == 0:
                 loaded[block] = hopper.load_shared(addresses[block], offset + 4 * u)
-            return to_halves(loaded[block][u % 4])
+            return arithmetic.to_halves(loaded[block][u % 4])
 
         return inputs
 
@@ -389,7 +389,7 @@ class Steps:
                     offset_of_output = load_if(address, here)
                 index = arith.addi(arith.muli(token, width), place)
                 if residual:
-                    addend = load_bf16_if(hopper.global_address(residual[0], 2, (index, 1)), here)
+                    addend = hopper.load_bf16_if(hopper.global_address(residual[0], 2, (index, 1)), here)
                 results.append((token, output, index, here, offset_of_output, addend))
             hopper.asm(f"bar.sync $0, {32 * self.team};", "r", [arith.addi(team, i32(1))], [])
             load = "{{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.f32 $0, 0f00000000; @p ld.shared.f32 $0, [$1+{}]; }}"
@@ -406,9 +406,7 @@ class Steps:
                     hopper.asm(load.format(w * SUMS_PITCH * tokens * 4), "=&f,r,r", [address, flag], [single])[0]
                     for w in range(self.team)
                 ]
-                while len(values) > 1:  # pairwise, for short chains and small errors
-                    values = [arith.addf(a, b) for a, b in zip(values[::2], values[1::2], strict=True)]
-                [total] = values
+                total = balanced(values, arith.addf)
                 last = here
                 if parts > 1:
                     kept, turn = before
@@ -418,10 +416,7 @@ class Steps:
                     later = arith.andi(here, arith.cmpi(arith.CmpIPredicate.ne, part, i32(0)))
                     [sum_before] = hopper.asm(load.format(0), "=&f,r,r", [at, arith.extui(word, later)], [single])
                     total = arith.addf(total, sum_before)
-                    hopper.asm(
-                        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.shared.f32 [$0], $1; }",
-                        "r,f,r", [at, total, flag], [],
-                    )  # fmt: skip
+                    hopper.store_float_if(at, total, here, "shared")
                     last = arith.andi(here, arith.cmpi(arith.CmpIPredicate.eq, part, i32(parts - 1)))
                 y = arith.mulf(total, arith.mulf(factor, of_all))
                 if offset_of_output is not None:
@@ -449,30 +444,6 @@ class Steps:
 def in_operand_order(word: ir.Value) -> ir.Value:
     """Four e4m3 in the order in which codes come out of their words."""
     return hopper.pure_asm("prmt.b32 $0, $1, 0, 0x3120;", "=r,r", [word], word.type)
-
-
-def to_halves(word: ir.Value) -> list[ir.Value]:
-    """The lower and the upper two of four e4m3 as float16."""
-    convert = "{{ .reg .b16 l, h; mov.b32 {{l, h}}, $1; cvt.rn.f16x2.e4m3x2 $0, {}; }}"
-    return [hopper.pure_asm(convert.format(part), "=r,r", [word], word.type) for part in "lh"]
-
-
-def load_bf16_if(address: ir.Value, condition: ir.Value) -> ir.Value:
-    """A bf16 of global memory as float32, or 0 where the condition does not hold."""
-    load = (
-        "{ .reg .pred p; .reg .b16 z, h; setp.ne.b32 p, $2, 0; mov.b16 z, 0; mov.b16 h, 0; "
-        "@p ld.global.nc.b16 h, [$1]; mov.b32 $0, {z, h}; }"
-    )
-    flag = arith.extui(ir.IntegerType.get_signless(32), condition)
-    return hopper.asm(load, "=f,l,r", [address, flag], [ir.F32Type.get()])[0]
-
-
-def store_if(address: ir.Value, offset: int, words: Sequence[ir.Value], condition: ir.Value) -> None:
-    """Stores two or four words to shared memory where the condition is not 0."""
-    count = len(words)
-    registers = ", ".join(f"${i + 2}" for i in range(count))
-    ptx = f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.shared.v{count}.b32 [$0+{offset}], {{{registers}}}; }}"
-    hopper.asm(ptx, ",".join(["r"] * (count + 2)), [address, condition, *words], [])
 
 
 def decode_to_halves(word: ir.Value) -> list[ir.Value]:

@@ -12,10 +12,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import hopper
+from pallas_kernels import arithmetic, hopper
 from pallas_kernels.hopper import i32
 from pallas_kernels.matmul_steps import Operation
-from pallas_kernels.matvec_steps import THREADS, Steps, in_operand_order, store_if, to_halves
+from pallas_kernels.matvec_steps import THREADS, Steps, in_operand_order
 from pallas_kernels.row_steps import VECTOR, gated, normalized, rounded_to_e4m3, to_floats
 from pallas_kernels.sources import Source, Ungated, Unnormed
 from pallas_kernels.tiling import WARPS, rounds_its_input, rows_at_once
@@ -100,7 +100,7 @@ class TokenSteps:
             elif isinstance(self.source, Ungated):
                 values = gated(values, rest[0])
             packed, scale = rounded_to_e4m3(values, other, WARPS, rows=self.rows)
-            word, row = ir.IntegerType.get_signless(32), self._row()
+            row = self._row()
             target = arith.addi(hopper.shared_address(held), arith.muli(row, i32(steps.pitch)))
             exists = arith.cmpi(arith.CmpIPredicate.ult, row, i32(steps.m))
             for column, pair in zip(self._columns(), zip(packed[::2], packed[1::2], strict=True), strict=True):
@@ -109,10 +109,10 @@ class TokenSteps:
                 start = arith.addi(start, arith.muli(arith.andi(column, i32(8)), i32(4)))
                 start = arith.addi(start, arith.shrui(arith.andi(column, i32(16)), i32(1)))
                 here = arith.cmpi(arith.CmpIPredicate.ult, column, i32(steps.held * TILE_K))
-                here = arith.extui(word, arith.andi(here, exists))
+                here = arith.andi(here, exists)
                 for i, e4m3 in enumerate(pair):
                     place = arith.addi(target, arith.addi(start, i32(16 * i)))
-                    store_if(place, 0, to_halves(in_operand_order(e4m3)), here)
+                    hopper.store_shared_if(place, 0, arithmetic.to_halves(in_operand_order(e4m3)), here)
             of_weights = hopper.unpack(factors)[steps.results :]
             if self.rows == 1:
                 return hopper.pack([scale] * steps.results + of_weights)
