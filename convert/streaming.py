@@ -64,7 +64,7 @@ def quantize_checkpoint(
     Args:
       source: as for :func:`convert.load`: a float model.
       folder: where to write.
-      recipe: a :class:`fireq_jax.Recipe` or the name of a preset; not one that refines, which needs the whole model.
+      recipe: a :class:`fireq_jax.Recipe` or the name of a preset; not one that differentiates the whole model.
       tokens: token ids to calibrate on, for a recipe that needs it.
       window: tokens per sequence of that text; None as for :func:`fireq_jax.calibrate`.
       revision: branch, tag or commit of a hub repository.
@@ -76,12 +76,12 @@ def quantize_checkpoint(
       FileExistsError: the folder exists, is not empty, and ``overwrite`` is False.
       BlockingIOError: another process writes the same folder.
       OSError: the disk is too small for the result.
-      ValueError: as :func:`convert.load` and :func:`fireq_jax.quantize`; the recipe refines; or an interrupted
+      ValueError: as :func:`convert.load` and :func:`fireq_jax.quantize`; the recipe differentiates; or an interrupted
         conversion with other arguments is there and ``restart`` is False.
     """
     recipe = resolve_recipe(recipe)
-    if recipe.refine:
-        raise ValueError(f"recipe {recipe.name!r} refines, which needs the whole model; use fireq_jax.quantize")
+    if recipe.differentiates:
+        raise ValueError(f"recipe {recipe.name!r} differentiates the whole model; use fireq_jax.quantize")
     if recipe.needs_calibration and tokens is None:
         raise ValueError(f"recipe {recipe.name!r} needs tokens to calibrate on; 'data_free' needs none")
     path = resolve(source, revision)
@@ -164,7 +164,7 @@ class _Conversion:
             name = f"layers_{i}"
             layer = self._read(name)
             statistics = None if observer is None else observer.observe(layer)
-            layer = jax.block_until_ready(blocks.quantize(name, layer, statistics))
+            layer = jax.block_until_ready(blocks.round(name, *blocks.transform(name, layer, statistics)))
             self._write(i + 1, {name: layer})
             if observer is not None:
                 # Behind the shard: after a crash between the two the block is done again, with the same result.

@@ -12,15 +12,15 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +29,7 @@ from pages import result_file
 import convert
 import fireq_jax
 from convert.folder import write_json
+from fireq_jax import layers
 from pallas_kernels import quantize_fp8
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +65,8 @@ RECIPES = [
     ("best: W4A8", no_cache(P["best"]), 1),
     ("best: W4", weights_only(P["best"]), 1),
     ("best: KV4", cache_only(P["best"]), 1),
+    ("learned, not refined", replace(P["learned"], refine=False), 1),
+    ("learned, curvature left out", replace(P["learned"], curvature=False), 1),
     ("rtn: W4A8", no_cache(P["rtn"]), 1),
     ("rtn: W4", weights_only(P["rtn"]), 1),
     ("rtn: KV4", cache_only(P["rtn"]), 1),
@@ -108,16 +111,16 @@ def with_rounded_inputs(params: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def fp8_inputs() -> Iterator[None]:
     """Rounds the input of marked linear layers to e4m3 per token."""
+    project = layers.project
 
-    def rounded(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        module = context.module
-        if context.method_name == "__call__" and module.has_variable("params", "rounded_input"):
-            x, axes = args[0], tuple(range(-len(module.in_shape), 0))
+    def rounded(x: Any, linears: Sequence[layers.Linear], residual: jax.Array | None = None) -> list[jax.Array]:
+        if linears[0].has_variable("params", "rounded_input"):
+            axes = tuple(range(-len(linears[0].in_shape), 0))
             codes, scale = quantize_fp8(x, axis=axes)
-            args = ((codes.astype(jnp.float32) * jnp.expand_dims(scale, axes)).astype(x.dtype), *args[1:])
-        return call(*args, **kwargs)
+            x = (codes.astype(jnp.float32) * jnp.expand_dims(scale, axes)).astype(x.dtype)
+        return project(x, linears, residual)
 
-    with nn.intercept_methods(rounded):
+    with mock.patch.object(layers, "project", rounded):
         yield
 
 

@@ -136,7 +136,7 @@ def quantize(
         raise FileExistsError(f"{out} exists already; pass --overwrite to replace it")
     settings = replace(resolve_recipe(recipe), lm_head=cast(Any, lm_head))
     text = None if calibration is None else calibration.read_text("utf-8")
-    if settings.refine:  # trains through the whole model
+    if settings.differentiates:  # through the whole model
         with _stage(f"loading {source}"):
             network, params = convert.load(source, revision=revision)
             tokenizer = convert.load_tokenizer(source, revision)

@@ -314,6 +314,8 @@ class Recipe:
         calibration); or "gptq" for such scales with error-compensated codes (needs a calibration).
       sequential: "gptq" sees the inputs that the already quantised layers produce, instead of the float model's, and
         makes up for part of their error. Takes another two passes over the calibration text.
+      curvature: "gptq" weighs tokens by how much the model's predictions depend on them, and makes up for the error of
+        some outputs of a weight by others (needs "sequential"; takes a backward pass through the whole float model).
       refine: tune norm gains and rotation scales by distillation from the float model behind everything else, three
         passes of training over the calibration text (needs a calibration).
       lm_head: how the output projection is kept. "float"; "int8" or "fp8" (e4m3) with a scale per output, its input
@@ -335,6 +337,7 @@ class Recipe:
     values: Literal["none", "hadamard"] = "none"
     rounding: Literal["nearest", "search", "gptq"] = "nearest"
     sequential: bool = False
+    curvature: bool = False
     refine: bool = False
     lm_head: Literal["float", "int8", "fp8", "int4"] = "float"
 
@@ -359,7 +362,9 @@ class Recipe:
             raise ValueError("weights='none' rounds no weight; it goes with rounding='nearest' and lm_head='float'")
         if self.sequential and self.rounding != "gptq":
             raise ValueError(f"sequential=True needs rounding='gptq', not {self.rounding!r}")
-        for name in ("sequential", "refine"):
+        if self.curvature and not self.sequential:
+            raise ValueError("curvature=True needs sequential=True")
+        for name in ("sequential", "curvature", "refine"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name}={value!r} must be True or False")
         if not isinstance(self.name, str):
@@ -375,6 +380,11 @@ class Recipe:
         """Whether the recipe reads statistics of activations."""
         return self.smoothing == "search" or self.keys in ("fireq", "search") or self.rounding == "gptq" or self.refine
 
+    @property
+    def differentiates(self) -> bool:
+        """Whether it needs gradients, and with them the whole model at once."""
+        return self.curvature or self.refine
+
 
 _BEST = Recipe("best", smoothing="search", keys="hadamard", values="hadamard", rounding="gptq", sequential=True)
 PRESETS: dict[str, Recipe] = {
@@ -387,7 +397,7 @@ PRESETS: dict[str, Recipe] = {
         Recipe("fireq", tensor_scale="fireq", smoothing="mean", keys="fireq"),
         Recipe("fireq_bf16", scales="sigma_bf16", smoothing="mean", keys="fireq"),
         _BEST,
-        replace(_BEST, name="learned", refine=True),
+        replace(_BEST, name="learned", curvature=True, refine=True),
         Recipe("kv4", weights="none", keys="hadamard", values="hadamard"),
     )
 }

@@ -15,14 +15,16 @@ import numpy as np
 
 from fireq_jax import smoothing
 from fireq_jax.config import LlamaConfig, Recipe, resolve_recipe
+from fireq_jax.curvature import Curvature, loss_curvature
 from fireq_jax.kv_cache import CacheKind
 from fireq_jax.numerics import round_to_bytes, round_weight
 from fireq_jax.qtensor import ByteWeight, Int4Weight, Layout, is_int4, to_layout
 from fireq_jax.refine import refine_gains, refinement_steps
 from fireq_jax.rounding import corrected_weight, round_weight_searched, round_weights_calibrated
-from fireq_jax.streams import Streams
+from fireq_jax.streams import READERS, Streams
 
 Params = dict[str, Any]
+Statistics = dict[str, jax.Array] | None  # of a block; None without a calibration
 
 # How many trailing axes of each weight are inputs: the output projection of attention reads [heads, head_dim].
 INPUT_AXES = {
@@ -33,13 +35,6 @@ INPUT_AXES = {
     ("mlp", "gate"): 1,
     ("mlp", "up"): 1,
     ("mlp", "down"): 1,
-}
-# Per input, as the statistics name it: the half of a block and the weights that read it.
-_READERS = {
-    "attention_input": ("attention", ("q", "k", "v")),
-    "attention_output": ("attention", ("o",)),
-    "mlp_input": ("mlp", ("gate", "up")),
-    "mlp_hidden": ("mlp", ("down",)),
 }
 
 
@@ -87,7 +82,8 @@ def quantize(
         and "data_free" without.
       calibration: statistics of these parameters by :func:`fireq_jax.calibrate`.
       layout: of the int4 weights, see :func:`fireq_jax.to_layout`.
-      progress: called with (blocks and refinement steps done, those in all).
+      progress: called with (steps done, steps in all), a step being a block, or some windows of a recipe that
+        differentiates.
 
     Returns:
       A pytree of the same structure, with an :class:`Int4Weight` for every quantised weight, scales that the rotation
@@ -119,18 +115,36 @@ def quantize(
     tokens: Any = None if calibration is None else calibration["tokens"]
     blocks = BlockQuantizer(recipe, config, params["embed"]["embedding"], tokens)
     steps = len(layers)
+    if recipe.curvature:
+        steps += len(tokens)
     if recipe.refine:
         steps += refinement_steps(tokens)
-    for done, name in enumerate(layers, 1):
-        result[name] = blocks.quantize(name, params[name], None if calibration is None else calibration[name])
+
+    def report(before: int, done: int) -> None:
         if progress is not None:
-            progress(done, steps)
+            progress(before + done, steps)
+
+    def transformed(name: str) -> tuple[Params, Statistics]:
+        return blocks.transform(name, params[name], None if calibration is None else calibration[name])
+
+    done = 0
+    if recipe.curvature:
+        ready = {name: transformed(name) for name in layers}
+        floats = {name: layer for name, (layer, _) in ready.items()}
+        curvatures = loss_curvature(config, params, floats, tokens, partial(report, 0))
+        done = len(tokens)
+    for number, name in enumerate(layers, 1):
+        if recipe.curvature:
+            result[name] = blocks.round(name, *ready.pop(name), curvatures.pop(name))
+        else:
+            result[name] = blocks.round(name, *transformed(name))
+        report(done, number)
+    done += len(layers)
     if recipe.lm_head != "float":
         head = params["lm_head"]["kernel"] if "lm_head" in params else params["embed"]["embedding"]
         result["lm_head"] = {"kernel": quantize_head(head, recipe)}
     if recipe.refine:
-        report = None if progress is None else lambda done: progress(len(layers) + done, steps)
-        result = refine_gains(config, params, result, tokens, recipe, report)
+        result = refine_gains(config, params, result, tokens, recipe, partial(report, done))
     for name in [*layers, "lm_head"]:  # a part at a time, so that only one is there twice
         if name in result:
             result[name] = to_layout(result[name], layout)
@@ -158,8 +172,8 @@ class BlockQuantizer:
         if recipe.sequential and config is not None and embedding is not None and tokens is not None:
             self._streams = Streams(config, embedding, tokens, recipe)
 
-    def quantize(self, name: str, layer: Params, statistics: Mapping[str, Any] | None) -> Params:
-        """The next block, quantised.
+    def transform(self, name: str, layer: Params, statistics: Mapping[str, Any] | None) -> tuple[Params, Statistics]:
+        """A float block as it is to be rounded, and its statistics, which fit that.
 
         Args:
           name: of the block, for errors.
@@ -172,12 +186,24 @@ class BlockQuantizer:
         for half, projection in INPUT_AXES:  # before transforms spread a NaN
             _check_finite(layer[half][projection]["kernel"], f"{name}/{half}/{projection}")
         arrays = None if statistics is None else jax.tree.map(jnp.asarray, dict(statistics))
-        layer, arrays = _transform(layer, arrays, self._slow, self._recipe, name)
+        return _transform(layer, arrays, self._slow, self._recipe, name)
+
+    def round(self, name: str, layer: Params, statistics: Statistics, curvature: Curvature | None = None) -> Params:
+        """The next block, quantised.
+
+        Args:
+          name: of the block, for errors.
+          layer: of :meth:`transform`.
+          statistics: of that.
+          curvature: of the loss, for a recipe that asks for it.
+        """
+        round_readers = partial(
+            _round_readers, curvatures=None if curvature is None else curvature.outputs, recipe=self._recipe, name=name
+        )
         if self._streams is not None:
-            return self._streams.round_block(layer, partial(_round_readers, recipe=self._recipe, name=name))
-        for place, (half, projections) in _READERS.items():
-            hessian = None if arrays is None else arrays[place]
-            layer = _round_readers(layer, half, projections, hessian, None, recipe=self._recipe, name=name)
+            return self._streams.round_block(layer, round_readers, None if curvature is None else curvature.importance)
+        for place, (half, projections) in READERS.items():
+            layer = round_readers(layer, half, projections, None if statistics is None else statistics[place], None)
         return layer
 
     def state(self) -> dict[str, np.ndarray]:
@@ -200,15 +226,15 @@ def quantize_head(head: jax.Array, recipe: Recipe) -> Int4Weight | ByteWeight:
 
 
 def _transform(
-    layer: Params, statistics: dict[str, jax.Array] | None, slow: np.ndarray | None, recipe: Recipe, name: str
-) -> tuple[Params, dict[str, jax.Array] | None]:
+    layer: Params, statistics: Statistics, slow: np.ndarray | None, recipe: Recipe, name: str
+) -> tuple[Params, Statistics]:
     """Rescales one float block as the recipe says; returns its statistics as they are after that, too."""
     if recipe.smoothing in ("mean", "absmax"):
         layer, statistics = smoothing.smooth_by_weights(layer, statistics, recipe.smoothing)
     elif recipe.smoothing == "search" and statistics is not None:
         sizes = {
             place: pick_group_size(_inputs(layer, half, names[0]), recipe, name)
-            for place, (half, names) in _READERS.items()
+            for place, (half, names) in READERS.items()
         }
         layer, statistics = smoothing.smooth_by_search(layer, statistics, tuple(sizes.values()))
     # Behind the smoothing: these scale whole rows of q and k, whose magnitudes "mean" and "absmax" read.
@@ -234,6 +260,7 @@ def _round_readers(
     hessian: jax.Array | None,
     cross: jax.Array | None,
     *,
+    curvatures: Mapping[str, jax.Array] | None,
     recipe: Recipe,
     name: str,
 ) -> Params:
@@ -245,6 +272,7 @@ def _round_readers(
       projections: names of the weights.
       hessian: ``[k, k]``, second moments of their input; None if unknown.
       cross: ``[k, k]``, those of the float model's input with theirs; None if that is the same input.
+      curvatures: of each projection's outputs, see :class:`fireq_jax.curvature.Curvature`; None if they count alike.
       recipe: how to round.
       name: of the block.
     """
@@ -266,7 +294,8 @@ def _round_readers(
     else:
         if cross is not None:
             matrices = tuple(corrected_weight(matrix.astype(jnp.float32), hessian, cross) for matrix in matrices)
-        parts = round_weights_calibrated(matrices, hessian, group_size, rules)
+        of_outputs = None if curvatures is None else tuple(curvatures[projection] for projection in projections)
+        parts = round_weights_calibrated(matrices, hessian, group_size, rules, of_outputs)
     weights = {
         projection: {**layer[half][projection], "kernel": _wrap(part, kernel.shape, axes, recipe)}
         for projection, kernel, part in zip(projections, kernels, parts, strict=True)
@@ -294,7 +323,7 @@ def _check_calibration(params: Mapping[str, Any], calibration: Mapping[str, Any]
     if not isinstance(calibration.get("config"), LlamaConfig) or "tokens" not in calibration:
         raise ValueError("the calibration lacks 'config' or 'tokens'; it must be what fireq_jax.calibrate returned")
     for name in layer_names(params):
-        for place, (half, projections) in _READERS.items():
+        for place, (half, projections) in READERS.items():
             k = _inputs(params[name], half, projections[0])
             found = calibration.get(name, {}).get(place)
             if found is None or found.shape != (k, k):

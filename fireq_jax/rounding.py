@@ -7,6 +7,7 @@ rounded to their storage type, codes from -8 to 7.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,10 @@ SCALE_FRACTIONS = tuple(0.5 + 0.04 * i for i in range(14))
 # Added to the diagonal of H, as a fraction of its mean: H can be inverted, and what a short text says about rare
 # directions is not believed too much.
 DAMPING = 0.1
+# The same for the curvature of outputs, which is made of one drawn token for each token of the text.
+OUTPUT_DAMPING = 0.3
+# Parts of a weight's outputs that are rounded one after another.
+OUTPUT_PARTS = 16
 # How far a weight is moved to make up for the error of its inputs (1 would be least squares on the calibration text,
 # which does not carry over to other texts), and the damping of that step.
 CORRECTION = 0.25
@@ -93,10 +98,10 @@ def search_scales(
     return jax.lax.map(search, chunks).reshape(n, groups), tensor_scale
 
 
-def damped(hessian: jax.Array) -> jax.Array:
-    """A second moment with ``DAMPING`` on its diagonal, positive definite even for inputs that are always zero."""
-    mean = jnp.mean(jnp.diagonal(hessian))
-    return hessian + jnp.where(mean > 0, DAMPING * mean, 1.0) * jnp.eye(hessian.shape[0])
+def damped(moments: jax.Array, by: float = DAMPING) -> jax.Array:
+    """Second moments with a share of their mean on the diagonal, positive definite even for what is always zero."""
+    mean = jnp.mean(jnp.diagonal(moments))
+    return moments + jnp.where(mean > 0, by * mean, 1.0) * jnp.eye(moments.shape[0])
 
 
 @jax.jit
@@ -120,6 +125,29 @@ def corrected_weight(w: jax.Array, hessian: jax.Array, cross: jax.Array) -> jax.
     return w + CORRECTION * jax.scipy.linalg.solve(inner, missing.T, assume_a="pos").T
 
 
+class _Columns(NamedTuple):
+    """How GPTQ goes through the columns of a weight.
+
+    Attributes:
+      order: of the columns, those of the largest second moment first, ``[k]``.
+      upper: ``[k, k]``; row i says how an error in the i-th column of that order is spread over the columns behind it.
+    """
+
+    order: jax.Array
+    upper: jax.Array
+
+
+def _columns(hessian: jax.Array) -> _Columns:
+    order = jnp.argsort(-jnp.diagonal(hessian))
+    return _Columns(order, _spread(hessian[order][:, order]))
+
+
+def _spread(moments: jax.Array) -> jax.Array:
+    """The upper factor u with ``uᵀ u = moments⁻¹``."""
+    inverse = jnp.linalg.inv(moments)
+    return jnp.linalg.cholesky((inverse + inverse.T) / 2).T
+
+
 def gptq(w: jax.Array, hessian: jax.Array, step: jax.Array) -> jax.Array:
     """Error-compensated rounding, columns of the largest second moment first.
 
@@ -131,14 +159,57 @@ def gptq(w: jax.Array, hessian: jax.Array, step: jax.Array) -> jax.Array:
     Returns:
       codes ``[n, k]`` int8.
     """
+    return _gptq(w, _columns(hessian), step)
+
+
+def gptq_across_outputs(w: jax.Array, hessian: jax.Array, step: jax.Array, curvature: jax.Array) -> jax.Array:
+    """:func:`gptq` that makes up for the error of some outputs by others, too.
+
+    With the errors E of a weight what is to be small is ``tr(C E H Eᵀ)``, where C says how much errors of two outputs
+    cost together. With the first rows rounded, and whatever H, the rest of E is best at ``E_R = -C_RR⁻¹ C_RP E_P``:
+    their targets are moved there. Rows of the largest ``C_ii`` come first, ``OUTPUT_PARTS`` parts one after another, of
+    which each is rounded by :func:`gptq`. The two-sided rounding of YAQA (arXiv 2505.22988), with its finest steps
+    replaced by these parts.
+
+    Args:
+      w: ``[n, k]`` float32.
+      hessian: ``[k, k]`` float32, positive definite.
+      step: ``[n, k]`` float32, every entry's grid step; non-zero.
+      curvature: ``[b, n / b, n / b]`` float32, the blocks of a block-diagonal C, each positive definite.
+
+    Returns:
+      codes ``[n, k]`` int8.
+    """
+    columns, k = _columns(hessian), w.shape[1]
+    blocks, rows, _ = curvature.shape
+    each = max(size for size in range(1, -(-rows // OUTPUT_PARTS) + 1) if rows % size == 0)
+
+    def round_block(block: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        w, step, curvature = block
+        order = jnp.argsort(-jnp.diagonal(curvature))
+        upper, steps = _spread(curvature[order][:, order]), step[order]
+
+        def round_part(targets: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+            target = jax.lax.dynamic_slice(targets, (start, 0), (each, k))
+            its_steps = jax.lax.dynamic_slice(steps, (start, 0), (each, k))
+            codes = _gptq(target, columns, its_steps)
+            spread = jax.lax.dynamic_slice(upper, (start, 0), (each, rows))
+            among = jax.lax.dynamic_slice(spread, (0, start), (each, each))
+            errors = jax.scipy.linalg.solve_triangular(among.T, target - codes * its_steps, lower=True)
+            behind = jnp.where(jnp.arange(rows) >= start + each, spread, 0.0)
+            return targets - jnp.matmul(behind.T, errors, precision=HIGHEST), codes
+
+        _, codes = jax.lax.scan(round_part, w[order], jnp.arange(0, rows, each))
+        return codes.reshape(rows, k)[jnp.argsort(order)]
+
+    parts = w.reshape(blocks, rows, k), step.reshape(blocks, rows, k), curvature
+    return jax.lax.map(round_block, parts).reshape(w.shape)
+
+
+def _gptq(w: jax.Array, its: _Columns, step: jax.Array) -> jax.Array:
     n, k = w.shape
     size = next(b for b in (128, 96, 64, 32, 16, 8, 4, 2, 1) if k % b == 0)
-    diagonal = jnp.diagonal(hessian)
-    order = jnp.argsort(-diagonal)
-    w, step = w[:, order], step[:, order]
-    inverse = jnp.linalg.inv(hessian[order][:, order])
-    # Row i of this upper factor says how an error in column i is spread over the columns behind it.
-    upper = jnp.linalg.cholesky((inverse + inverse.T) / 2).T
+    w, step, upper = w[:, its.order], step[:, its.order], its.upper
     columns = jnp.arange(size)
 
     def round_block(carry: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
@@ -164,7 +235,7 @@ def gptq(w: jax.Array, hessian: jax.Array, step: jax.Array) -> jax.Array:
 
     starts = jnp.arange(0, k, size)
     (_, codes), _ = jax.lax.scan(round_block, (w, jnp.zeros_like(w)), starts)
-    return codes[:, jnp.argsort(order)].astype(jnp.int8)
+    return codes[:, jnp.argsort(its.order)].astype(jnp.int8)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -187,7 +258,11 @@ def round_weight_searched(w: jax.Array, group_size: int, recipe: Recipe) -> tupl
 
 @partial(jax.jit, static_argnums=(2, 3))
 def round_weights_calibrated(
-    weights: tuple[jax.Array, ...], hessian: jax.Array, group_size: int, recipe: Recipe
+    weights: tuple[jax.Array, ...],
+    hessian: jax.Array,
+    group_size: int,
+    recipe: Recipe,
+    curvatures: tuple[jax.Array, ...] | None = None,
 ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
     """Searched scales, and nearest or error-compensated codes, of weights that read the same input.
 
@@ -196,6 +271,8 @@ def round_weights_calibrated(
       hessian: ``[k, k]`` float32, second moments of the input.
       group_size: divides k.
       recipe: how scales are stored, and whether codes are error-compensated.
+      curvatures: of each weight what :func:`gptq_across_outputs` takes, but for the damping; None to compensate within
+        a row alone.
 
     Returns:
       For each as :func:`fireq_jax.numerics.round_weight`; scales may be negative.
@@ -204,12 +281,17 @@ def round_weights_calibrated(
     matrices = [w.astype(jnp.float32) for w in weights]
     scales = [search_scales(w, hessian, group_size, recipe) for w in matrices]
     steps = [jnp.repeat(s.astype(jnp.float32) * tensor_scale, group_size, axis=1) for s, tensor_scale in scales]
-    # Rows are rounded independently of each other, so all weights can share one walk over the columns.
-    rows, steps_of_rows = jnp.concatenate(matrices), jnp.concatenate(steps)
-    if recipe.rounding == "gptq":
-        codes = gptq(rows, hessian, steps_of_rows)
+    if recipe.rounding == "gptq" and curvatures is not None:
+        split = [
+            gptq_across_outputs(w, hessian, step, jax.vmap(partial(damped, by=OUTPUT_DAMPING))(curvature))
+            for w, step, curvature in zip(matrices, steps, curvatures, strict=True)
+        ]
     else:
-        codes = to_grid(rows, steps_of_rows).astype(jnp.int8)
-    ends = [sum(w.shape[0] for w in weights[:i]) for i in range(1, len(weights))]
-    parts = zip(jnp.split(codes, ends), scales, strict=True)
-    return [(pack_int4(rows), *stored) for rows, stored in parts]
+        # Rows are rounded independently of each other, so all weights can share one walk over the columns.
+        rows, steps_of_rows = jnp.concatenate(matrices), jnp.concatenate(steps)
+        if recipe.rounding == "gptq":
+            codes = gptq(rows, hessian, steps_of_rows)
+        else:
+            codes = to_grid(rows, steps_of_rows).astype(jnp.int8)
+        split = jnp.split(codes, [sum(w.shape[0] for w in weights[:i]) for i in range(1, len(weights))])
+    return [(pack_int4(codes), *stored) for codes, stored in zip(split, scales, strict=True)]

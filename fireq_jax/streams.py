@@ -17,6 +17,13 @@ Layer = dict[str, Any]
 # input; gets the block, the half, the names, E[x̂ x̂ᵀ] and E[x x̂ᵀ], returns the block with those weights replaced.
 RoundReaders = Callable[[Layer, str, tuple[str, ...], jax.Array, jax.Array], Layer]
 
+# Per input, as statistics name it: the half of a block and the weights that read it.
+READERS = {
+    "attention_input": ("attention", ("q", "k", "v")),
+    "attention_output": ("attention", ("o",)),
+    "mlp_input": ("mlp", ("gate", "up")),
+    "mlp_hidden": ("mlp", ("down",)),
+}
 # Windows whose moments are summed in one product: `best` takes a sixth less time on two cores than one by one.
 TOGETHER = 8
 
@@ -41,12 +48,16 @@ class Streams:
         self._quantized = list(self._float)
         self._tokens = tokens.size
 
-    def round_block(self, layer: Layer, round_readers: RoundReaders) -> Layer:
+    def round_block(
+        self, layer: Layer, round_readers: RoundReaders, importance: Mapping[str, jax.Array] | None = None
+    ) -> Layer:
         """Quantises one block's weights in the order in which the text meets them, and takes the text through it.
 
         Args:
           layer: float parameters of the next block, transformed.
           round_readers: quantises the weights that read one input.
+          importance: of each of :data:`READERS`, how much a token counts in its moments, ``[windows, window]``, 1 in
+            the mean; None if all count alike.
 
         Returns:
           The quantised block.
@@ -56,25 +67,27 @@ class Streams:
         self._float = [out for out, _ in passes]
         seen = [inputs for _, inputs in passes]
 
-        def rounded(layer: Layer, half: str, names: tuple[str, ...], place: str, rows: list[jax.Array]) -> Layer:
+        def rounded(layer: Layer, place: str, rows: list[jax.Array]) -> Layer:
+            half, names = READERS[place]
             k = seen[0][place].shape[1]
             sums = jnp.zeros((k, k)), jnp.zeros((k, k))
             for first in range(0, len(rows), TOGETHER):
                 together = slice(first, first + TOGETHER)
-                sums = _add_moments(sums, [inputs[place] for inputs in seen[together]], rows[together])
+                counts = None if importance is None else importance[place][together]
+                sums = _add_moments(sums, [inputs[place] for inputs in seen[together]], rows[together], counts)
             hessian, cross = (total / self._tokens for total in sums)
             return round_readers(layer, half, names, hessian, cross)
 
         x = self._quantized
         normed = [_norm(config, layer["input_norm"], row) for row in x]
-        layer = rounded(layer, "attention", ("q", "k", "v"), "attention_input", normed)
+        layer = rounded(layer, "attention_input", normed)
         attended = [_attend(config, layer["attention"], row, self._cache_kind) for row in normed]
-        layer = rounded(layer, "attention", ("o",), "attention_output", attended)
+        layer = rounded(layer, "attention_output", attended)
         middle = [_add_attention(config, layer["attention"], *rows) for rows in zip(x, attended, strict=True)]
         normed = [_norm(config, layer["post_attention_norm"], row) for row in middle]
-        layer = rounded(layer, "mlp", ("gate", "up"), "mlp_input", normed)
+        layer = rounded(layer, "mlp_input", normed)
         gated = [_gate(config, layer["mlp"], row) for row in normed]
-        layer = rounded(layer, "mlp", ("down",), "mlp_hidden", gated)
+        layer = rounded(layer, "mlp_hidden", gated)
         self._quantized = [_add_mlp(config, layer["mlp"], *rows) for rows in zip(middle, gated, strict=True)]
         return layer
 
@@ -93,16 +106,9 @@ def block_inputs(state: Mapping[str, Any]) -> dict[str, jax.Array]:
     """The inputs of a block's weights, from the ``statistics`` collection of an applied block of one sequence.
 
     Returns:
-      ``attention_input`` (of q, k and v), ``attention_output`` (of o), ``mlp_input`` (of gate and up) and
-      ``mlp_hidden`` (of down), each ``[t, k]`` float32.
+      ``[t, k]`` float32 for each of :data:`READERS`.
     """
-    places = {
-        "attention_input": ("attention", "q"),
-        "attention_output": ("attention", "o"),
-        "mlp_input": ("mlp", "gate"),
-        "mlp_hidden": ("mlp", "down"),
-    }
-    return {name: _rows(state[half][projection]["input"][0]) for name, (half, projection) in places.items()}
+    return {place: _rows(state[half][names[0]]["input"][0]) for place, (half, names) in READERS.items()}
 
 
 def _rows(x: jax.Array) -> jax.Array:
@@ -136,15 +142,20 @@ def _float_block(config: LlamaConfig, layer: Layer, x: jax.Array) -> tuple[jax.A
 
 @partial(jax.jit, donate_argnums=0)
 def _add_moments(
-    sums: tuple[jax.Array, jax.Array], x: list[jax.Array], quantized_x: list[jax.Array]
+    sums: tuple[jax.Array, jax.Array], x: list[jax.Array], quantized_x: list[jax.Array], counts: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Adds those of some windows, ``[t, k]`` and any shape of as many elements, to the sums of x̂ x̂ᵀ and x x̂ᵀ."""
+    """Adds those of some windows to the sums of x̂ x̂ᵀ and x x̂ᵀ.
+
+    ``x`` is ``[t, k]`` of each window and ``quantized_x`` any shape of as many elements. A token counts as often as
+    ``counts`` says, ``[windows, t]``, or once.
+    """
     quantized, exact = jnp.concatenate([_rows(row) for row in quantized_x]), jnp.concatenate(x)
+    counted = quantized if counts is None else quantized * counts.reshape(-1, 1)
     hessian, cross = sums
     highest = jax.lax.Precision.HIGHEST
     return (
-        hessian + jnp.matmul(quantized.T, quantized, precision=highest),
-        cross + jnp.matmul(exact.T, quantized, precision=highest),
+        hessian + jnp.matmul(counted.T, quantized, precision=highest),
+        cross + jnp.matmul(exact.T, counted, precision=highest),
     )
 
 

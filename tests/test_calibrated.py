@@ -363,21 +363,25 @@ def test_bad_calibrations_are_refused(tiny, text, statistics):
 @pytest.mark.parametrize("variant", ["llama2", "smollm2", "biases"])
 def test_refinement_differentiates_the_model_that_runs(tmp_path, text, variant):
     """Its forward pass gives the model's own logits, float and quantised, before any step is taken."""
-    from fireq_jax import refine
+    from fireq_jax import differentiable
 
     model, params = convert.load(write_checkpoint(tmp_path, VARIANTS[variant]))
     statistics = fireq_jax.calibrate(model, params, text, window=32)
     tokens = statistics["tokens"][:2]
     expected = {None: jax.nn.log_softmax(model.apply({"params": params}, tokens))}
-    found = {None: refine._log_probabilities(model.config, None, refine._stacked(params, layer_names(params)), tokens)}
+    found = {
+        None: differentiable.log_probabilities(
+            model.config, None, differentiable.stacked(params, layer_names(params)), tokens
+        )
+    }
     for kind in ("float", "int4"):
         activations = "none" if kind == "float" else "fp8"
         recipe = fireq_jax.Recipe(keys="hadamard", values="hadamard", kv_cache=kind, activations=activations)
         quantized = fireq_jax.quantize(params, recipe, calibration=statistics)
         cache = fireq_jax.KVCache.zeros(model.config, 2, 32, kind, model.dtype)
         expected[kind] = jax.nn.log_softmax(model.apply({"params": quantized}, tokens, None, cache))
-        stacked = refine._stacked(quantized, layer_names(params))
-        found[kind] = refine._log_probabilities(model.config, recipe, stacked, tokens)
+        stacked = differentiable.stacked(quantized, layer_names(params))
+        found[kind] = differentiable.log_probabilities(model.config, recipe, stacked, tokens)
     for kind in (None, "float"):
         np.testing.assert_allclose(found[kind], expected[kind], atol=1e-3)
     # An activation on the edge between two e4m3 or int4 values falls to either side, and moves what follows: what can

@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 
 import fireq_jax
+from pallas_kernels import quantize_fp8
 
 
 def log_probabilities(model, params, tokens):
@@ -99,3 +102,27 @@ def test_prefill_keeps_more_than_the_cache(tiny, text):
 def test_bad_texts_and_windows_are_refused(tiny, tokens, settings, message):
     with pytest.raises(ValueError, match=message):
         fireq_jax.evaluate(*tiny, tokens, **({"window": 32} | settings))
+
+
+def test_accuracy_table_rounds_the_inputs_of_all_linear_layers(tiny, monkeypatch):
+    """Of a float model, for the row "A8": four inputs in a block, and nothing outside the context."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    import accuracy
+
+    model, params = tiny
+    seen = []
+
+    def counted(x, axis):
+        seen.append(x.shape)
+        return quantize_fp8(x, axis=axis)
+
+    monkeypatch.setattr(accuracy, "quantize_fp8", counted)
+    marked, tokens = accuracy.with_rounded_inputs(params), np.arange(9)[None]
+    with accuracy.fp8_inputs():
+        rounded = model.apply({"params": marked}, tokens)
+        plain = model.apply({"params": params}, tokens)
+    assert len(seen) == 4 * model.config.num_layers
+    np.testing.assert_array_equal(plain, model.apply({"params": params}, tokens))
+    # e4m3 is within a sixteenth of every input: logits move, by less than they are large.
+    moved = np.linalg.norm(rounded - plain) / np.linalg.norm(plain)
+    assert 1e-3 < moved < 0.3

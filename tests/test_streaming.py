@@ -198,7 +198,7 @@ def test_tokenizer_files_are_copied_as_they_are(tmp_path, smollm2_tokenizer):
 @pytest.mark.parametrize(
     ("recipe", "arguments", "message"),
     [
-        ("learned", {"tokens": CALIBRATION}, "'learned' refines, which needs the whole model"),
+        ("learned", {"tokens": CALIBRATION}, "'learned' differentiates the whole model"),
         ("best", {}, "'best' needs tokens to calibrate on"),
         ("best", {"tokens": CALIBRATION, "window": 65}, "window=65 must be between 1 and the model's 64 positions"),
         (fireq_jax.Recipe(group_size=128), {}, r"k=64 is not divisible by group_size=128; it is by 64"),
