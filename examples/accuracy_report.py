@@ -63,7 +63,8 @@ def recipes_table(results: dict[str, Any]) -> str:
         f"{perplexity(results, names[0], 'reference_perplexity'):.2f}. "
         f"{tokens} scored tokens in windows of {results['window']}, keys and values through the cache; calibration on "
         f"{sum(results['calibration_tokens'].values())} tokens ({calibration}). KL(float || quantised) in nats per "
-        f"token. Seconds are those of `quantize` on {results['device']}, compilation included where it happened.",
+        f"token. Seconds are those of `quantize` on {results['device']}, in the mean of its draws, compilation included "
+        "where it happened.",
         "",
         "| recipe | KL | perplexity | top-1 agreement | " + " | ".join(first) + " | seconds |",
         "|---|---|---|---|" + "---|" * len(first) + "---|",
@@ -113,7 +114,13 @@ def shapes_table(results: dict[str, Any]) -> str:
 
 def readme_table(results: dict[str, Any]) -> str:
     lines = ["| recipe | needs data | KL to the float model | top-1 agreement |", "|---|---|---|---|"]
-    for name, data in (("rtn", "no"), ("data_free", "no"), ("fireq", "yes"), ("best", "yes")):
+    for name, data in (
+        ("rtn", "no"),
+        ("data_free", "no"),
+        ("fireq", "yes"),
+        ("best", "yes"),
+        ("learned", "yes, and gradients"),
+    ):
         kl, agreement = (scores(results, name, key).mean() for key in ("kl", "top1_agreement"))
         lines.append(f"| `{name}` | {data} | {kl:.3f} | {agreement:.1%} |")
     return "\n".join(lines)
