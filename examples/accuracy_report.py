@@ -63,8 +63,8 @@ def recipes_table(results: dict[str, Any]) -> str:
         f"{perplexity(results, names[0], 'reference_perplexity'):.2f}. "
         f"{tokens} scored tokens in windows of {results['window']}, keys and values through the cache; calibration on "
         f"{sum(results['calibration_tokens'].values())} tokens ({calibration}). KL(float || quantised) in nats per "
-        f"token. Seconds are those of `quantize` on {results['device']}, in the mean of its draws, compilation included "
-        "where it happened.",
+        f"token. Seconds are those of `quantize` on {results['device']}, mean of the draws, with compilation where it "
+        "happened.",
         "",
         "| recipe | KL | perplexity | top-1 agreement | " + " | ".join(first) + " | seconds |",
         "|---|---|---|---|" + "---|" * len(first) + "---|",
