@@ -128,17 +128,15 @@ def quantize(
     def transformed(name: str) -> tuple[Params, Statistics]:
         return blocks.transform(name, params[name], None if calibration is None else calibration[name])
 
-    done = 0
+    done, floats, curvatures = 0, {}, {}
     if recipe.curvature:
-        ready = {name: transformed(name) for name in layers}
-        floats = {name: layer for name, (layer, _) in ready.items()}
+        # Without statistics, which would be those of all blocks at once: rounding in sequence makes its own.
+        floats = {name: transformed(name)[0] for name in layers}
         curvatures = loss_curvature(config, params, floats, tokens, partial(report, 0))
         done = len(tokens)
     for number, name in enumerate(layers, 1):
-        if recipe.curvature:
-            result[name] = blocks.round(name, *ready.pop(name), curvatures.pop(name))
-        else:
-            result[name] = blocks.round(name, *transformed(name))
+        layer, statistics = (floats.pop(name), None) if recipe.curvature else transformed(name)
+        result[name] = blocks.round(name, layer, statistics, curvatures.pop(name, None))
         report(done, number)
     done += len(layers)
     if recipe.lm_head != "float":
@@ -195,7 +193,7 @@ class BlockQuantizer:
         Args:
           name: of the block, for errors.
           layer: of :meth:`transform`.
-          statistics: of that.
+          statistics: of that; a sequential recipe does without them.
           curvature: of the loss, for a recipe that asks for it.
         """
         round_readers = partial(
