@@ -130,7 +130,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     model, params = convert.load(source, dtype="float32")
     tokenizer = convert.load_tokenizer(source)
     texts = json.loads(args.texts.read_text("utf-8"))
-    evaluation = {name: tokenizer(text)["input_ids"][:EVALUATED_TOKENS] for name, text in texts["evaluation"].items()}
+    evaluation = {name: tokenizer(text)["input_ids"][:EVALUATED_TOKENS] for name, text in texts[args.evaluate].items()}
     sources = {name: np.asarray(tokenizer(text)["input_ids"]) for name, text in texts["calibration"].items()}
     rows: list[dict[str, Any]] = []
 
@@ -163,6 +163,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             record("A8", 0, with_rounded_inputs(params), 0.0)
     return {
         "command": "python examples/accuracy.py texts.json"
+        + f" --evaluate {args.evaluate}" * (args.evaluate != "evaluation")
         + f" --draws {args.draws}" * (args.draws != DRAWS)
         + "".join(f" --only {name!r}" for name in args.only or []),
         "commit": args.commit or git_commit(),
@@ -198,6 +199,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after this time")
     rows = [*(name for name, _, _ in RECIPES), "A8"]
     parser.add_argument("--only", action="append", choices=rows, help="a row to measure, not all; may be repeated")
+    parser.add_argument("--evaluate", choices=("evaluation", "others"), default="evaluation", help="which texts")
     parser.add_argument("--draws", type=int, default=DRAWS, help="calibration draws of a row at most")
     parser.add_argument("--commit", help="to record, where there is no git")
     args = parser.parse_args()

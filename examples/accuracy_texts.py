@@ -16,6 +16,7 @@ import struct
 import subprocess
 import tempfile
 import zlib
+from html.parser import HTMLParser
 from pathlib import Path
 
 from convert.folder import write_text
@@ -29,6 +30,12 @@ MANUAL = "debian-faq", "usr/share/doc/debian/FAQ/debian-faq.en.txt.gz"
 ENGLISH = "dasher-data", "usr/share/dasher/training_english_GB.txt"
 # BSD-licensed source code.
 CODE = "python3-click", "usr/lib/python3/dist-packages/click/core.py"
+# Texts that no choice was made by: rules and an essay (GPL), quotations (short passages of many authors), and
+# BSD-licensed code.
+RULES = "debian-policy", "usr/share/doc/debian-policy/policy.txt.gz"
+ESSAY = "anarchism", "usr/share/doc/anarchism/html/secF3.html"
+QUOTATIONS = "fortunes", "usr/share/games/fortunes/wisdom"
+OTHER_CODE = "python3-jinja2", "usr/lib/python3/dist-packages/jinja2/compiler.py"
 # Source code of CPython's standard library.
 LIBRARY = ("argparse", "statistics", "asyncio.base_events", "json.decoder", "textwrap", "heapq", "email.message",
            "difflib")  # fmt: skip
@@ -65,6 +72,25 @@ def unwrapped(text: str) -> str:
     return re.sub(r"(?<!\n)\n(?!\n)", " ", text)
 
 
+class Prose(HTMLParser):
+    """The text of a page, in the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = ""
+
+    def handle_data(self, data: str) -> None:
+        """Takes what lies between two tags."""
+        self.text += data
+
+
+def without_tags(page: str) -> str:
+    """The paragraphs of an HTML page, a line each."""
+    prose = Prose()
+    prose.feed(re.sub(r"\s+", " ", page).replace("<p>", "\n\n<p>"))
+    return prose.text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", type=Path, help="the file to write")
@@ -79,6 +105,12 @@ def main() -> None:
             "lexicon": jargon[700_000:][:CHARACTERS],
             "manual": manual[30_000:][:CHARACTERS],
             "code": debian_file(*CODE).decode()[20_000:][:CHARACTERS],
+        },
+        "others": {
+            "rules": gzip.decompress(debian_file(*RULES)).decode()[60_000:][:CHARACTERS],
+            "essay": without_tags(debian_file(*ESSAY).decode("utf-8", "replace"))[3_000:][:CHARACTERS],
+            "quotations": debian_file(*QUOTATIONS).decode("utf-8", "replace")[:CHARACTERS],
+            "other code": debian_file(*OTHER_CODE).decode()[:CHARACTERS],
         },
         "calibration": {
             "help": default_calibration_text(),
