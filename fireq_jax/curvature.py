@@ -19,7 +19,8 @@ from fireq_jax.config import LlamaConfig
 from fireq_jax.differentiable import Params, block_output, ends, predictions
 from fireq_jax.streams import READERS
 
-WINDOWS_TOGETHER = 4
+# Tokens of as many windows are differentiated at once, or those of one.
+TOKENS_TOGETHER = 2048
 # Outputs of which all pairs are considered; a weight with more has as many blocks of them as are needed.
 MOST_OUTPUTS = 2048
 # A token counts with this power of its |g|²: fully trusted, few tokens would decide.
@@ -48,8 +49,8 @@ def loss_curvature(
 ) -> dict[str, Curvature]:
     """Differentiates a float model over a text.
 
-    Memory: the model; of ``WINDOWS_TOGETHER`` windows the inputs of all blocks, and two arrays of logits; and per block
-    the result, ``n · min(n, MOST_OUTPUTS)`` floats for each weight's n outputs.
+    Memory: the model; of ``TOKENS_TOGETHER`` tokens the inputs of all blocks, one block's attention over whole windows,
+    and two arrays of logits; and per block the result, ``n · min(n, MOST_OUTPUTS)`` floats for each weight's n outputs.
 
     Args:
       config: the model.
@@ -64,8 +65,9 @@ def loss_curvature(
     around = ends(params)
     moments = {name: _no_moments(config) for name in layers}
     energies: dict[str, list[dict[str, jax.Array]]] = {name: [] for name in layers}
-    for start in range(0, len(tokens), WINDOWS_TOGETHER):
-        x = around["embedding"][jnp.asarray(tokens[start : start + WINDOWS_TOGETHER])].astype(jnp.float32)
+    together = max(1, TOKENS_TOGETHER // tokens.shape[1])
+    for start in range(0, len(tokens), together):
+        x = around["embedding"][jnp.asarray(tokens[start : start + together])].astype(jnp.float32)
         inputs = {}
         for name, layer in layers.items():
             inputs[name] = x
@@ -75,7 +77,7 @@ def loss_curvature(
             gradient, moments[name], energy = _backward(config, layer, inputs.pop(name), gradient, moments[name])
             energies[name].append(energy)
         if progress is not None:
-            progress(min(start + WINDOWS_TOGETHER, len(tokens)))
+            progress(min(start + together, len(tokens)))
     return {
         name: Curvature(
             {weight: total / tokens.size for weight, total in moments[name].items()},

@@ -74,21 +74,21 @@ def test_moments_are_those_of_the_models_gradients(tiny, monkeypatch, most):
             np.testing.assert_allclose(its.importance[place], expected / expected.mean(), rtol=1e-3, atol=1e-4)
 
 
-def test_more_windows_than_fit_at_once_add_up(tiny):
-    """The moments of a text are the mean of its parts' moments, if these are drawn alike."""
+def test_more_windows_than_fit_at_once_add_up(tiny, monkeypatch):
+    """The sums over some windows are in those over these and one more, of which nothing is known but what it is."""
     model, params = tiny
+    monkeypatch.setattr(curvature, "TOKENS_TOGETHER", 4 * 13 + 5)
     blocks = blocks_of(params)
-    tokens = np.random.default_rng(6).integers(0, 131, (curvature.WINDOWS_TOGETHER, 13), np.int32)
-    one = curvature.loss_curvature(model.config, params, blocks, tokens)
+    tokens = np.random.default_rng(6).integers(0, 131, (5, 13), np.int32)
+    four = curvature.loss_curvature(model.config, params, blocks, tokens[:4])
     done = []
-    two = curvature.loss_curvature(model.config, params, blocks, np.concatenate([tokens, tokens[:1]]), done.append)
-    assert done == [curvature.WINDOWS_TOGETHER, curvature.WINDOWS_TOGETHER + 1]
+    five = curvature.loss_curvature(model.config, params, blocks, tokens, done.append)
+    assert done == [4, 5]
     for name in blocks:
-        for weight, moments in one[name].outputs.items():
-            rest = np.asarray(two[name].outputs[weight] * (tokens.size + 13) - moments * tokens.size, np.float64)
-            scale = np.abs(np.asarray(moments)).max() * tokens.size
+        for weight, moments in four[name].outputs.items():
+            rest = np.asarray(five[name].outputs[weight] * 5 * 13 - moments * 4 * 13, np.float64)
             # What the last window adds is a sum of squares: no eigenvalue is below 0, but by rounding.
-            assert np.linalg.eigvalsh(rest).min() > -1e-4 * scale
+            assert np.linalg.eigvalsh(rest).min() > -1e-4 * np.abs(np.asarray(moments)).max() * 4 * 13
             assert np.trace(rest[0]) > 0
 
 
