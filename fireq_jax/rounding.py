@@ -6,11 +6,13 @@ the error made so far onto columns that are still to be rounded. The grid is the
 rounded to their storage type, codes from -8 to 7.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fireq_jax.config import Recipe
 from fireq_jax.numerics import E4M3_TINY, group_absmax, store_scales, to_grid
@@ -184,8 +186,7 @@ def gptq_across_outputs(w: jax.Array, hessian: jax.Array, step: jax.Array, curva
     blocks, rows, _ = curvature.shape
     each = max(size for size in range(1, -(-rows // OUTPUT_PARTS) + 1) if rows % size == 0)
 
-    def round_block(block: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        w, step, curvature = block
+    def round_block(w: jax.Array, step: jax.Array, curvature: jax.Array) -> jax.Array:
         order = jnp.argsort(-jnp.diagonal(curvature))
         upper, steps = _spread(curvature[order][:, order]), step[order]
 
@@ -202,8 +203,7 @@ def gptq_across_outputs(w: jax.Array, hessian: jax.Array, step: jax.Array, curva
         _, codes = jax.lax.scan(round_part, w[order], jnp.arange(0, rows, each))
         return codes.reshape(rows, k)[jnp.argsort(order)]
 
-    parts = w.reshape(blocks, rows, k), step.reshape(blocks, rows, k), curvature
-    return jax.lax.map(round_block, parts).reshape(w.shape)
+    return jax.vmap(round_block)(w.reshape(blocks, rows, k), step.reshape(blocks, rows, k), curvature).reshape(w.shape)
 
 
 def _gptq(w: jax.Array, its: _Columns, step: jax.Array) -> jax.Array:
@@ -281,17 +281,30 @@ def round_weights_calibrated(
     matrices = [w.astype(jnp.float32) for w in weights]
     scales = [search_scales(w, hessian, group_size, recipe) for w in matrices]
     steps = [jnp.repeat(s.astype(jnp.float32) * tensor_scale, group_size, axis=1) for s, tensor_scale in scales]
-    if recipe.rounding == "gptq" and curvatures is not None:
-        split = [
-            gptq_across_outputs(w, hessian, step, jax.vmap(partial(damped, by=OUTPUT_DAMPING))(curvature))
-            for w, step, curvature in zip(matrices, steps, curvatures, strict=True)
-        ]
+    ends = [sum(w.shape[0] for w in weights[:i]) for i in range(1, len(weights))]
+    # Rows are rounded independently of each other, so all weights can share one walk over the columns.
+    rows, steps_of_rows = jnp.concatenate(matrices), jnp.concatenate(steps)
+    if recipe.rounding != "gptq":
+        split = jnp.split(to_grid(rows, steps_of_rows).astype(jnp.int8), ends)
+    elif curvatures is None:
+        split = jnp.split(gptq(rows, hessian, steps_of_rows), ends)
     else:
-        # Rows are rounded independently of each other, so all weights can share one walk over the columns.
-        rows, steps_of_rows = jnp.concatenate(matrices), jnp.concatenate(steps)
-        if recipe.rounding == "gptq":
-            codes = gptq(rows, hessian, steps_of_rows)
-        else:
-            codes = to_grid(rows, steps_of_rows).astype(jnp.int8)
-        split = jnp.split(codes, [sum(w.shape[0] for w in weights[:i]) for i in range(1, len(weights))])
+        split = _gptq_with_curvatures(matrices, hessian, steps, curvatures)
     return [(pack_int4(codes), *stored) for codes, stored in zip(split, scales, strict=True)]
+
+
+def _gptq_with_curvatures(
+    matrices: Sequence[jax.Array], hessian: jax.Array, steps: Sequence[jax.Array], curvatures: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """Codes of each weight; those whose blocks of outputs are of one size share a walk over the columns."""
+    codes: dict[int, jax.Array] = {}
+    for size in sorted({curvature.shape[1] for curvature in curvatures}):
+        which = [i for i, curvature in enumerate(curvatures) if curvature.shape[1] == size]
+        blocks = jnp.concatenate([curvatures[i] for i in which])
+        together = gptq_across_outputs(
+            jnp.concatenate([matrices[i] for i in which]), hessian, jnp.concatenate([steps[i] for i in which]),
+            jax.vmap(partial(damped, by=OUTPUT_DAMPING))(blocks),
+        )  # fmt: skip
+        ends = np.cumsum([matrices[i].shape[0] for i in which])[:-1]
+        codes |= dict(zip(which, jnp.split(together, ends), strict=True))
+    return [codes[i] for i in range(len(matrices))]

@@ -13,7 +13,7 @@ from fireq_jax import curvature, layers
 from fireq_jax.quantize import layer_names
 from fireq_jax.rounding import OUTPUT_PARTS, damped, gptq, gptq_across_outputs, round_weights_calibrated
 from fireq_jax.streams import READERS
-from pallas_kernels import dequantize_int4
+from pallas_kernels import dequantize_int4, unpack_int4
 
 
 def blocks_of(params):
@@ -147,6 +147,24 @@ def test_errors_of_outputs_make_up_for_each_other():
         assert np.isfinite(e).all()
         errors.append(np.einsum("no,ni,ij,oj->", c.astype(np.float64), e, hessian.astype(np.float64), e))
     assert errors[1] < 0.8 * errors[0]  # 0.71, of these numbers
+
+
+def test_weights_that_share_an_input_are_rounded_as_if_alone():
+    """Whichever of them have as many outputs that interact."""
+    rng = np.random.default_rng(9)
+    w, hessian = correlated(rng, 96, 64)
+    recipe = fireq_jax.Recipe(rounding="gptq")
+    pieces = [jnp.asarray(piece) for piece in (w[:16], w[16:48] * 50, w[48:64], w[64:])]
+    small = [[correlated(rng, 1, 16)[1] for _ in range(len(piece) // 16)] for piece in pieces[:3]]
+    curvatures = tuple(jnp.asarray(np.stack(blocks)) for blocks in [*small, [correlated(rng, 1, 32)[1]]])
+    together = round_weights_calibrated(tuple(pieces), jnp.asarray(hessian), 32, recipe, curvatures)
+    for piece, curvature_of_piece, parts in zip(pieces, curvatures, together, strict=True):
+        (alone,) = round_weights_calibrated((piece,), jnp.asarray(hessian), 32, recipe, (curvature_of_piece,))
+        for found, expected in zip(parts[1:], alone[1:], strict=True):
+            np.testing.assert_array_equal(found, expected)
+        # Batched factorisations round differently: a value half-way between two codes may fall to either side.
+        codes = [np.asarray(unpack_int4(x[0])) for x in (parts, alone)]
+        assert (codes[0] != codes[1]).mean() < 0.03
 
 
 def test_progress_ends_with_the_last_step(tiny, text_statistics):
