@@ -56,29 +56,36 @@ def perplexity(results: dict[str, Any], recipe: str, key: str = "perplexity") ->
 def recipes_table(results: dict[str, Any]) -> str:
     first = results["rows"][0]["texts"]
     tokens = sum(text["scored_tokens"] for text in first.values())
-    names = list(dict.fromkeys(row["recipe"] for row in results["rows"]))
     calibration = ", ".join(f"{count} of {name}" for name, count in results["calibration_tokens"].items())
+    return "\n".join(
+        [
+            f"{results['model']}; perplexity of the float model "
+            f"{perplexity(results, 'rtn', 'reference_perplexity'):.2f}. "
+            f"{tokens} scored tokens in windows of {results['window']}, keys and values through the cache; calibration "
+            f"on {sum(results['calibration_tokens'].values())} tokens ({calibration}). KL(float || quantised) in nats "
+            f"per token. Seconds are those of `quantize` on {results['device']}, mean of the draws, with compilation "
+            "where it happened.",
+            "",
+            *rows_of_table(results),
+        ]
+    )
+
+
+def rows_of_table(results: dict[str, Any]) -> list[str]:
+    texts = results["rows"][0]["texts"]
     lines = [
-        f"{results['model']}; perplexity of the float model "
-        f"{perplexity(results, names[0], 'reference_perplexity'):.2f}. "
-        f"{tokens} scored tokens in windows of {results['window']}, keys and values through the cache; calibration on "
-        f"{sum(results['calibration_tokens'].values())} tokens ({calibration}). KL(float || quantised) in nats per "
-        f"token. Seconds are those of `quantize` on {results['device']}, mean of the draws, with compilation where it "
-        "happened.",
-        "",
-        "| recipe | KL | perplexity | top-1 agreement | " + " | ".join(first) + " | seconds |",
-        "|---|---|---|---|" + "---|" * len(first) + "---|",
+        "| recipe | KL | perplexity | top-1 agreement | " + " | ".join(texts) + " | seconds |",
+        "|---|---|---|---|" + "---|" * len(texts) + "---|",
     ]
-    for name in names:
-        each = " | ".join(f"{per_text(results, name, text):.3f}" for text in first)
+    for name in dict.fromkeys(row["recipe"] for row in results["rows"]):
+        each = " | ".join(f"{per_text(results, name, text):.3f}" for text in texts)
         seconds = np.mean([row["seconds"] for row in results["rows"] if row["recipe"] == name])
         agreement = scores(results, name, "top1_agreement").mean()
         lines.append(
             f"| {name} | {spread(scores(results, name, 'kl'))} | {perplexity(results, name):.2f} | {agreement:.1%} | "
             f"{each} | {seconds:.0f} |"
         )
-    lines += ["", f"Measured at commit {results['commit'][:12]}, JAX {results['versions']['jax']}."]
-    return "\n".join(lines)
+    return [*lines, "", f"Measured at commit {results['commit'][:12]}, JAX {results['versions']['jax']}."]
 
 
 def heads_table(found: dict[str, dict[str, Any]]) -> str:
@@ -163,6 +170,11 @@ def main() -> None:
     accuracy = json.loads((RESULTS / "accuracy.json").read_text("utf-8"))
     shapes = json.loads((RESULTS / "shapes.json").read_text("utf-8"))
     fill(PAGE, "recipes", recipes_table(accuracy))
+    others = json.loads((RESULTS / "accuracy-other-texts.json").read_text("utf-8"))
+    of_float = perplexity(others, "rtn", "reference_perplexity")
+    device = "two CPU cores" if others["device"] == "cpu" else others["device"]
+    above = f"Perplexity of the float model {of_float:.2f}; on {device}."
+    fill(PAGE, "other-texts", "\n".join([above, "", *rows_of_table(others)]))
     fill(PAGE, "shapes", shapes_table(shapes))
     heads = {path.stem: json.loads(path.read_text("utf-8")) for path in RESULTS.glob("lm-head*.json")}
     fill(PAGE, "output-projection", heads_table(heads))
