@@ -17,6 +17,7 @@ import numpy as np
 
 from fireq_jax.config import LlamaConfig
 from fireq_jax.differentiable import Params, block_output, ends, predictions
+from fireq_jax.numerics import largest_divisor
 from fireq_jax.streams import READERS
 
 # Tokens of as many windows are differentiated at once, or those of one.
@@ -95,11 +96,8 @@ def _outputs(config: LlamaConfig) -> dict[str, int]:
 
 
 def _no_moments(config: LlamaConfig) -> dict[str, jax.Array]:
-    together = {
-        name: max(size for size in range(1, min(n, MOST_OUTPUTS) + 1) if n % size == 0)
-        for name, n in _outputs(config).items()
-    }
-    return {name: jnp.zeros((n // together[name], *[together[name]] * 2)) for name, n in _outputs(config).items()}
+    sizes = {name: (n, largest_divisor(n, MOST_OUTPUTS)) for name, n in _outputs(config).items()}
+    return {name: jnp.zeros((n // together, together, together)) for name, (n, together) in sizes.items()}
 
 
 def _importance(energies: list[jax.Array]) -> jax.Array:

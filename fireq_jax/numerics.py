@@ -15,6 +15,11 @@ INT8_MAX = 127  # and as much below zero
 FIREQ_MAX_EXPONENT = 14
 
 
+def largest_divisor(n: int, most: int) -> int:
+    """The largest number up to ``most``, at least 1, that divides n."""
+    return next(size for size in range(min(n, most), 0, -1) if n % size == 0)
+
+
 def to_grid(w: jax.Array, step: jax.Array) -> jax.Array:
     """The int4 code, as a float, whose multiple of ``step`` is nearest to w."""
     return jnp.clip(jnp.round(w / step), INT4_MIN, INT4_MAX)

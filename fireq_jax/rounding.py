@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fireq_jax.config import Recipe
-from fireq_jax.numerics import E4M3_TINY, group_absmax, store_scales, to_grid
+from fireq_jax.numerics import E4M3_TINY, group_absmax, largest_divisor, store_scales, to_grid
 from pallas_kernels import INT4_MAX, INT4_MIN, pack_int4, round_to_bf16, round_to_e4m3
 
 # Candidates for a group scale, as fractions of the one that clips nothing.
@@ -93,7 +93,7 @@ def search_scales(
         return scales
 
     # Rows do not depend on each other, and taking a few million entries at a time keeps the memory small.
-    rows = max(r for r in range(1, n + 1) if n % r == 0 and (r == 1 or r * k <= SEARCHED_ENTRIES))
+    rows = largest_divisor(n, max(1, SEARCHED_ENTRIES // k))
     if rows == n:
         return search((w, stored)), tensor_scale
     chunks = (w.reshape(-1, rows, k), stored.reshape(-1, rows, groups))
@@ -184,7 +184,7 @@ def gptq_across_outputs(w: jax.Array, hessian: jax.Array, step: jax.Array, curva
     """
     columns, k = _columns(hessian), w.shape[1]
     blocks, rows, _ = curvature.shape
-    each = max(size for size in range(1, -(-rows // OUTPUT_PARTS) + 1) if rows % size == 0)
+    each = largest_divisor(rows, -(-rows // OUTPUT_PARTS))
 
     def round_block(w: jax.Array, step: jax.Array, curvature: jax.Array) -> jax.Array:
         order = jnp.argsort(-jnp.diagonal(curvature))

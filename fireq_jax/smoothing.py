@@ -16,6 +16,7 @@ import numpy as np
 from fireq_jax import scaling
 from fireq_jax.config import LlamaConfig
 from fireq_jax.numerics import group_absmax, to_grid
+from fireq_jax.streams import READERS
 from pallas_kernels import INT4_MAX, hadamard, quantize_kv, unpack_int4
 
 Layer = dict[str, Any]
@@ -35,18 +36,18 @@ SEARCHED_KEYS = 512
 # Fewer would fit short texts better and long ones worse.
 SLOW_POSITIONS = 4096
 
-# Statistic of the input, block, weights that read it, transform.
-_PLACES: dict[str, tuple[str, tuple[str, ...], Callable[[Layer, jax.Array], Layer]]] = {
-    "attention_input": ("attention", ("q", "k", "v"), scaling.scale_attention_input),
-    "attention_output": ("attention", ("o",), scaling.scale_values),
-    "mlp_input": ("mlp", ("gate", "up"), scaling.scale_mlp_input),
-    "mlp_hidden": ("mlp", ("down",), scaling.scale_mlp_hidden),
+# What scales each of READERS' inputs.
+_TRANSFORMS: dict[str, Callable[[Layer, jax.Array], Layer]] = {
+    "attention_input": scaling.scale_attention_input,
+    "attention_output": scaling.scale_values,
+    "mlp_input": scaling.scale_mlp_input,
+    "mlp_hidden": scaling.scale_mlp_hidden,
 }
 
 
 def _readers(layer: Layer, place: str) -> jax.Array:
     """The weights that read one input, stacked: ``[n, k]`` float32."""
-    block, names, _ = _PLACES[place]
+    block, names = READERS[place]
     kernels = [layer[block][name]["kernel"].astype(jnp.float32) for name in names]
     k = math.prod(kernels[0].shape[-2:] if place == "attention_output" else kernels[0].shape[-1:])
     return jnp.concatenate([kernel.reshape(-1, k) for kernel in kernels])
@@ -89,7 +90,7 @@ def smooth_by_weights(
       The scaled block and its statistics after the scaling.
     """
     measure = jnp.mean if form == "mean" else jnp.max
-    for place, (_, _, transform) in _PLACES.items():
+    for place, transform in _TRANSFORMS.items():
         magnitude = jnp.maximum(measure(jnp.abs(_readers(layer, place)), axis=0), 1e-8)
         s = 1 / _reduce(layer, place, magnitude)
         if statistics is not None:
@@ -115,7 +116,7 @@ def smooth_by_search(
     Returns:
       The scaled block and its statistics after the scaling.
     """
-    for (place, (_, _, transform)), group_size in zip(_PLACES.items(), group_sizes, strict=True):
+    for (place, transform), group_size in zip(_TRANSFORMS.items(), group_sizes, strict=True):
         s = _search_input_scale(layer, place, statistics[place], group_size)
         statistics = {**statistics, place: _rescaled_moments(layer, place, s, statistics[place])}
         layer = transform(layer, s)
