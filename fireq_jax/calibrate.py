@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from fireq_jax.compiling import jit_untuned
 from fireq_jax.config import LlamaConfig
 from fireq_jax.llama import Llama
 from fireq_jax.quantize import layer_names, recipe_of
@@ -115,8 +116,10 @@ class Observer:
         maxima: dict[str, jax.Array] = {}
         keys = []
         for i, x in enumerate(self._hidden):
-            x, window_sums, window_maxima, sampled = _observe(self._config, dict(layer), x, self._samples)
-            self._hidden[i] = np.asarray(x)
+            out, window_sums, window_maxima, sampled = _observe(
+                self._config, dict(layer), jnp.asarray(x), self._samples
+            )
+            self._hidden[i] = np.asarray(out)
             sums = {key: sums.get(key, 0) + value for key, value in window_sums.items()}
             maxima = {key: jnp.maximum(maxima.get(key, 0), value) for key, value in window_maxima.items()}
             keys.append(np.asarray(sampled))
@@ -138,7 +141,7 @@ def _embed(embedding: jax.Array, row: jax.Array) -> jax.Array:
     return embedding[row].astype(jnp.float32)[None]
 
 
-@partial(jax.jit, static_argnums=(0, 3))
+@partial(jit_untuned, static_argnums=(0, 3))
 def _observe(
     config: LlamaConfig, layer: dict[str, Any], x: jax.Array, samples: int
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array], jax.Array]:

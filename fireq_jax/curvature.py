@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fireq_jax.compiling import jit_untuned
 from fireq_jax.config import LlamaConfig
 from fireq_jax.differentiable import Params, block_output, ends, predictions
 from fireq_jax.numerics import largest_divisor
@@ -106,12 +107,12 @@ def _importance(energies: list[jax.Array]) -> jax.Array:
     return jnp.where(mean > 0, counts / mean, 1.0)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jit_untuned, static_argnums=0)
 def _forward(config: LlamaConfig, layer: Params, x: jax.Array) -> jax.Array:
     return block_output(config, None, layer, x)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jit_untuned, static_argnums=0)
 def _gradient_of_drawn(config: LlamaConfig, around: Params, x: jax.Array, key: jax.Array) -> jax.Array:
     """Of ``-log p`` of a token drawn for each position, with respect to the last block's output."""
 
@@ -123,7 +124,7 @@ def _gradient_of_drawn(config: LlamaConfig, around: Params, x: jax.Array, key: j
     return jax.grad(loss)(x)
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=4)
+@partial(jit_untuned, static_argnums=0, donate_argnums=4)
 def _backward(
     config: LlamaConfig, layer: Params, x: jax.Array, gradient: jax.Array, moments: dict[str, jax.Array]
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:

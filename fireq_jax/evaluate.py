@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fireq_jax.compiling import jit_untuned
 from fireq_jax.kv_cache import CacheKind, empty_layer_cache
 from fireq_jax.layers import AttentionMode, DecoderBlock, rope_tables
 from fireq_jax.llama import Llama
@@ -116,7 +117,9 @@ def evaluate(
         x = final_hidden(model, params, padded, length, through)
         reference_x = None if reference is None else final_hidden(model, reference, padded, length, through)
         ends, reference_ends = end_parameters(params), None if reference is None else end_parameters(reference)
-        totals += _score(model, ends, reference_ends, x, reference_x, padded, weights.astype(np.float32))
+        totals += _score(
+            model, ends, reference_ends, x, reference_x, jnp.asarray(padded), jnp.asarray(weights, jnp.float32)
+        )
         scored_to = end
         if progress is not None:
             progress(index + 1, len(starts))
@@ -155,7 +158,7 @@ def final_hidden(
     kind = None if recipe is None else recipe.kv_cache
     x = _embed(model, params["embed"]["embedding"], tokens)
     for name in layer_names(params):
-        x = _apply_block(model, params[name], x, lengths, kind, through)
+        x = _apply_block(model, params[name], x, jnp.asarray(lengths), kind, through)
     return x
 
 
@@ -169,7 +172,7 @@ def _embed(model: Llama, embedding: jax.Array, tokens: jax.Array) -> jax.Array:
     return embedding[tokens].astype(model.dtype)
 
 
-@partial(jax.jit, static_argnums=(0, 4, 5))
+@partial(jit_untuned, static_argnums=(0, 4, 5))
 def _apply_block(
     model: Llama,
     layer: Mapping[str, Any],
@@ -188,7 +191,7 @@ def _apply_block(
     return result[0]
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jit_untuned, static_argnums=0)
 def _score(
     model: Llama,
     ends: Mapping[str, Any],

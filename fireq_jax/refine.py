@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fireq_jax.compiling import jit_untuned
 from fireq_jax.config import LlamaConfig, Recipe
 from fireq_jax.differentiable import log_probabilities, stacked
 
@@ -103,7 +104,7 @@ def _with_gains(model: Params, deltas: Params) -> Params:
     return {**model, "blocks": blocks, "final_norm": {"scale": gains["final_norm"]}}
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5, 6))
+@partial(jit_untuned, static_argnums=(0, 1, 2), donate_argnums=(5, 6))
 def _step(
     config: LlamaConfig,
     recipe: Recipe,

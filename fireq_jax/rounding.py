@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fireq_jax.compiling import jit_untuned
 from fireq_jax.config import Recipe
 from fireq_jax.numerics import E4M3_TINY, group_absmax, largest_divisor, store_scales, to_grid
 from pallas_kernels import INT4_MAX, INT4_MIN, pack_int4, round_to_bf16, round_to_e4m3
@@ -106,7 +107,7 @@ def damped(moments: jax.Array, by: float = DAMPING) -> jax.Array:
     return moments + jnp.where(mean > 0, by * mean, 1.0) * jnp.eye(moments.shape[0])
 
 
-@jax.jit
+@jit_untuned
 def corrected_weight(w: jax.Array, hessian: jax.Array, cross: jax.Array) -> jax.Array:
     """Moves a weight so that it gives more nearly the float outputs on inputs that carry the error of earlier layers.
 
@@ -256,7 +257,7 @@ def round_weight_searched(w: jax.Array, group_size: int, recipe: Recipe) -> tupl
     return pack_int4(codes.astype(jnp.int8).reshape(w.shape)), scales, tensor_scale
 
 
-@partial(jax.jit, static_argnums=(2, 3))
+@partial(jit_untuned, static_argnums=(2, 3))
 def round_weights_calibrated(
     weights: tuple[jax.Array, ...],
     hessian: jax.Array,

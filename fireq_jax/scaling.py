@@ -7,11 +7,13 @@ four neighbouring channels instead of the query group's), the equivalence is com
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from fireq_jax.compiling import jit_untuned
 from pallas_kernels import hadamard
 
 Layer = dict[str, Any]
@@ -83,16 +85,18 @@ def rotate_values(layer: Mapping[str, Any]) -> Layer:
     """
     attention = layer["attention"]
     rotation = jnp.asarray(hadamard(attention["v"]["kernel"].shape[1]))
-
-    def mixed(x: jax.Array, equation: str) -> jax.Array:
-        out = jnp.einsum(equation, x.astype(jnp.float32), rotation, precision=jax.lax.Precision.HIGHEST)
-        return out.astype(x.dtype)
-
-    v = {**attention["v"], "kernel": mixed(attention["v"]["kernel"], "hdi,de->hei")}
+    v = {**attention["v"], "kernel": rotated("hdi,de->hei", attention["v"]["kernel"], rotation)}
     if "bias" in v:
-        v["bias"] = mixed(v["bias"], "hd,de->he")
-    o = {**attention["o"], "kernel": mixed(attention["o"]["kernel"], "ohd,de->ohe")}
+        v["bias"] = rotated("hd,de->he", v["bias"], rotation)
+    o = {**attention["o"], "kernel": rotated("ohd,de->ohe", attention["o"]["kernel"], rotation)}
     return {**layer, "attention": {**attention, "v": v, "o": o}}
+
+
+@partial(jit_untuned, static_argnums=0)
+def rotated(equation: str, x: jax.Array, *rotations: jax.Array) -> jax.Array:
+    """``jnp.einsum(equation, x, *rotations)`` in float32, in x's type."""
+    out = jnp.einsum(equation, x.astype(jnp.float32), *rotations, precision=jax.lax.Precision.HIGHEST)
+    return out.astype(x.dtype)
 
 
 def scale_keys_before_rope(layer: Mapping[str, Any], n: jax.Array) -> Layer:

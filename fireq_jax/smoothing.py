@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fireq_jax import scaling
+from fireq_jax.compiling import jit_untuned
 from fireq_jax.config import LlamaConfig
 from fireq_jax.numerics import group_absmax, to_grid
 from fireq_jax.streams import READERS
@@ -99,7 +100,7 @@ def smooth_by_weights(
     return layer, statistics
 
 
-@partial(jax.jit, static_argnums=2)
+@partial(jit_untuned, static_argnums=2)
 def smooth_by_search(
     layer: Layer, statistics: LayerStatistics, group_sizes: tuple[int, ...]
 ) -> tuple[Layer, LayerStatistics]:
@@ -238,7 +239,7 @@ def mix_values(layer: Layer, statistics: LayerStatistics | None) -> tuple[Layer,
         heads, d, _ = layer["attention"]["q"]["kernel"].shape
         rotation = jnp.asarray(hadamard(d))
         moments = statistics["attention_output"].reshape(heads, d, heads, d)
-        moments = jnp.einsum("hdge,dx,ey->hxgy", moments, rotation, rotation, precision=HIGHEST)
+        moments = scaling.rotated("hdge,dx,ey->hxgy", moments, rotation, rotation)
         statistics = {**statistics, "attention_output": moments.reshape(heads * d, heads * d)}
     return scaling.rotate_values(layer), statistics
 

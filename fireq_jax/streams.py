@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fireq_jax.compiling import jit_untuned
 from fireq_jax.config import LlamaConfig, Recipe
 from fireq_jax.kv_cache import CacheKind, empty_layer_cache
 from fireq_jax.layers import MLP, Attention, DecoderBlock, Linear, RMSNorm, rope_tables
@@ -134,13 +135,13 @@ def observe_block(config: LlamaConfig, layer: Layer, x: jax.Array) -> tuple[jax.
     return out, state["statistics"]
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jit_untuned, static_argnums=0)
 def _float_block(config: LlamaConfig, layer: Layer, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
     out, state = observe_block(config, layer, x)
     return out, block_inputs(state)
 
 
-@partial(jax.jit, donate_argnums=0)
+@partial(jit_untuned, donate_argnums=0)
 def _add_moments(
     sums: tuple[jax.Array, jax.Array], x: list[jax.Array], quantized_x: list[jax.Array], counts: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
@@ -165,7 +166,7 @@ def _norm(config: LlamaConfig, params: Layer, x: jax.Array) -> jax.Array:
     return out
 
 
-@partial(jax.jit, static_argnums=(0, 3))
+@partial(jit_untuned, static_argnums=(0, 3))
 def _attend(config: LlamaConfig, params: Layer, x: jax.Array, kind: CacheKind) -> jax.Array:
     """The input of o, ``[1, t, heads, head_dim]``."""
     arguments = _attention_arguments(config, x.shape[1], kind)
@@ -173,7 +174,7 @@ def _attend(config: LlamaConfig, params: Layer, x: jax.Array, kind: CacheKind) -
     return result[1]["statistics"]["o"]["input"][0]
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jit_untuned, static_argnums=0)
 def _add_attention(config: LlamaConfig, params: Layer, x: jax.Array, attended: jax.Array) -> jax.Array:
     heads = (config.num_heads, config.head_dim)
     out: Any = Linear(heads, (config.hidden_size,), config.attention_bias, jnp.float32).apply(
@@ -182,14 +183,14 @@ def _add_attention(config: LlamaConfig, params: Layer, x: jax.Array, attended: j
     return x + out
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jit_untuned, static_argnums=0)
 def _gate(config: LlamaConfig, params: Layer, x: jax.Array) -> jax.Array:
     """The input of down, ``[1, t, intermediate]``."""
     result: Any = MLP(config, jnp.float32).apply({"params": params}, x, mutable=["statistics"])
     return result[1]["statistics"]["down"]["input"][0]
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jit_untuned, static_argnums=0)
 def _add_mlp(config: LlamaConfig, params: Layer, x: jax.Array, gated: jax.Array) -> jax.Array:
     shapes = (config.intermediate_size,), (config.hidden_size,)
     out: Any = Linear(*shapes, config.mlp_bias, jnp.float32).apply({"params": params["down"]}, gated)
