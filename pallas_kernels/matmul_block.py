@@ -26,6 +26,18 @@ class Sums(NamedTuple):
     unit: Any
 
 
+class Part(NamedTuple):
+    """What a warpgroup has of some of a tile's tokens while it takes steps.
+
+    Attributes:
+      sums: in a container, of the kind that :class:`Steps` says.
+      products: of short sums, those of the last group; else None.
+    """
+
+    sums: Any
+    products: Any
+
+
 class Block:
     """A block at work.
 
@@ -232,35 +244,59 @@ class TileAtWork:
         def of_tile(u: int) -> int | None:
             return None if r is None else r + u
 
-        operand, ratios, unit, last, accumulators = carry
-        accumulators = list(accumulators)
-        before = operand
+        operand, ratios, unit, last, parts = carry
+        parts = list(parts)
+        before, here = operand, (ratios, 0)
         for u in range(length):
             tokens = block.x_smem.at[self._slot(s + u, of_tile(u))]
             first = jnp.int32(s + u == 0) if not of_tile(u) else jnp.int32(0)
             for group in range(ops.groups):
-                accumulators[0] = ops.multiply(0, group)(accumulators[0], operand, tokens, first)
+                issued = group, operand, tokens, first
+                parts[0] = self._issue(0, parts[0], *issued)
                 if halves == 2:
                     if u or group:
-                        accumulators[1] = ops.settle(1, group, 1)(accumulators[1], ratios, before)
+                        parts[1] = self._settled(1, parts[1], here, (ratios, group), before)
                         if group == 0:
                             block.release(self._barrier(s + u - 1, of_tile(u - 1)))
-                    accumulators[1] = ops.multiply(1, group)(accumulators[1], operand, tokens, first)
-                following, next_ratios, next_group = operand, ratios, group + 1
+                    parts[1] = self._issue(1, parts[1], *issued)
+                before, here, next_group = operand, (ratios, group), group + 1
                 if group == ops.groups - 1:
-                    following, next_ratios, unit, last = self._fetch(
+                    operand, ratios, unit, last = self._fetch(
                         s + u + 1, of_tile(u + 1), last, ends=ends and u == length - 1
                     )
                     next_group = 0
-                settle = ops.settle(halves - 1, next_group, 2)
-                accumulators[0] = settle(accumulators[0], next_ratios, operand, following)
+                parts[0] = self._settled(halves - 1, parts[0], here, (ratios, next_group), before, operand)
                 if halves == 1 and group == ops.groups - 1:
                     block.release(self._barrier(s + u, of_tile(u)))
-                before, operand, ratios = operand, following, next_ratios
         if halves == 2:
-            accumulators[1] = ops.settle(0, 0, 1)(accumulators[1], ratios, before)
+            parts[1] = self._settled(0, parts[1], here, (ratios, 0), before)
             block.release(self._barrier(s + length - 1, of_tile(length - 1)))
-        return operand, ratios, unit, last, tuple(accumulators)
+        return operand, ratios, unit, last, tuple(parts)
+
+    def _issue(self, half: int, part: Part, group: int, operand: Any, tokens: Any, first: Any) -> Part:
+        """A group's products begin to run."""
+        if self.ops.short:
+            return Part(part.sums, self.ops.multiply_alone(half, group)(part.products, operand, tokens))
+        return Part(self.ops.multiply(half, group)(part.sums, operand, tokens, first), None)
+
+    def _settled(
+        self, in_flight: int, part: Part, here: tuple[Any, int], following: tuple[Any, int], *operands: Any
+    ) -> Part:
+        """A part with the products that ran.
+
+        Args:
+          in_flight: groups of products that may run on.
+          part: of :meth:`_issue`.
+          here: the ratios among which the group's are, and its number there.
+          following: those of the group behind it.
+          operands: of running products.
+        """
+        kept = len(operands)
+        if self.ops.short:
+            ratios, group = here
+            return Part(*self.ops.add(in_flight, group, kept)(part.sums, part.products, ratios, *operands))
+        ratios, group = following
+        return Part(self.ops.settle(in_flight, group, kept)(part.sums, ratios, *operands), None)
 
     def _chains(self, start: Any, number: int, begin: int, carry: Any, ends: bool) -> Any:
         """So many steps from ``start`` on, whose slots begin with the one of the tile's step ``begin``."""
@@ -274,12 +310,14 @@ class TileAtWork:
     def _multiply(self) -> Sums:
         """All steps of the block."""
         plan, together = self.plan, self.plan.together
-        empty = jnp.zeros((hopper.WARPGROUP * self.ops.registers,), jnp.float32)
-        empty = plgpu.layout_cast(empty, self.ops.layout["accumulator"])
+        kind = "short" if self.ops.short else "accumulator"
+        shape = self.ops.type[kind]
+        empty = plgpu.layout_cast(jnp.zeros(shape.shape, shape.dtype), self.ops.layout[kind])
         rest = 0 if plan.stream is not None else plan.steps % together
         turns: Any = jax.lax.div(self.tile.count, together) if plan.counts_vary else plan.steps // together
         fetched = self._fetch(jnp.int32(0), 0 if plan.slots_known else None, self.ones, ends=False)
-        carry = self._chains(jnp.int32(0), rest, 0, (*fetched, (empty,) * plan.tiling.halves), ends=turns == 0)
+        parts = (Part(empty, empty if self.ops.short else None),) * plan.tiling.halves
+        carry = self._chains(jnp.int32(0), rest, 0, (*fetched, parts), ends=turns == 0)
 
         def turn(j: Any, carry: Any) -> Any:
             carry = self._chains(rest + j * together, together, rest, carry, ends=True)
@@ -287,8 +325,8 @@ class TileAtWork:
                 pl.when(j == plan.asking)(self._ask_for_residual)
             return carry
 
-        _, _, unit, _, accumulators = jax.lax.fori_loop(0, turns, turn, carry)
-        return Sums(accumulators, unit)
+        _, _, unit, _, parts = jax.lax.fori_loop(0, turns, turn, carry)
+        return Sums([self.ops.widen()(part.sums) if self.ops.short else part.sums for part in parts], unit)
 
     def _write(self, its: Steps, sums: Sums) -> None:
         """Results of the parts of the tokens whose sums ``its`` tile has, from ``first_result`` on."""

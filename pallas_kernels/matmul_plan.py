@@ -67,7 +67,7 @@ class Plan:
         self.m, self.sizes, self.tiling, self.out_dtype = m, sizes, t, out_dtype
         self.has_bias, self.has_residual = has_bias, has_residual
         self.tile_shape = tile_shape(group_size, scale_dtype)
-        self.ops = Steps(m, sizes, group_size, scale_dtype, t, folded=folded)
+        self.ops = Steps(m, sizes, k, group_size, scale_dtype, t, folded=folded)
         self.in_cluster, self.exchange = ClusterSums(self.ops), Exchange(self.ops)
         self.parts = t.split * t.teams
         steps = -(-k // TILE_K)
@@ -94,7 +94,7 @@ class Plan:
         self.part = t.tokens // t.share  # tokens of a divided tile whose sums a block adds up
         part_tiling = dataclasses.replace(t, tokens=self.part, halves=1)
         self.part_ops = Steps(
-            m, sizes, group_size, scale_dtype, part_tiling, scaled_tokens=t.tokens, folded=folded
+            m, sizes, k, group_size, scale_dtype, part_tiling, scaled_tokens=t.tokens, folded=folded
         )  # fmt: skip
         self.cluster = t.share * t.split
         self.at_once = max(1, 2 // t.sides)  # steps that are copied together

@@ -1,5 +1,6 @@
 """The register-level steps of the Hopper matmul, which :mod:`pallas_kernels.mosaic_matmul` puts in order."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -18,6 +19,16 @@ Operation = Callable[..., Any]
 
 # What a code of 1 is worth when its bits are read as e4m3: sign and magnitude are a subnormal number.
 CODE_UNIT = 2.0**-9
+E4M3_MAX, FLOAT16_MAX = 448.0, 65504.0
+
+
+def sums_unit(k: int) -> float:
+    """The power of two in units of which float16 sums over k inputs with e4m3 scales pass that type's range for none.
+
+    ``k · 448 · 8 CODE_UNIT · 448`` is the largest sum there is; a thirtieth of the range is left for roundings.
+    """
+    largest = k * E4M3_MAX * 8 * CODE_UNIT * E4M3_MAX
+    return 2.0 ** max(0, math.ceil(math.log2(1.03 * largest / FLOAT16_MAX)))
 
 
 def decode_codes(words: Sequence[ir.Value]) -> list[ir.Value]:
@@ -75,6 +86,20 @@ def decode_scales(raw: ir.Value, scale_dtype: Any) -> tuple[ir.Value, ir.Value]:
     return arith.bitcast(single, low), arith.bitcast(single, high)
 
 
+def load_factors(address: ir.Value, unit: float) -> tuple[ir.Value, ir.Value]:
+    """Two neighbouring e4m3 group scales by ``unit``, each as a register of twice the same float16; exact."""
+    word = ir.IntegerType.get_signless(32)
+    [raw] = hopper.asm("ld.shared.u16 $0, [$1];", "=r,r", [address], [word])
+    unpack = "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.rn.f16x2.e4m3x2 $0, l; }"
+    pair = hopper.pure_asm(unpack, "=r,r", [raw], word)
+    one_over = arithmetic.to_f16x2(f32(1 / unit), f32(1 / unit))
+    pair = arithmetic.f16x2("mul.rn", pair, one_over)
+    low, high = (
+        hopper.pure_asm(f"prmt.b32 $0, $1, 0, {bytes_};", "=r,r", [pair], word) for bytes_ in ("0x1010", "0x3232")
+    )
+    return low, high
+
+
 def load_scales(address: ir.Value, scale_dtype: Any) -> tuple[ir.Value, ir.Value]:
     """Two neighbouring group scales as float32. Zeros, which only copies from outside the weight bring, become ones."""
     word = ir.IntegerType.get_signless(32)
@@ -106,9 +131,14 @@ def float_address(ref: ir.Value, index: ir.Value) -> ir.Value:
 class Steps:
     """The register-level steps of one product, as functions that a Pallas kernel calls.
 
+    Sums are ``short`` where group scales are e4m3 and exact: a group's product is float16 as the tensor core gives it,
+    and is added in float16, times its scale. Otherwise they are the tensor core's float32 accumulators, multiplied
+    by a ratio wherever a group with another scale begins.
+
     Args:
       m: tokens of the product.
       sizes: outputs of each weight.
+      k: inputs.
       group_size: inputs that share a scale.
       scale_dtype: of these scales.
       tiling: how the product is cut.
@@ -117,10 +147,12 @@ class Steps:
     """
 
     def __init__(
-        self, m: int, sizes: Sequence[int], group_size: int, scale_dtype: Any, tiling: Tiling,
+        self, m: int, sizes: Sequence[int], k: int, group_size: int, scale_dtype: Any, tiling: Tiling,
         scaled_tokens: int | None = None, folded: bool = False,
     ) -> None:  # fmt: skip
         self.folded = folded
+        self.short = not folded and scale_dtype == jnp.float8_e4m3fn
+        self.unit = sums_unit(k) if self.short else 1.0
         self.m, self.sizes, self.tiling = m, tuple(sizes), tiling
         self.group_size, self.scale_dtype = group_size, scale_dtype
         self.groups = TILE_K // group_size
@@ -131,8 +163,9 @@ class Steps:
         self.scalar = plgpu.Layout.WG_SPLAT(())
         containers = {
             "accumulator": (self.registers, jnp.float32),
+            "short": (self.registers // 2, jnp.int32),
             "operand": (16, jnp.int32),
-            "ratios": (2 * self.groups, jnp.float32),
+            "ratios": (2 * self.groups, jnp.int32 if self.short else jnp.float32),
             "pair": (2, jnp.float32),
             "factors": (-(-(scaled_tokens or tiling.tokens) // 32), jnp.float32),
         }
@@ -142,8 +175,8 @@ class Steps:
     def load_weights(self) -> Operation:
         """``(stage, tile, scales before) -> (operand, ratios, first scales, last scales)``.
 
-        The ratios bring a sum in units of one group's scale to those of the next, for each group of the step; folded,
-        all of them and the scales are 1.
+        The ratios bring a sum in units of one group's scale to those of the next, for each group of the step; of short
+        sums they are the groups' scales, and the other scales remain those before; folded, all of them are 1.
         """
 
         @plgpu.inline_mgpu(
@@ -159,10 +192,11 @@ class Steps:
             words = hopper.load_shared(address) + hopper.load_shared(address, 512)
             size = jnp.dtype(self.scale_dtype).itemsize
             address = arith.addi(share, arith.muli(arith.shrui(lane, i32(2)), i32(2 * size)))
-            scales = [
-                load_scales(arith.addi(address, i32(4 * CODE_WORDS + g * SHARE_N * size)), self.scale_dtype)
-                for g in range(self.groups)
-            ]
+            places = [arith.addi(address, i32(4 * CODE_WORDS + g * SHARE_N * size)) for g in range(self.groups)]
+            if self.short:
+                factors = [factor for place in places for factor in load_factors(place, self.unit)]
+                return hopper.pack(decode_codes(words)), hopper.pack(factors), before, before
+            scales = [load_scales(place, self.scale_dtype) for place in places]
             if self.folded:
                 each, ones = 8 // self.groups, [f32(1)] * 2
                 operand = [
@@ -198,6 +232,62 @@ class Steps:
 
         return cast(Operation, wait)
 
+    def add(self, in_flight: int, group: int, kept: int) -> Operation:
+        """``(short sums, short products, ratios, operands...) -> sums, products``: adds a group's, which are done.
+
+        Operands are kept as in :meth:`settle`.
+        """
+
+        @plgpu.inline_mgpu(
+            arg_types=(
+                self.layout["short"], self.layout["short"], self.layout["ratios"], *[self.layout["operand"]] * kept,
+            ),
+            return_type=(self.type["short"], self.type["short"]),
+        )  # fmt: skip
+        def wait(_: Any, sums: Any, products: Any, ratios: Any, *operands: Any) -> Any:
+            keep = [register for operand in operands for register in hopper.unpack(operand)]
+            registers = hopper.wait_for_wgmma(in_flight, hopper.unpack(products), keep)
+            pair = hopper.unpack(ratios)[2 * group : 2 * group + 2]
+            totals = [
+                arithmetic.f16x2("fma.rn", register, pair[i % 2], total)
+                for i, (register, total) in enumerate(zip(registers, hopper.unpack(sums), strict=True))
+            ]
+            return hopper.pack(totals), hopper.pack(registers)
+
+        return cast(Operation, wait)
+
+    def multiply_alone(self, half: int, group: int) -> Operation:
+        """``(products before, operand, tokens) -> short products``: a group's, which are left to run.
+
+        They take the registers of those before; without these the compiler keeps new ones for each.
+        """
+
+        @plgpu.inline_mgpu(
+            arg_types=(self.layout["short"], self.layout["operand"], plgpu.RefType(self.swizzle)),
+            return_type=self.type["short"],
+        )
+        def issue(_: Any, before: Any, operand: Any, tokens: Any) -> Any:
+            its = self._of_group(half, group, operand, tokens)
+            return hopper.pack(hopper.wgmma_e4m3(hopper.unpack(before), *its, i32(0)))
+
+        return cast(Operation, issue)
+
+    def widen(self) -> Operation:
+        """``(short sums) -> accumulator``."""
+
+        @plgpu.inline_mgpu(arg_types=(self.layout["short"],), return_type=self.type["accumulator"])
+        def widened(_: Any, sums: Any) -> Any:
+            return hopper.pack([single for pair in hopper.unpack(sums) for single in arithmetic.of_f16x2(pair)])
+
+        return cast(Operation, widened)
+
+    def _of_group(self, half: int, group: int, operand: Any, tokens: Any) -> tuple[list[ir.Value], ir.Value]:
+        """The tensor core's operands of a group: registers of the weight, and where the tokens are."""
+        per_group = 16 // self.groups
+        registers = hopper.unpack(operand)[group * per_group : (group + 1) * per_group]
+        start = half * self.half * TILE_K + group * self.group_size
+        return registers, hopper.k_major_descriptor(arith.addi(hopper.shared_address(tokens), i32(start)))
+
     def multiply(self, half: int, group: int) -> Operation:
         """``(accumulator, operand, tokens, is first) -> accumulator``: adds a group's product, which is left to run."""
 
@@ -208,16 +298,12 @@ class Steps:
             return_type=self.type["accumulator"],
         )  # fmt: skip
         def issue(_: Any, accumulator: Any, operand: Any, tokens: Any, first: Any) -> Any:
-            per_group = 16 // self.groups
-            registers = hopper.unpack(operand)[group * per_group : (group + 1) * per_group]
-            start = half * self.half * TILE_K + group * self.group_size
-            address = arith.addi(hopper.shared_address(tokens), i32(start))
             accumulate = i32(1)
             if group == 0:
                 later = arith.cmpi(arith.CmpIPredicate.eq, first.registers.item(), i32(0))
                 accumulate = arith.extui(ir.IntegerType.get_signless(32), later)
-            descriptor = hopper.k_major_descriptor(address)
-            return hopper.pack(hopper.wgmma_e4m3(hopper.unpack(accumulator), registers, descriptor, accumulate))
+            its = self._of_group(half, group, operand, tokens)
+            return hopper.pack(hopper.wgmma_e4m3(hopper.unpack(accumulator), *its, accumulate))
 
         return cast(Operation, issue)
 
@@ -233,7 +319,7 @@ class Steps:
             always = hopper.constant(1, bits=1)
             scale = load_if(self._of_weight(weight, [float_address(ref, i32(0)) for ref in tensor_scales]), always)
             if not self.folded:
-                scale = arith.mulf(scale, f32(1 / CODE_UNIT))
+                scale = arith.mulf(scale, f32(self.unit / CODE_UNIT))
             factors = []
             for i in range(-(-self.tiling.tokens // 32)):
                 token = arith.addi(arith.addi(lane, i32(32 * i)), start.registers.item())

@@ -255,7 +255,8 @@ class Machine:
             half = np.float16 if kind[-1] == "f16x2" else ml_dtypes.bfloat16
             a, *others = (value(x).view(B16).view(half).astype(np.float64) for x in arguments[1:])
             operation = {
-                "add": np.add, "sub": np.subtract, "max": np.fmax, "min": np.fmin, "fma": lambda x, y, z: x * y + z,
+                "add": np.add, "sub": np.subtract, "mul": np.multiply, "max": np.fmax, "min": np.fmin,
+                "fma": lambda x, y, z: x * y + z,
             }[kind[0]]  # fmt: skip
             exact = operation(a, *others)
             assign(arguments[0], exact.astype(half).view(B16).view(U32))
