@@ -110,7 +110,10 @@ class Plan:
         t = self.tiling
         if t.sides * t.teams == 4 and t.tokens > FEW_TOKENS_OF_TILES:
             return 24, 112
-        return (40, 232) if self.persistent or t.tokens > 128 else None
+        registers = (40, 232) if self.persistent or t.tokens > 128 else None
+        if registers is not None and t.sides * t.teams > 2:  # the kernel would wait for registers for ever
+            raise ValueError(f"{t} needs more registers than there are; four warpgroups take 96 or 128 tokens")
+        return registers
 
     def scratch(self) -> list[Any]:
         """Shared memory and barriers, in the order in which :class:`Block` takes them."""

@@ -51,21 +51,27 @@ class FewTokensCost:
 
 
 FEW_TOKENS_COST = {  # of tiles of so many tokens, upwards
-    8: FewTokensCost(3.4, 0.110, 0.145, 4.3),
-    16: FewTokensCost(3.4, 0.110, 0.145, 4.3),
-    32: FewTokensCost(3.6, 0.115, 0.145, 5.2),
-    64: FewTokensCost(3.4, 0.175, 0.167, 6.2),
+    8: FewTokensCost(2.05, 0.138, 0.133, 4.7),
+    16: FewTokensCost(2.05, 0.138, 0.133, 4.7),
+    32: FewTokensCost(2.1, 0.145, 0.140, 4.95),
+    64: FewTokensCost(3.1, 0.155, 0.144, 6.75),
 }
-SPLIT_MICROSECONDS = 0.8  # that it takes to add up in a cluster
-STREAM_MARGIN = 1.03  # by which adding up through global memory must be faster to be chosen
+SPLIT_MICROSECONDS = 0.97  # that it takes to add up in a cluster
+MARGIN = 1.03  # by which something else must be faster than whole tiles to be chosen
 
 
 def few_tokens_tiling(tokens: int, n: int, steps: int) -> Tiling:
-    """For up to 64 tokens: equally many steps for all multiprocessors where that saves more than adding up costs."""
-    stream = Tiling(tokens, 6 if tokens == 64 else 8, halves=1, unroll=2, stream_k=True)
+    """For up to 64 tokens: equally many steps for all multiprocessors where that saves more than adding up costs.
+
+    Or many blocks of 64 outputs, of which up to four run on a multiprocessor.
+    """
+    others = [Tiling(tokens, 6 if tokens == 64 else 8, halves=1, unroll=2, stream_k=True)]
+    if tokens <= 16:
+        others.append(Tiling(tokens, 8, halves=1, unroll=2, persistent=False, teams=2, sides=1))
     whole = whole_tiles_tiling(tokens, n, steps)
-    faster = STREAM_MARGIN * few_tokens_microseconds(stream, n, steps) < few_tokens_microseconds(whole, n, steps)
-    return stream if faster else whole
+    other = min(others, key=lambda t: few_tokens_microseconds(t, n, steps))
+    faster = MARGIN * few_tokens_microseconds(other, n, steps) < few_tokens_microseconds(whole, n, steps)
+    return other if faster else whole
 
 
 def few_tokens_microseconds(t: Tiling, n: int, steps: int) -> float:
@@ -73,8 +79,10 @@ def few_tokens_microseconds(t: Tiling, n: int, steps: int) -> float:
     cost, tiles = FEW_TOKENS_COST[t.tokens], -(-n // t.outputs)
     if t.stream_k:
         return cost.stream_start + plan_stream(t, tiles, steps).most_steps * t.sides * cost.lone_side
-    rounds = -(-tiles * t.split // STREAMING_MULTIPROCESSORS)
-    side = cost.lone_side if rounds * t.sides * t.teams == 2 else cost.side
+    rounds = max(1.0, tiles * t.split / STREAMING_MULTIPROCESSORS)
+    side = cost.lone_side if rounds == 1 and t.sides * t.teams == 2 else cost.side
+    # Of several blocks those on the fullest multiprocessor are not slowed down by all others all of the time.
+    rounds = (rounds + math.ceil(rounds)) / 2
     return cost.start + rounds * t.sides * -(-steps // t.split) * side + (t.split > 1) * SPLIT_MICROSECONDS
 
 
@@ -86,12 +94,13 @@ def whole_tiles_tiling(tokens: int, n: int, steps: int) -> Tiling:
         if blocks <= STREAMING_MULTIPROCESSORS and tokens < 64 and steps >= 4:
             return dataclasses.replace(tiling, teams=2)  # for as many warps as two blocks to a multiprocessor have
         # Few stages where two blocks run on a multiprocessor: more in flight makes some of them fall behind.
-        return tiling if tokens == 64 else dataclasses.replace(tiling, stages=4 if tokens == 32 else 6)
+        if blocks <= STREAMING_MULTIPROCESSORS:
+            return tiling
+        return dataclasses.replace(tiling, stages=4 if tokens >= 32 else 6)
     split = 1 if narrow >= ENOUGH_BLOCKS else 2
     if narrow * split <= STREAMING_MULTIPROCESSORS:  # of 64 outputs, one to a multiprocessor, with more in flight
         split = split if steps >= 4 * split else 1
-        teams, stages = (4, 16) if tokens <= 16 and steps >= 32 * split else (2, 12)
-        return dataclasses.replace(tiling, stages=stages, split=split, teams=teams, sides=1)
+        return dataclasses.replace(tiling, stages=12, split=split, teams=2, sides=1)
     # Two teams in each of two blocks add up faster than four blocks.
     teams = 2 if tokens >= 16 and 2 * blocks < ENOUGH_BLOCKS else 1
     split = 2 if steps >= 4 * teams else 1
@@ -99,8 +108,15 @@ def whole_tiles_tiling(tokens: int, n: int, steps: int) -> Tiling:
 
 
 STAGES = dict(zip(range(96, 257, SIZES_APART), (8, 6, 6, 5, 4, 4), strict=True))  # of tiles of so many tokens
-STEP_MICROSECONDS = {96: 0.36, 128: 0.46, 160: 0.53, 192: 0.60, 224: 0.63, 256: 0.70}  # of such a tile's 128 outputs
-FOUR_SIDED_MICROSECONDS = {96: 0.60, 128: 0.77}  # the same of 256 outputs
+STEP_MICROSECONDS = {
+    96: 0.365,
+    128: 0.41,
+    160: 0.475,
+    192: 0.56,
+    224: 0.605,
+    256: 0.685,
+}  # of such a tile's 128 outputs
+FOUR_SIDED_MICROSECONDS = {96: 0.53, 128: 0.68}  # the same of 256 outputs
 # Tilings for more than 64 tokens, in order of preference.
 MANY_TOKENS = [
     *(Tiling(tokens, stages, share=share) for tokens, stages in STAGES.items() for share in (1, 2)),
@@ -132,7 +148,7 @@ class ManyTokensCost:
 
 # Of blocks, persistent or not, that divide steps equally or do not: where more are worth it at all.
 MOST_ROUNDS = {(True, False): math.inf, (False, False): 1, (True, True): 3}
-MANY_TOKENS_COST = ManyTokensCost(1.6, 2.6, 2.3, (0.7, 0.014), (3.6, 0.037))
+MANY_TOKENS_COST = ManyTokensCost(1.5, 2.9, 1.25, (0.7, 0.0105), (2.6, 0.0325))
 
 
 def estimated_microseconds(t: Tiling, m: int, n: int, k: int) -> float:
@@ -150,7 +166,7 @@ def estimated_microseconds(t: Tiling, m: int, n: int, k: int) -> float:
         return cost.round + steps * step
     plan = plan_rounds(t, row_blocks, token_tiles, steps)
     # Copying tokens once for two blocks saves power.
-    sharing = 0.98 if t.share == 2 and token_tiles > 1 else 1
+    sharing = 0.97 if t.share == 2 and token_tiles > 1 else 1
     together = cost.dividing[0] + cost.dividing[1] * t.tokens if plan.divided else 0
     start = cost.sharing_start if t.share == 2 else cost.start
     return start + plan.whole * (cost.round + plan.steps * step * sharing) + plan.part_steps * step + together
