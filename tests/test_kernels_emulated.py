@@ -157,6 +157,24 @@ def test_matmul(m, n, k, group_size, scale_dtype, how, monkeypatch):
         check_matmul(y, x, x_scale, values, scales, 0.5, bias, rounding)
 
 
+@pytest.mark.parametrize("scale", [448.0, -448.0, 2.0**-9])
+@pytest.mark.parametrize("value", [448.0, 2.0**-9])
+@pytest.mark.parametrize("k", [512, 1280])
+def test_sums_keep_their_range(k, value, scale):
+    """All codes, activations and scales as large or as small as there are, so that no terms cancel."""
+    m, n = 9, 64
+    x, x_scale = jnp.full((m, k), value, E4M3), jnp.ones(m)
+    values, scales = np.full((n, k), -8, np.int8), jnp.full((n, k // 128), scale, E4M3)
+    values[:, ::64] = 7
+    with emulated(*MATMUL):
+        [y] = mosaic_matmul.matmul(
+            x, x_scale, [pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)], [jnp.float32(1)], [None],
+            sizes=(n,), group_size=128, scale_dtype=E4M3, out_dtype=jnp.float32, tiling=Tiling(16, 4, unroll=2),
+        )  # fmt: skip
+    exact = product(x, x_scale, values, scales, 1.0)
+    assert np.all(np.abs(np.asarray(y, np.float64) - exact) <= bound_of_short_sums(x, x_scale, values, scales, 1.0))
+
+
 @pytest.mark.parametrize(
     ("m", "n", "k", "group_size", "scale_dtype", "how"),
     [

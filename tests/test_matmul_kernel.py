@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import pallas_kernels as pk
 from pallas_kernels import mosaic_matmul, mosaic_matvec, rules, weight_layout
+from pallas_kernels.matmul_steps import sums_unit
 from pallas_kernels.tiling import Streaming, Tiling
 
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
@@ -55,11 +56,16 @@ def roundings_of_short_sums(k, group_size):
     return k // group_size + group_size // 32
 
 
-def bound_of_short_sums(x, x_scale, values, scales, tensor_scale, bias=None):
-    """What these roundings can do at most: each moves a number by 2^-11 of it, and none is larger than all terms."""
+def bound_of_short_sums(x, x_scale, values, scales, tensor_scale):
+    """What these roundings can do at most: each moves a number by 2^-11 of it, and none is larger than all terms.
+
+    Or, of subnormal numbers, by 2^-25 of the unit of the sums, or of products times the largest scale.
+    """
     k, groups = values.shape[1], scales.shape[1]
     terms = product(np.abs(np.asarray(x, np.float64)), x_scale, np.abs(values), np.abs(scales), tensor_scale)
-    return roundings_of_short_sums(k, k // groups) * 2.0**-11 * terms
+    unit = max(sums_unit(k), np.abs(np.asarray(scales, np.float64)).max() * groups) * 2.0**9
+    of_unit = 2.0**-25 * unit * np.asarray(x_scale, np.float64)[:, None] * tensor_scale
+    return roundings_of_short_sums(k, k // groups) * (2.0**-11 * terms + of_unit)
 
 
 def mean_of_short_sums(k, group_size):
