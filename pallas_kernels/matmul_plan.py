@@ -108,12 +108,9 @@ class Plan:
     def _registers(self) -> tuple[int, int] | None:
         """Of a thread that copies and of one that computes, where all having as many would leave the latter too few."""
         t = self.tiling
-        if t.sides * t.teams == 4 and t.tokens > FEW_TOKENS_OF_TILES:
-            return 24, 112
-        registers = (40, 232) if self.persistent or t.tokens > 128 else None
-        if registers is not None and t.sides * t.teams > 2:  # the kernel would wait for registers for ever
-            raise ValueError(f"{t} needs more registers than there are; four warpgroups take 96 or 128 tokens")
-        return registers
+        if t.sides * t.teams == 4 and (self.persistent or t.tokens > FEW_TOKENS_OF_TILES):
+            return 24, 112  # with more than there are the kernel would wait for ever
+        return (40, 232) if self.persistent or t.tokens > 128 else None
 
     def scratch(self) -> list[Any]:
         """Shared memory and barriers, in the order in which :class:`Block` takes them."""

@@ -308,7 +308,7 @@ class Machine:
         for target, barrier, data in zip(targets, barriers, np.stack(words, axis=1), strict=True):
             peer, place = divmod(int(target), PEER_BYTES)
             assert int(barrier) // PEER_BYTES == peer, "a barrier of another block than the target's"
-            assert place % 16 == 0, "misaligned address"
+            assert place % data.nbytes == 0, "misaligned address"
             block = self.block.cluster.blocks[peer]
             shared = block.shared[place : place + data.nbytes]
             block.arrivals[int(barrier) % PEER_BYTES].copies.append((shared, data.view(np.uint8).copy()))
