@@ -16,6 +16,7 @@ from pallas_kernels.tuned import Cut
 from pallas_kernels.weight_layout import SHARES, TILE_K
 
 PLAUSIBLE = 1.3  # times what the fastest cut by the cost model takes
+MOST_ROUNDED = 4  # tokens that the kernel for few tokens rounds itself, which saves more than the other one could
 
 
 def streamings(m: int, n: int, k: int, share: int) -> Iterator[Streaming]:
@@ -51,9 +52,9 @@ def tilings(m: int, n: int, k: int) -> Iterator[Tiling]:
 def candidates(m: int, n: int, k: int, share: int) -> list[Cut]:
     """What the rules choose for a weight ``[n, k]`` in shares of so many bytes, then all others that fit."""
     by_rule = streaming_by_rule(m, n, k, share) or tiling_by_rule(m, n, k, SHARES * share)
-    others: list[Cut]
-    if isinstance(by_rule, Streaming):  # of few tokens always the faster kernel, and of more never
-        others = list(streamings(m, n, k, share))
-    else:
-        others = [t for t in tilings(m, n, k) if t.shared_memory(SHARES * share) <= SHARED_MEMORY]
+    others: list[Cut] = []
+    if isinstance(by_rule, Streaming):  # of more tokens never the faster kernel
+        others += streamings(m, n, k, share)
+    if m > MOST_ROUNDED:
+        others += [t for t in tilings(m, n, k) if t.shared_memory(SHARES * share) <= SHARED_MEMORY]
     return [by_rule, *(cut for cut in others if cut != by_rule)]

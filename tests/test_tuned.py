@@ -81,7 +81,9 @@ def lowers(m, n, k, cut):
     return "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 4096, 14336), (16, 6144, 4096), (50, 4096, 4096), (200, 6144, 4096)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 4096, 14336), (8, 4096, 14336), (16, 6144, 4096), (50, 4096, 4096), (200, 6144, 4096)]
+)
 def test_candidates_begin_with_the_rules_and_lower(examples, m, n, k):
     from tuning_candidates import candidates
 
