@@ -1,4 +1,4 @@
-"""Writes the matmul's table in docs/kernels.md and its plot from docs/results/matmul-*.json.
+"""Writes the matmul's table in docs/kernels.md, its plot and the README's summary from docs/results/matmul-*.json.
 
 uv run --group plots python examples/matmul_report.py
 """
@@ -10,6 +10,7 @@ from pages import fill, of_devices, pyplot, table
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "kernels.md"
+README = ROOT / "README.md"
 PLOT = ROOT / "docs" / "matmul.svg"
 # Of an H100 or H200 (SXM) by its data sheet, fp8 without sparsity: what the memory does not bound, this does.
 PEAK_TFLOPS = 1979
@@ -85,6 +86,24 @@ def of_device(results: dict[str, Any]) -> str:
     )
 
 
+def summary(everything: list[dict[str, Any]]) -> str:
+    """Of each number of tokens the slowest and the fastest of the shapes, beside others' kernels."""
+    others = {"bf16": "bf16", "fp8": "cuBLASLt fp8", "humming": "humming-kernels"}
+    header = ["tokens"] + [f"{results['device']}, to {name}" for results in everything for name in others.values()]
+
+    def ratios(results: dict[str, Any], m: int, kernel: str) -> str:
+        found = [
+            min(theirs) / row["microseconds"]["int4"]
+            for row in results["rows"]
+            if row["m"] == m and (theirs := [us for name, us in row["microseconds"].items() if name.startswith(kernel)])
+        ]
+        return f"{min(found):.2f}x to {max(found):.2f}x" if found else "-"
+
+    tokens = sorted({row["m"] for results in everything for row in results["rows"]})
+    rows = [[str(m), *(ratios(results, m, kernel) for results in everything for kernel in others)] for m in tokens]
+    return table(header, rows)
+
+
 def main() -> None:
     everything = of_devices("matmul")
     about = (
@@ -93,6 +112,7 @@ def main() -> None:
     )
     parts = [about, *map(of_device, everything), "![TFLOP/s over tokens](matmul.svg)"]
     fill(PAGE, "matmul", "\n\n".join(parts))
+    fill(README, "matmul", summary(everything))
     draw(everything)
 
 
