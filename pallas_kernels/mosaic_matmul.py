@@ -86,8 +86,9 @@ def matmul(
       tiling: chosen by :func:`choose_tiling` if None.
 
     Returns:
-      Per weight ``[m, n]`` of ``out_dtype``. Sums run in the tensor core's accumulators, which keep fewer bits than
-      float32.
+      Per weight ``[m, n]`` of ``out_dtype``. Sums are float16 with exact e4m3 scales
+      (:class:`pallas_kernels.matmul_steps.Steps` says how), and else the tensor core's accumulators, which keep fewer
+      bits than float32.
     """
     m, k = x8.shape
     if tiling is None:
