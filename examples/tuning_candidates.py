@@ -11,12 +11,18 @@ from pallas_kernels.rules import (
     streaming_by_rule,
     tiling_by_rule,
 )
-from pallas_kernels.tiling import FEW_TOKENS_OF_TILES, SHARED_MEMORY, Streaming, Tiling, rounds_its_input
+from pallas_kernels.tiling import (
+    FEW_TOKENS_OF_TILES,
+    MOST_ROUNDED,
+    SHARED_MEMORY,
+    Streaming,
+    Tiling,
+    rounds_its_input,
+)
 from pallas_kernels.tuned import Cut
 from pallas_kernels.weight_layout import SHARES, TILE_K
 
 PLAUSIBLE = 1.3  # times what the fastest cut by the cost model takes
-MOST_ROUNDED = 4  # tokens that the kernel for few tokens rounds itself, which saves more than the other one could
 
 
 def streamings(m: int, n: int, k: int, share: int) -> Iterator[Streaming]:
@@ -55,6 +61,6 @@ def candidates(m: int, n: int, k: int, share: int) -> list[Cut]:
     others: list[Cut] = []
     if isinstance(by_rule, Streaming):  # of more tokens never the faster kernel
         others += streamings(m, n, k, share)
-    if m > MOST_ROUNDED:
+    if m > MOST_ROUNDED:  # fewer the matvec kernel may round itself, which saves more than another could
         others += [t for t in tilings(m, n, k) if t.shared_memory(SHARES * share) <= SHARED_MEMORY]
     return [by_rule, *(cut for cut in others if cut != by_rule)]

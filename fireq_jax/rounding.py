@@ -282,7 +282,7 @@ def round_weights_calibrated(
     matrices = [w.astype(jnp.float32) for w in weights]
     scales = [search_scales(w, hessian, group_size, recipe) for w in matrices]
     steps = [jnp.repeat(s.astype(jnp.float32) * tensor_scale, group_size, axis=1) for s, tensor_scale in scales]
-    ends = [sum(w.shape[0] for w in weights[:i]) for i in range(1, len(weights))]
+    ends = np.cumsum([w.shape[0] for w in weights])[:-1]
     # Rows are rounded independently of each other, so all weights can share one walk over the columns.
     rows, steps_of_rows = jnp.concatenate(matrices), jnp.concatenate(steps)
     if recipe.rounding != "gptq":

@@ -189,8 +189,7 @@ class Steps:
                     pairs = []
                     for i in range(4):  # elements i and i + 4 of eight, as the codes of keys come
                         pair = hopper.pure_asm(f"prmt.b32 $0, $1, $2, {i | (4 + i) << 4};", "=r,r,r", [low, high], word)
-                        convert = "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.rn.f16x2.e4m3x2 $0, l; }"
-                        pair = hopper.pure_asm(convert, "=r,r", [pair], word)
+                        pair = arithmetic.to_halves(pair)[0]
                         if i % 2:  # whose codes come times 16
                             pair = arithmetic.f16x2("fma.rn", pair, i32(0x2C002C00), i32(0))
                         pairs.append(pair)

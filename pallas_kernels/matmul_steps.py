@@ -12,6 +12,7 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import arithmetic, hopper
 from pallas_kernels.hopper import f32, i32
+from pallas_kernels.reference import E4M3_MAX
 from pallas_kernels.tiling import Tiling
 from pallas_kernels.weight_layout import CODE_WORDS, SHARE_N, SHARES, TILE_K, share_bytes
 
@@ -19,7 +20,7 @@ Operation = Callable[..., Any]
 
 # What a code of 1 is worth when its bits are read as e4m3: sign and magnitude are a subnormal number.
 CODE_UNIT = 2.0**-9
-E4M3_MAX, FLOAT16_MAX = 448.0, 65504.0
+FLOAT16_MAX = 65504.0
 
 
 def sums_unit(k: int) -> float:
@@ -75,29 +76,20 @@ def fold_codes(words: Sequence[ir.Value], scales: Sequence[ir.Value]) -> list[ir
 
 def decode_scales(raw: ir.Value, scale_dtype: Any) -> tuple[ir.Value, ir.Value]:
     """A word of two neighbouring group scales, e4m3 in its lower half or bf16, as float32."""
-    word, single = ir.IntegerType.get_signless(32), ir.F32Type.get()
     if scale_dtype == jnp.float8_e4m3fn:
-        unpack = "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.rn.f16x2.e4m3x2 $0, l; }"
-        halves = hopper.pure_asm(unpack, "=r,r", [raw], word)
-        widen = "{{ .reg .b16 l, h; mov.b32 {{l, h}}, $1; cvt.f32.f16 $0, {}; }}"
-        low, high = (hopper.pure_asm(widen.format(part), "=f,r", [halves], single) for part in "lh")
+        low, high = arithmetic.of_f16x2(arithmetic.to_halves(raw)[0])
         return low, high
+    single = ir.F32Type.get()
     low, high = arith.shli(raw, i32(16)), arith.andi(raw, i32(0xFFFF0000))
     return arith.bitcast(single, low), arith.bitcast(single, high)
 
 
-def load_factors(address: ir.Value, unit: float) -> tuple[ir.Value, ir.Value]:
+def load_short_scales(address: ir.Value, unit: float) -> list[ir.Value]:
     """Two neighbouring e4m3 group scales by ``unit``, each as a register of twice the same float16; exact."""
-    word = ir.IntegerType.get_signless(32)
-    [raw] = hopper.asm("ld.shared.u16 $0, [$1];", "=r,r", [address], [word])
-    unpack = "{ .reg .b16 l, h; mov.b32 {l, h}, $1; cvt.rn.f16x2.e4m3x2 $0, l; }"
-    pair = hopper.pure_asm(unpack, "=r,r", [raw], word)
+    [raw] = hopper.asm("ld.shared.u16 $0, [$1];", "=r,r", [address], [ir.IntegerType.get_signless(32)])
     one_over = arithmetic.to_f16x2(f32(1 / unit), f32(1 / unit))
-    pair = arithmetic.f16x2("mul.rn", pair, one_over)
-    low, high = (
-        hopper.pure_asm(f"prmt.b32 $0, $1, 0, {bytes_};", "=r,r", [pair], word) for bytes_ in ("0x1010", "0x3232")
-    )
-    return low, high
+    pair = arithmetic.f16x2("mul.rn", arithmetic.to_halves(raw)[0], one_over)
+    return [arithmetic.permute(pair, i32(0), selector) for selector in (0x1010, 0x3232)]
 
 
 def load_scales(address: ir.Value, scale_dtype: Any) -> tuple[ir.Value, ir.Value]:
@@ -194,8 +186,8 @@ class Steps:
             address = arith.addi(share, arith.muli(arith.shrui(lane, i32(2)), i32(2 * size)))
             places = [arith.addi(address, i32(4 * CODE_WORDS + g * SHARE_N * size)) for g in range(self.groups)]
             if self.short:
-                factors = [factor for place in places for factor in load_factors(place, self.unit)]
-                return hopper.pack(decode_codes(words)), hopper.pack(factors), before, before
+                ratios = [scale for place in places for scale in load_short_scales(place, self.unit)]
+                return hopper.pack(decode_codes(words)), hopper.pack(ratios), before, before
             scales = [load_scales(place, self.scale_dtype) for place in places]
             if self.folded:
                 each, ones = 8 // self.groups, [f32(1)] * 2

@@ -91,12 +91,11 @@ def whole_tiles_tiling(tokens: int, n: int, steps: int) -> Tiling:
     blocks, narrow = -(-n // BLOCK_N), -(-n // TILE_N)
     tiling = Tiling(tokens, 8, halves=1, unroll=2, persistent=False)
     if blocks >= ENOUGH_BLOCKS:
-        if blocks <= STREAMING_MULTIPROCESSORS and tokens < 64 and steps >= 4:
-            return dataclasses.replace(tiling, teams=2)  # for as many warps as two blocks to a multiprocessor have
-        # Few stages where two blocks run on a multiprocessor: more in flight makes some of them fall behind.
-        if blocks <= STREAMING_MULTIPROCESSORS:
-            return tiling
-        return dataclasses.replace(tiling, stages=4 if tokens >= 32 else 6)
+        if blocks > STREAMING_MULTIPROCESSORS:
+            # Few stages where two blocks run on a multiprocessor: more in flight makes some of them fall behind.
+            return dataclasses.replace(tiling, stages=4 if tokens >= 32 else 6)
+        # Else two teams, for as many warps as two blocks to a multiprocessor have.
+        return dataclasses.replace(tiling, teams=2) if tokens < 64 and steps >= 4 else tiling
     split = 1 if narrow >= ENOUGH_BLOCKS else 2
     if narrow * split <= STREAMING_MULTIPROCESSORS:  # of 64 outputs, one to a multiprocessor, with more in flight
         split = split if steps >= 4 * split else 1

@@ -14,6 +14,7 @@ STREAMING_MULTIPROCESSORS = 132
 FLAGS = 2 * STREAMING_MULTIPROCESSORS  # of the two warpgroups of every block
 FEW_TOKENS_OF_TILES = 64  # up to which the weight's bytes decide what a product takes, not the tensor cores
 SIZES_APART = 32  # tokens, from one size of the larger tiles to the next
+MOST_ROUNDED = 4  # tokens that the matvec kernel rounds itself
 FEW_TOKENS = 16  # that the matvec kernel can take; the rules give it half as many
 UNIT = SHARE_N  # outputs that the matvec kernel's warps make together
 WARPS = 16  # of a block of the matvec kernel
@@ -281,7 +282,7 @@ def rounds_its_input(cut: Streaming | None, m: int, k: int, gated: bool) -> bool
         return False
     if m == 1:
         return k <= MAX_INPUTS_OF_ONE
-    return m <= 4 and not gated and rows_at_once(m) * k <= MAX_INPUTS_OF_SEVERAL
+    return m <= MOST_ROUNDED and not gated and rows_at_once(m) * k <= MAX_INPUTS_OF_SEVERAL
 
 
 def rows_at_once(m: int) -> int:
