@@ -10,7 +10,7 @@ import pytest
 from emulated_gpu import emulated
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_matmul_kernel import BF16, on_hopper
+from kernel_oracles import BF16, on_hopper
 
 import pallas_kernels as pk
 from pallas_kernels import append_block_steps, append_steps, mosaic_append, reference_attention, row_steps

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_matmul_kernel import frobenius, on_hopper
+from kernel_oracles import frobenius, on_hopper
 
 import pallas_kernels as pk
 from pallas_kernels import mosaic_decode

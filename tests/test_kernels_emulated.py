@@ -7,7 +7,7 @@ from emulated_gpu import emulated
 from emulated_memory import Block, RaceError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_matmul_kernel import (
+from kernel_oracles import (
     BF16,
     E4M3,
     bound_of_short_sums,

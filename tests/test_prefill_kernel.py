@@ -10,7 +10,7 @@ import pytest
 from emulated_gpu import emulated
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_matmul_kernel import BF16, frobenius, on_hopper
+from kernel_oracles import BF16, frobenius, on_hopper
 
 import pallas_kernels as pk
 from pallas_kernels import mosaic_prefill, prefill_steps, reference_attention

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_matmul_kernel import on_hopper
+from kernel_oracles import on_hopper
 
 import convert
 import fireq_jax

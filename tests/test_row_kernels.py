@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulated_gpu import emulated
-from test_matmul_kernel import BF16, on_hopper
+from kernel_oracles import BF16, on_hopper
 
 from pallas_kernels import mosaic_rows, row_steps
 from pallas_kernels.tiling import FLAGS

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from emulated_gpu import emulated
-from test_matmul_kernel import BF16, E4M3, frobenius, on_hopper, product, several_weights
+from kernel_oracles import BF16, E4M3, frobenius, on_hopper, product, several_weights
 from test_row_kernels import exact, norm, silu
 
 import pallas_kernels as pk

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
-from test_matmul_kernel import E4M3, matmul, matvec
+from kernel_oracles import E4M3, matmul, matvec
 
 from pallas_kernels import rules, tiling, tuned, weight_layout
 from pallas_kernels.tiling import Streaming, Tiling
