@@ -26,7 +26,7 @@ from gpu_times import Candidate, copies, kernel_times, record
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 import pallas_kernels as pk
-from pallas_kernels.reference_attention import Cache
+from pallas_kernels.reference_rotation import Cache
 
 E4M3, BF16 = jnp.float8_e4m3fn, jnp.bfloat16
 

@@ -18,7 +18,7 @@ from pallas_kernels.reference import (
     round_to_bf16,
     round_to_e4m3,
 )
-from pallas_kernels.reference_attention import (
+from pallas_kernels.reference_rotation import (
     KEY_MAX,
     QUERY_MAX,
     apply_ropes,

@@ -16,7 +16,7 @@ from pallas_kernels.append_steps import EACH, AppendShape, InCache, Row, Steps, 
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.reference import E4M3_MAX
-from pallas_kernels.reference_attention import KEY_MAX, MANTISSA, SCALE_TOKENS
+from pallas_kernels.reference_rotation import KEY_MAX, MANTISSA, SCALE_TOKENS
 from pallas_kernels.row_steps import across_block, balanced, e4m3_scale, to_floats
 
 AHEAD = 4  # tokens of values that are on their way
@@ -211,7 +211,7 @@ class BlockSteps(Steps):
     def _turn(self, values: Sequence[ir.Value], factor: ir.Value, turned: ir.Value, behind: int) -> None:
         """Puts values into shared memory, a row per channel, at the address ``turned``.
 
-        Tokens come to the places that :func:`pallas_kernels.reference_attention.transpose_values` gives them. The lanes
+        Tokens come to the places that :func:`pallas_kernels.reference_rotation.transpose_values` gives them. The lanes
         of a token and of the next one exchange halves, so that each writes two tokens at once.
         """
         d, lanes = self.shape.head_dim, self.shape.lanes

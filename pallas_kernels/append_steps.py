@@ -20,7 +20,7 @@ from pallas_kernels import arithmetic, hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.packing import INT4_MIN
-from pallas_kernels.reference_attention import QUERY_MAX
+from pallas_kernels.reference_rotation import QUERY_MAX
 from pallas_kernels.row_steps import balanced, largest_magnitude, to_floats
 
 EACH = 4  # neighbouring channels of each half of a head that a lane holds

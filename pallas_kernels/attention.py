@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import reference_attention
+from pallas_kernels import reference_attention, reference_rotation
 from pallas_kernels.dispatch import no_hopper, refused, register, require, select
-from pallas_kernels.reference_attention import Cache
+from pallas_kernels.reference_rotation import Cache
 from pallas_kernels.tiling import DECODE_ROWS, DECODE_SLOTS
 
 Prompt = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
@@ -40,8 +40,8 @@ def _mosaic_prefill(*arrays: Any, out_dtype: Any, **options: Any) -> jax.Array:
 
 
 register("prefill_attention", mosaic_gpu=_mosaic_prefill, reference=reference_attention.prefill_attention)
-register("rotate_and_append", mosaic_gpu=_mosaic_append, reference=reference_attention.rotate_and_append)
-register("rotate_and_round", mosaic_gpu=_mosaic_round, reference=reference_attention.rotate_and_round)
+register("rotate_and_append", mosaic_gpu=_mosaic_append, reference=reference_rotation.rotate_and_append)
+register("rotate_and_round", mosaic_gpu=_mosaic_round, reference=reference_rotation.rotate_and_round)
 register("decode_attention", mosaic_gpu=_mosaic_decode, reference=reference_attention.decode_attention)
 
 
@@ -110,9 +110,9 @@ def prefill_attention(
         raise ValueError(f"{op}: k8 must be [batch, tokens, kv heads, head_dim], got {k8.shape}")
     b, t, kv, d = k8.shape
     _check_queries(op, q8, q_scale, kv, d)
-    blocks = -(-t // reference_attention.SCALE_TOKENS)
+    blocks = -(-t // reference_rotation.SCALE_TOKENS)
     require(op, "k8", k8, (q8.shape[0], q8.shape[1], kv, d), (jnp.float8_e4m3fn,))
-    require(op, "v8", v8, (b, kv, d, blocks * reference_attention.SCALE_TOKENS), (jnp.float8_e4m3fn,))
+    require(op, "v8", v8, (b, kv, d, blocks * reference_rotation.SCALE_TOKENS), (jnp.float8_e4m3fn,))
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         require(op, name, scale, (b, kv, blocks), (jnp.float32,))
     require(op, "lengths", lengths, (b,), (jnp.int32,))
@@ -188,7 +188,7 @@ def rotate_and_append(
 ) -> tuple[jax.Array, jax.Array, Cache]:
     """E4m3 queries, and int4 keys and values in the cache.
 
-    See :func:`pallas_kernels.reference_attention.rotate_and_append`.
+    See :func:`pallas_kernels.reference_rotation.rotate_and_append`.
 
     Raises:
       ValueError: shapes or dtypes do not belong together.
@@ -213,7 +213,7 @@ def rotate_and_round(
     key_offset: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[Prompt, Cache]:
-    """What prefill attention takes, and the cache; see :func:`pallas_kernels.reference_attention.rotate_and_round`.
+    """What prefill attention takes, and the cache; see :func:`pallas_kernels.reference_rotation.rotate_and_round`.
 
     Raises:
       ValueError: shapes or dtypes do not belong together.

@@ -18,7 +18,7 @@ from pallas_kernels import hopper
 from pallas_kernels.append_block_steps import BlockSteps
 from pallas_kernels.append_steps import AppendShape, Steps
 from pallas_kernels.matmul_steps import Operation
-from pallas_kernels.reference_attention import SCALE_TOKENS, Cache
+from pallas_kernels.reference_rotation import SCALE_TOKENS, Cache
 from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS
 
 WARPS = 4  # of a block
@@ -145,8 +145,8 @@ def rotate(
 ) -> tuple[tuple[jax.Array, ...], Cache]:
     """Rotated and rounded bf16 heads of 64 or 128 channels, and the cache with keys and values in it.
 
-    The first results are those of :func:`pallas_kernels.reference_attention.rotate_and_round` if ``prompt``, and else
-    the queries of :func:`pallas_kernels.reference_attention.rotate_and_append`.
+    The first results are those of :func:`pallas_kernels.reference_rotation.rotate_and_round` if ``prompt``, and else
+    the queries of :func:`pallas_kernels.reference_rotation.rotate_and_append`.
     """
     b, t, h, d = q.shape
     kv, slots = k.shape[2], cache[0].shape[2]

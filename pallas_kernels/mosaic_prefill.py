@@ -11,7 +11,7 @@ after and adds up the values of the block before, while the warpgroup weighs a b
 Queries are an operand in shared memory, weights one in registers. Scores, their powers and sums are float16, two to a
 register, which halves both registers and instructions. The registers of the scores, rounded, are those of the second
 product's operand up to the order of bytes, because the values lie in a matching order of keys
-(:func:`pallas_kernels.reference_attention.transpose_values`).
+(:func:`pallas_kernels.reference_rotation.transpose_values`).
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from pallas_kernels import hopper
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.prefill_steps import ROWS, PrefillShape, Steps
 from pallas_kernels.reference import E4M3_MAX, dequantize_int4
-from pallas_kernels.reference_attention import (
+from pallas_kernels.reference_rotation import (
     KEY_MAX,
     Cache,
     expand_blocks,

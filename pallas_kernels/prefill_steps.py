@@ -14,7 +14,7 @@ from jaxlib.mlir.dialects import arith
 from pallas_kernels import arithmetic, hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
-from pallas_kernels.reference_attention import SCALE_TOKENS
+from pallas_kernels.reference_rotation import SCALE_TOKENS
 from pallas_kernels.row_steps import balanced
 
 ROWS = 64  # query rows of a warpgroup

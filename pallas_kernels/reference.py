@@ -1,6 +1,7 @@
 """The specification: every operation of the quantised model in plain ``jnp``, for any shape and any device.
 
-Roundings and products are here, attention and what comes before it in :mod:`pallas_kernels.reference_attention`.
+Roundings and products are here, what comes before attention in :mod:`pallas_kernels.reference_rotation`, attention in
+:mod:`pallas_kernels.reference_attention`.
 
 A kernel is right when it agrees with the function of the same name here. Notation: b sequences, t new tokens,
 s cache slots, h query heads, kv key/value heads (query head i reads kv head ``i // (h / kv)``), d head_dim,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernel_oracles import BF16, on_hopper
 
 import pallas_kernels as pk
-from pallas_kernels import append_block_steps, append_steps, mosaic_append, reference_attention, row_steps
+from pallas_kernels import append_block_steps, append_steps, mosaic_append, reference_rotation, row_steps
 
 
 def rotate_and_append(*arrays, **options):
@@ -55,7 +55,7 @@ def inputs(batch, tokens, heads, kv_heads, head_dim, slots, starts, lengths, mix
 def check(arrays, options, kernel):
     before = arrays[5]
     q8, q_scale, cache = kernel(*arrays, **options)
-    expected8, expected_scale, expected_cache = reference_attention.rotate_and_append(*arrays, **options)
+    expected8, expected_scale, expected_cache = reference_rotation.rotate_and_append(*arrays, **options)
     np.testing.assert_allclose(q_scale, expected_scale, rtol=1e-5)
 
     def same(actual, expected, step):
@@ -102,7 +102,7 @@ PROMPTS = [
 def check_prompt(arrays, options, kernel):
     prompt, cache = kernel(*arrays, **options)
     check(arrays, options, lambda *_, **__: (*prompt[:2], cache))
-    expected, _ = reference_attention.rotate_and_round(*arrays, **options)
+    expected, _ = reference_rotation.rotate_and_round(*arrays, **options)
     for i in (3, 5):
         np.testing.assert_allclose(prompt[i], expected[i], rtol=1e-5)
     for i in (2, 4):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kernel_oracles import BF16, frobenius, on_hopper
 
 import pallas_kernels as pk
-from pallas_kernels import mosaic_prefill, prefill_steps, reference_attention
+from pallas_kernels import mosaic_prefill, prefill_steps, reference_rotation
 from pallas_kernels.prefill_steps import NOTHING_SEEN, SLACK
 
 
@@ -87,7 +87,7 @@ def oracle(q8, q_scale, k8, k_scale, v8, v_scale, lengths, starts=None, *, round
             np.asarray(scale[i, :, :blocks], np.float64).repeat(heads // scale.shape[1], 0)[:, None]
             for scale in (k_scale, v_scale)
         )  # heads, 1, blocks
-        k, v = repeated(k8), repeated(reference_attention.restore_values(v8, k8.shape[1]))
+        k, v = repeated(k8), repeated(reference_rotation.restore_values(v8, k8.shape[1]))
         q = np.asarray(q8[i, :n], np.float64)
         factors = half(np.asarray(q_scale[i, :n], np.float64).T[..., None] * key_scale * d**-0.5 * np.log2(np.e))
         factors = np.minimum(factors, 20) if rounded else factors

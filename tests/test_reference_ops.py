@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import pallas_kernels as pk
-from pallas_kernels import reference_attention
+from pallas_kernels import reference_attention, reference_rotation
 
 # Float32 sums of at most a few thousand terms, against float64.
 FLOAT32 = 1e-5
@@ -191,7 +191,7 @@ def test_transposed_values_lie_as_documented_and_come_back():
         h, i, e = token % 16 // 8, token % 8 // 2, token % 2
         place = token // 16 * 16 + 4 * i + 2 * h + e
         np.testing.assert_array_equal(transposed[..., place], np.asarray(v8[:, token], np.float32))
-    np.testing.assert_array_equal(reference_attention.restore_values(pk.transpose_values(v8), 150), v8)
+    np.testing.assert_array_equal(reference_rotation.restore_values(pk.transpose_values(v8), 150), v8)
     assert np.sum(transposed != 0) == np.sum(np.asarray(v8, np.float32) != 0)
 
 
@@ -214,7 +214,7 @@ def test_rounded_prompts_are_the_parts_they_are_made_of():
     _, rotated = pk.apply_ropes(q, k, *tables, scale)
     for i in range(b):
         keys = rotated, k8, k_scale, pk.KEY_MAX
-        for fresh, x8, found, largest in (keys, (v, reference_attention.restore_values(v8, t), v_scale, pk.E4M3_MAX)):
+        for fresh, x8, found, largest in (keys, (v, reference_rotation.restore_values(v8, t), v_scale, pk.E4M3_MAX)):
             kept = np.asarray(fresh, np.float32)[i : i + 1, : lengths[i]]
             _, expected, back = in_blocks(kept, largest)
             np.testing.assert_allclose(found[i], expected[0], rtol=FLOAT32)
