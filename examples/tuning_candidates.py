@@ -50,9 +50,6 @@ def tilings(m: int, n: int, k: int) -> Iterator[Tiling]:
         return
     estimates = {t: estimated_microseconds(t, m, n, k) for t in MANY_TOKENS}
     yield from (t for t, microseconds in estimates.items() if microseconds <= PLAUSIBLE * min(estimates.values()))
-    if m <= 256:
-        yield Tiling(128, 6, halves=1, unroll=2, teams=2, sides=1, persistent=False)
-        yield Tiling(128, 4, split=2, persistent=False)
 
 
 def candidates(m: int, n: int, k: int, share: int) -> list[Cut]:

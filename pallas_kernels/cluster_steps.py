@@ -11,19 +11,32 @@ from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import hopper
 from pallas_kernels.hopper import i32
-from pallas_kernels.matmul_steps import Operation, Steps, by_row
+from pallas_kernels.matmul_steps import Operation, Steps
+from pallas_kernels.sums_layout import bytes_of_half, place_of_thread, vectors
+
+
+def _store_or_send(
+    address: ir.Value, offset: int, registers: Sequence[ir.Value], barrier: ir.Value | None
+) -> None:  # fmt: skip
+    """To this block's shared memory; or, if there is a barrier, to that of the cluster."""
+    if barrier is None:
+        hopper.store_shared(address, registers, offset)
+    else:
+        hopper.send_words(address, offset, registers, barrier)
 
 
 class ClusterSums:
     """The steps for the products of ``ops``."""
 
     def __init__(self, ops: Steps) -> None:
-        t = self.tiling = ops.tiling
-        self.layout, self.type, self.scalar, self.swizzle = ops.layout, ops.type, ops.scalar, ops.swizzle
-        self.registers = ops.registers
-        self.part_registers = t.tokens // t.share // 2  # of a divided tile, for each of a cluster's blocks
-        self.part_bytes = t.tokens // t.share * t.outputs * 4
-        self.part_type = hopper.container_type(self.part_registers, jnp.float32)
+        t, self.ops = ops.tiling, ops
+        self.tiling, self.scalar, self.swizzle = t, ops.scalar, ops.swizzle
+        self.layout, self.type = ops.layout[ops.kind], ops.type[ops.kind]
+        # Of a tile whose sums several bring together, each of a part.
+        self.parts, self.teams = t.tokens // t.part, t.teams if t.divides_sums else 1
+        self.part_registers = ops.registers * t.halves // self.parts
+        self.part_bytes = t.sides * bytes_of_half(self.part_registers)
+        self.part_type = hopper.container_type(self.part_registers, jnp.int32 if ops.short else jnp.float32)
 
     def meet(self) -> Operation:
         """``(side) -> ()``: waits for that warpgroup of each team, with a barrier that nothing else uses."""
@@ -36,10 +49,23 @@ class ClusterSums:
 
         return cast(Operation, wait)
 
+    def meet_all(self) -> Operation:
+        """``() -> ()``: waits for all computing warpgroups of the block."""
+
+        @plgpu.inline_mgpu(arg_types=(), return_type=())
+        def wait(_: Any) -> Any:
+            threads = self.tiling.teams * self.tiling.sides * hopper.WARPGROUP
+            hopper.asm(f"bar.sync {hopper.FREE_BARRIER}, {threads};", "", [], [])
+            return ()
+
+        return cast(Operation, wait)
+
     def open_landing(self) -> Operation:
         """``(landing) -> ()``: makes the barrier at which other blocks' sums land, and announces their bytes."""
         t = self.tiling
-        size = (t.split - 1) * t.tokens * t.outputs * 4 if t.split > 1 else (t.share - 1) * self.part_bytes
+        size = self.teams * (self.parts - 1) * self.part_bytes
+        if not t.divides_sums and t.split > 1:
+            size = (t.split - 1) * t.sides * t.halves * bytes_of_half(self.ops.registers)
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=())
         def make(_: Any, landing: Any) -> Any:
@@ -65,117 +91,123 @@ class ClusterSums:
         return cast(Operation, wait)
 
     def send(self, half: int, within_block: bool = False) -> Operation:
-        """``(accumulator, scales, received, [landing]) -> ()``: a sum, to the cluster's first block or in this one."""
+        """``(sums, scales, received, [landing]) -> ()``: a half's, to the cluster's first block or in this one."""
 
         @plgpu.inline_mgpu(
             arg_types=(
-                self.layout["accumulator"], self.layout["pair"], plgpu.RefType(),
-                *[plgpu.RefType()] * (not within_block),
+                self.layout, self.ops.layout["pair"], plgpu.RefType(), *[plgpu.RefType()] * (not within_block),
             ),
             return_type=(),
         )  # fmt: skip
-        def write(_: Any, accumulator: Any, scales: Any, received: Any, *landing: Any) -> Any:
-            registers = by_row(hopper.unpack(accumulator), hopper.unpack(scales))
-            address = arith.muli(hopper.thread_in_warpgroup(), i32(16))
-            address = arith.addi(hopper.shared_address(received), address)
+        def write(_: Any, sums: Any, scales: Any, received: Any, *landing: Any) -> Any:
+            address = arith.addi(hopper.shared_address(received), place_of_thread(self.ops.registers))
             barrier = None
             if landing:
                 barrier = hopper.in_block(hopper.shared_address(landing[0]), i32(0))
                 address = hopper.in_block(address, i32(0))
-            for i in range(0, self.registers, 4):
-                offset, four = (half * self.registers + i) * 512, registers[i : i + 4]
-                if barrier is None:
-                    hopper.store_shared(address, four, offset)
-                else:
-                    hopper.send_floats(address, offset, four, barrier)
+            for offset, registers in vectors(self.ops.to_send(sums, scales)):
+                _store_or_send(address, half * bytes_of_half(self.ops.registers) + offset, registers, barrier)
             return ()
 
         return cast(Operation, write)
 
     def gather(self, half: int, senders: int) -> Operation:
-        """``(accumulator, scales, received) -> accumulator``: adds what the others sent, in their order."""
+        """``(sums, scales, received) -> sums``: adds a half's that the others sent, in their order."""
 
         @plgpu.inline_mgpu(
-            arg_types=(self.layout["accumulator"], self.layout["pair"], plgpu.RefType()),
-            return_type=self.type["accumulator"],
-        )
-        def read(_: Any, accumulator: Any, scales: Any, received: Any) -> Any:
-            registers = by_row(hopper.unpack(accumulator), hopper.unpack(scales))
-            address = arith.muli(hopper.thread_in_warpgroup(), i32(16))
-            address = arith.addi(hopper.shared_address(received), address)
-            apart, offset = self.tiling.tokens * self.tiling.outputs * 4, half * self.registers * 512
-            registers = self._add_received(registers, address, senders, apart, offset)
-            return hopper.pack(registers)
+            arg_types=(self.layout, self.ops.layout["pair"], plgpu.RefType()), return_type=self.type
+        )  # fmt: skip
+        def read(_: Any, sums: Any, scales: Any, received: Any) -> Any:
+            registers = self.ops.in_common_units(sums, scales)
+            address = arith.addi(hopper.shared_address(received), place_of_thread(self.ops.registers))
+            of_half = bytes_of_half(self.ops.registers)
+            apart = self.tiling.sides * self.tiling.halves * of_half
+            return hopper.pack(self._add_received(registers, address, senders, apart, half * of_half))
 
         return cast(Operation, read)
 
-    def _part(self, accumulators: Sequence[Any], scales: Any, number: ir.Value) -> list[ir.Value]:
-        """A divided tile's sums of the tokens that the block of this number in the cluster adds up."""
-        registers = [register for accumulator in accumulators for register in hopper.unpack(accumulator)]
+    def _part(self, registers: Sequence[ir.Value], number: ir.Value) -> Sequence[ir.Value]:
+        """A tile's sums of the tokens of that part."""
         picked = registers[: self.part_registers]
-        for other in range(1, self.tiling.share):
+        for other in range(1, self.parts):
             here = arith.cmpi(arith.CmpIPredicate.eq, number, i32(other))
             candidates = registers[other * self.part_registers : (other + 1) * self.part_registers]
             picked = [arith.select(here, a, b) for a, b in zip(candidates, picked, strict=True)]
-        return by_row(picked, hopper.unpack(scales))
+        return picked
 
-    def _landing_place(self, stages: Any, side: Any) -> ir.Value:
-        """Where the first sender's sums for this thread land, in the place of the steps' inputs."""
-        address = arith.addi(
-            arith.muli(hopper.thread_in_warpgroup(), i32(16)),
-            arith.muli(side.registers.item(), i32(self.part_bytes // self.tiling.sides)),
-        )
+    def _landing_place(self, stages: Any, side: Any, part: ir.Value) -> ir.Value:
+        """Where the first sender's sums of a part land in the block that writes it, for the thread with this number.
+
+        It is the place of the steps' inputs.
+        """
+        address = arith.muli(side.registers.item(), i32(bytes_of_half(self.part_registers)))
+        address = arith.addi(address, place_of_thread(self.part_registers))
+        if self.teams > 1:
+            team = arith.andi(part, i32(self.teams - 1))
+            address = arith.addi(address, arith.muli(team, i32((self.parts - 1) * self.part_bytes)))
         return arith.addi(hopper.shared_address(stages), address)
 
+    def _block_of(self, part: ir.Value) -> ir.Value:
+        """The number in the cluster of the block that writes a part."""
+        return arith.shrui(part, i32(self.teams.bit_length() - 1)) if self.teams > 1 else part
+
     def send_parts(self) -> Operation:
-        """``(side, peer, scales, stages, landing, *accumulators) -> ()``: sums for the cluster's other blocks."""
+        """``(side, part, scales, stages, *sums, [landing]) -> ()``: a tile's sums, for those who write other parts.
+
+        Where a block is alone, it has no ``landing``, and its warpgroups meet before they read.
+        """
+        halves, clustered = self.tiling.halves, self.tiling.split * self.tiling.share > 1
 
         @plgpu.inline_mgpu(
             arg_types=(
-                self.scalar, self.scalar, self.layout["pair"], plgpu.RefType(self.swizzle), plgpu.RefType(),
-                *[self.layout["accumulator"]] * self.tiling.halves,
+                self.scalar, self.scalar, self.ops.layout["pair"], plgpu.RefType(self.swizzle),
+                *[self.layout] * halves, *[plgpu.RefType()] * clustered,
             ),
             return_type=(),
         )  # fmt: skip
-        def write(_: Any, side: Any, peer: Any, scales: Any, stages: Any, landing: Any, *accumulators: Any) -> Any:
-            place, barrier = self._landing_place(stages, side), hopper.shared_address(landing)
-            for distance in range(1, self.tiling.share):
-                target = arith.addi(peer.registers.item(), i32(distance))
-                target = arith.andi(target, i32(self.tiling.share - 1))
-                registers = self._part(accumulators, scales, target)
-                address, there = hopper.in_block(place, target), hopper.in_block(barrier, target)
-                for i in range(0, self.part_registers, 4):
-                    hopper.send_floats(address, (distance - 1) * self.part_bytes + i * 512, registers[i : i + 4], there)
+        def write(_: Any, side: Any, part: Any, scales: Any, stages: Any, *rest: Any) -> Any:
+            to_send = [register for half in rest[:halves] for register in self.ops.to_send(half, scales)]
+            for distance in range(1, self.parts):
+                target = arith.addi(part.registers.item(), i32(distance))
+                target = arith.andi(target, i32(self.parts - 1))
+                address, barrier = self._landing_place(stages, side, target), None
+                if clustered:
+                    block = self._block_of(target)
+                    address = hopper.in_block(address, block)
+                    barrier = hopper.in_block(hopper.shared_address(rest[-1]), block)
+                for offset, registers in vectors(self._part(to_send, target)):
+                    offset += (distance - 1) * self.part_bytes
+                    _store_or_send(address, offset, registers, barrier)
             return ()
 
         return cast(Operation, write)
 
     def gather_parts(self) -> Operation:
-        """``(side, peer, scales, stages, *accumulators) -> accumulator``: this block's part of the cluster's sums."""
+        """``(side, part, scales, stages, *sums) -> sums``: all sums of the part, this warpgroup's among them."""
 
         @plgpu.inline_mgpu(
             arg_types=(
-                self.scalar, self.scalar, self.layout["pair"], plgpu.RefType(self.swizzle),
-                *[self.layout["accumulator"]] * self.tiling.halves,
+                self.scalar, self.scalar, self.ops.layout["pair"], plgpu.RefType(self.swizzle),
+                *[self.layout] * self.tiling.halves,
             ),
             return_type=self.part_type,
         )  # fmt: skip
-        def read(_: Any, side: Any, peer: Any, scales: Any, stages: Any, *accumulators: Any) -> Any:
-            registers = self._part(accumulators, scales, peer.registers.item())
-            place = self._landing_place(stages, side)
-            return hopper.pack(self._add_received(registers, place, self.tiling.share - 1, self.part_bytes))
+        def read(_: Any, side: Any, part: Any, scales: Any, stages: Any, *sums: Any) -> Any:
+            of_tile = [register for half in sums for register in self.ops.in_common_units(half, scales)]
+            registers = self._part(of_tile, part.registers.item())
+            place = self._landing_place(stages, side, part.registers.item())
+            return hopper.pack(self._add_received(registers, place, self.parts - 1, self.part_bytes))
 
         return cast(Operation, read)
 
     def _add_received(
-        self, registers: list[ir.Value], address: ir.Value, senders: int, apart: int, offset: int = 0
-    ) -> list[ir.Value]:
+        self, registers: Sequence[ir.Value], address: ir.Value, senders: int, apart: int, offset: int = 0
+    ) -> Sequence[ir.Value]:
         """Sums and those of the same thread of other blocks or teams, which lie ``apart`` bytes from one another."""
         for sender in range(senders):
-            for i in range(0, len(registers), 4):
-                part = hopper.asm(
-                    f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4+{sender * apart + offset + i * 512}];",
-                    "=f,=f,=f,=f,r", [address], [ir.F32Type.get()] * 4,
-                )  # fmt: skip
-                registers[i : i + 4] = [arith.addf(a, b) for a, b in zip(registers[i : i + 4], part, strict=True)]
+            totals = []
+            for place, mine in vectors(registers):
+                words = hopper.load_shared(address, sender * apart + offset + place, len(mine))
+                totals += self.ops.add_sums(mine, [arith.bitcast(mine[0].type, word) for word in words])
+            registers = totals
         return registers

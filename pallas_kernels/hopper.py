@@ -210,11 +210,26 @@ def load_shared(address: ir.Value, offset: int = 0, words: int = 4) -> list[ir.V
 
 def store_shared(address: ir.Value, registers: Sequence[ir.Value], offset: int = 0) -> None:
     """Writes 1, 2 or 4 float32 or words to a shared address that is aligned to all of them."""
-    count, kind = len(registers), "f" if registers[0].type == ir.F32Type.get() else "r"
-    names = [f"${i + 1}" for i in range(count)]
-    vector, listed = (f".v{count}", "{" + ", ".join(names) + "}") if count > 1 else ("", names[0])
-    constraints = ",".join(["r"] + [kind] * count)
-    asm(f"st.shared{vector}.b32 [$0+{offset}], {listed};", constraints, [address, *registers], [])
+    _store("shared", "r", address, registers, offset)
+
+
+def store_global(address: ir.Value, registers: Sequence[ir.Value], offset: int = 0) -> None:
+    """As :func:`store_shared`, to a global address."""
+    _store("global", "l", address, registers, offset)
+
+
+def _store(space: str, pointer: str, address: ir.Value, registers: Sequence[ir.Value], offset: int) -> None:
+    count, (kind, listed) = len(registers), _vector(registers, 1)
+    vector = f".v{count}" if count > 1 else ""
+    constraints = ",".join([pointer] + [kind] * count)
+    asm(f"st.{space}{vector}.b32 [$0+{offset}], {listed};", constraints, [address, *registers], [])
+
+
+def _vector(registers: Sequence[ir.Value], first: int) -> tuple[str, str]:
+    """The constraint of registers of one type, and how an instruction lists them as operands from ``first`` on."""
+    names = [f"${first + i}" for i in range(len(registers))]
+    kind = "f" if registers[0].type == ir.F32Type.get() else "r"
+    return kind, "{" + ", ".join(names) + "}" if len(names) > 1 else names[0]
 
 
 def store_shared_if(address: ir.Value, offset: int, words: Sequence[ir.Value], condition: ir.Value) -> None:
@@ -380,14 +395,15 @@ def in_block(address: ir.Value, block: ir.Value) -> ir.Value:
     return asm("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", [address, block], [address.type])[0]
 
 
-def send_floats(address: ir.Value, offset: int, four: Sequence[ir.Value], barrier: ir.Value) -> None:
-    """Stores four float32 in a block of the cluster, whose barrier is told of their bytes as they arrive.
+def send_words(address: ir.Value, offset: int, registers: Sequence[ir.Value], barrier: ir.Value) -> None:
+    """Stores two or four float32 or words in a block of the cluster, whose barrier is told of their bytes' arrival.
 
     That takes no fence. Both addresses are of :func:`in_block`.
     """
+    count, (kind, listed) = len(registers), _vector(registers, 1)
     asm(
-        f"st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [$0+{offset}], {{$1, $2, $3, $4}}, [$5];",
-        "r,f,f,f,f,r", [address, *four, barrier], [],
+        f"st.async.shared::cluster.mbarrier::complete_tx::bytes.v{count}.b32 [$0+{offset}], {listed}, [${count + 1}];",
+        ",".join(["r"] + [kind] * count + ["r"]), [address, *registers, barrier], [],
     )  # fmt: skip
 
 

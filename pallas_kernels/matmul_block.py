@@ -16,13 +16,16 @@ from pallas_kernels.matmul_steps import Steps
 from pallas_kernels.tiling import StreamK
 from pallas_kernels.weight_layout import TILE_K, TILE_N
 
-LOADED_AT_ONCE = 64  # registers of a thread, of other blocks' sums
+LOADED_AT_ONCE = 64  # registers of a thread, of other blocks' sums of a half
 
 
 class Sums(NamedTuple):
-    """What a warpgroup has of a tile: a container for each part of the tokens, and the scales that are their units."""
+    """What a warpgroup has of a tile: a container for each part of the tokens, of the kind that :class:`Steps` says.
 
-    accumulators: Sequence[Any]
+    Accumulators have scales as units; for short sums these are of no meaning.
+    """
+
+    parts: Sequence[Any]
     unit: Any
 
 
@@ -59,12 +62,16 @@ class Block:
         )
         self.x_smem, self.w_smem, self.y_smem, self.full, self.empty, *rest = refs[ends[-1] :]
         self.residual_here: Any = rest.pop() if plan.has_residual else None
-        self.landing: Any = rest.pop() if t.split > 1 or plan.rounds.divided else None
+        self.landing: Any = rest.pop() if plan.lands else None
         self.received: Any = rest.pop() if rest else None
         self.block, warpgroup = jax.lax.axis_index("block"), jax.lax.axis_index("warpgroup")
         self.peer = jax.lax.axis_index("peer") if plan.cluster > 1 else jnp.int32(0)
         self.side = jax.lax.rem(warpgroup, jnp.int32(t.sides))
         self.team = jax.lax.div(warpgroup, jnp.int32(t.sides))
+        # Of those who write a tile: which part of its tokens, and which of the block's warpgroups.
+        self.part, self.writer = self.peer, self.side
+        if t.divides_sums:
+            self.part, self.writer = self.peer * t.teams + self.team, warpgroup
 
     def run(self) -> None:
         """All tiles of the block."""
@@ -168,8 +175,10 @@ class TileAtWork:
         self.tile = plan.tile(i, block.block, block.peer)
         self.output = self.tile.row * t.outputs + block.side * TILE_N
         self.first_result = self.tile.token * t.tokens  # the first token of the results that this block writes
-        if plan.rounds.divided:
-            self.first_result += jnp.where(block.is_whole(i), 0, block.peer * plan.part)
+        if t.divides_sums:
+            self.first_result += block.part * t.part
+        elif plan.rounds.divided:
+            self.first_result += jnp.where(block.is_whole(i), 0, block.part * t.part)
         self.ends_tile = self.tile.first + self.tile.count == plan.steps
 
     def compute(self) -> None:
@@ -178,14 +187,18 @@ class TileAtWork:
         load = self.ops.load_factors()
         self.factors = load(self.tile.weight, self.first_result, block.x_scale, *block.tensor_scales)
         if plan.has_residual and plan.asking < 0:
-            writes = (block.team == 0) & (block.peer == 0) if t.share == 1 else block.team == 0
             if plan.stream is not None:
-                writes = self.ends_tile
-            pl.when(writes)(self._ask_for_residual)
+                pl.when(self.ends_tile)(self._ask_for_residual)
+            elif plan.parts > 1 and not t.divides_sums:
+                pl.when((block.team == 0) & (block.peer == 0))(self._ask_for_residual)
+            else:
+                self._ask_for_residual()
         self.ones = plgpu.layout_cast(jnp.ones((256,), jnp.float32), self.ops.layout["pair"])
         sums = self._multiply()
         if plan.stream is not None:
             self._exchange(plan.stream, sums)
+        elif t.divides_sums:
+            self._write_part(sums)
         elif plan.parts == 1:
             if plan.rounds.whole:
                 write = functools.partial(self._write, self.ops, sums)
@@ -196,11 +209,11 @@ class TileAtWork:
             self._add_up(sums)
 
     def _ask_for_residual(self) -> None:
-        block, tokens = self.block, self.plan.tiling.tokens
+        block = self.block
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.copy_gmem_to_smem(
-            block.residual[0].at[pl.ds(self.first_result, tokens), pl.ds(self.output, TILE_N)],
-            block.y_smem.at[block.side], block.residual_here.at[block.side],
+            block.residual[0].at[pl.ds(self.first_result, self.plan.written), pl.ds(self.output, TILE_N)],
+            block.y_smem.at[block.writer], block.residual_here.at[block.writer],
         )  # fmt: skip
 
     def _slot(self, s: Any, r: int | None) -> Any:
@@ -310,9 +323,8 @@ class TileAtWork:
     def _multiply(self) -> Sums:
         """All steps of the block."""
         plan, together = self.plan, self.plan.together
-        kind = "short" if self.ops.short else "accumulator"
-        shape = self.ops.type[kind]
-        empty = plgpu.layout_cast(jnp.zeros(shape.shape, shape.dtype), self.ops.layout[kind])
+        shape = self.ops.type[self.ops.kind]
+        empty = plgpu.layout_cast(jnp.zeros(shape.shape, shape.dtype), self.ops.layout[self.ops.kind])
         rest = 0 if plan.stream is not None else plan.steps % together
         turns: Any = jax.lax.div(self.tile.count, together) if plan.counts_vary else plan.steps // together
         fetched = self._fetch(jnp.int32(0), 0 if plan.slots_known else None, self.ones, ends=False)
@@ -326,7 +338,7 @@ class TileAtWork:
             return carry
 
         _, _, unit, _, parts = jax.lax.fori_loop(0, turns, turn, carry)
-        return Sums([self.ops.widen()(part.sums) if self.ops.short else part.sums for part in parts], unit)
+        return Sums([part.sums for part in parts], unit)
 
     def _write(self, its: Steps, sums: Sums) -> None:
         """Results of the parts of the tokens whose sums ``its`` tile has, from ``first_result`` on."""
@@ -335,15 +347,15 @@ class TileAtWork:
         if in_bfloat16 and not plan.has_residual:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         elif in_bfloat16:
-            plgpu.barrier_wait(block.residual_here.at[block.side])
+            plgpu.barrier_wait(block.residual_here.at[block.writer])
         added = []
         if plan.has_bias:
             added.append(self.ops.load_bias()(self.tile.weight, self.output, *block.biases))
-        for h, accumulator in enumerate(sums.accumulators):
-            tokens, results = self.first_result + h * its.half, (accumulator, sums.unit, self.factors)
-            done = block.y_smem.at[block.side, pl.ds(h * its.half, its.half)]
+        for h, part in enumerate(sums.parts):
+            tokens, results = self.first_result + h * its.half, (part, sums.unit, self.factors)
+            done = block.y_smem.at[block.writer, pl.ds(h * its.half, its.half)]
             if in_bfloat16:
-                its.store(h, plan.has_bias, plan.has_residual)(*results, block.y_smem.at[block.side], *added)
+                its.store(h, plan.has_bias, plan.has_residual)(*results, block.y_smem.at[block.writer], *added)
                 plgpu.commit_smem()
 
             def write_results(
@@ -365,7 +377,7 @@ class TileAtWork:
 
         @pl.when(~self.ends_tile)
         def send() -> None:
-            exchange.send()(place, sums.unit, block.sums[0], *sums.accumulators)
+            exchange.send()(place, sums.unit, block.sums[0], *sums.parts)
             hopper.warpgroup_barrier()
             exchange.announce()(place, block.flags[0])
 
@@ -379,26 +391,34 @@ class TileAtWork:
 
             exchange.wait()(start, place, block.flags[0])
             rounds = jax.lax.div(place - start + (at_once * sides - 1), jnp.int32(at_once * sides))
-            totals = exchange.to_units()(sums.unit, *sums.accumulators)
+            totals = exchange.to_units()(sums.unit, *sums.parts)
             self._write(self.ops, Sums(jax.lax.fori_loop(0, rounds, add_some, totals), self.ones))
 
     def _write_part(self, sums: Sums) -> None:
-        """Of a tile that a cluster's blocks divide: adds up all their sums of some of the tokens, and writes these."""
+        """Of a tile that several take together: adds up all their sums of some of the tokens, and writes these."""
         cluster, block = self.plan.in_cluster, self.block
-        # The other blocks are done with what they read, where sums will land.
-        hopper.cluster_arrive()
-        hopper.cluster_wait()
-        here = block.side, block.peer, sums.unit, block.x_smem.at[0]
-        cluster.send_parts()(*here, block.landing, *sums.accumulators)
-        cluster.await_landing()(block.landing)
-        self._write(self.plan.part_ops, Sums([cluster.gather_parts()(*here, *sums.accumulators)], self.ones))
+        # The others are done with what they read, where sums will land.
+        if self.plan.cluster > 1:
+            if self.plan.tiling.split > 1:
+                hopper.cluster_wait()  # as when the kernel began
+            hopper.cluster_arrive()
+            hopper.cluster_wait()
+        else:
+            cluster.meet_all()()
+        here = block.side, block.part, sums.unit, block.x_smem.at[0]
+        if self.plan.lands:
+            cluster.send_parts()(*here, *sums.parts, block.landing)
+            cluster.await_landing()(block.landing)
+        else:
+            cluster.send_parts()(*here, *sums.parts)
+            cluster.meet_all()()
+        self._write(self.plan.part_ops, Sums([cluster.gather_parts()(*here, *sums.parts)], self.ones))
 
     def _gathered(self, sums: Sums, first: int, senders: int) -> Sums:
         """With those that others sent to this block's shared memory."""
         received = self.block.received.at[first, self.block.side]
         gathered = [
-            self.plan.in_cluster.gather(h, senders)(accumulator, sums.unit, received)
-            for h, accumulator in enumerate(sums.accumulators)
+            self.plan.in_cluster.gather(h, senders)(part, sums.unit, received) for h, part in enumerate(sums.parts)
         ]
         return Sums(gathered, self.ones)
 
@@ -413,7 +433,7 @@ class TileAtWork:
             def other_team() -> None:
                 for h in range(t.halves):
                     received = block.received.at[t.split - 2 + block.team, block.side]
-                    cluster.send(h, within_block=True)(sums.accumulators[h], sums.unit, received)
+                    cluster.send(h, within_block=True)(sums.parts[h], sums.unit, received)
 
             cluster.meet()(block.side)
 
@@ -427,7 +447,7 @@ class TileAtWork:
             def other_block() -> None:
                 for h in range(t.halves):
                     received = block.received.at[block.peer - 1, block.side]
-                    cluster.send(h)(ours.accumulators[h], ours.unit, received, block.landing)
+                    cluster.send(h)(ours.parts[h], ours.unit, received, block.landing)
 
             @pl.when(block.peer == 0)
             def leader() -> None:

@@ -91,11 +91,12 @@ class Plan:
         # the compiler knows all addresses (without that a sixth of a step's instructions find them). Else a chain's.
         self.slots_known = not self.persistent
         self.together = math.lcm(self.slots_of_team, t.unroll) if self.slots_known else t.unroll
-        self.part = t.tokens // t.share  # tokens of a divided tile whose sums a block adds up
-        part_tiling = dataclasses.replace(t, tokens=self.part, halves=1)
+        part_tiling = dataclasses.replace(t, tokens=t.part, halves=1, split=1, teams=1, share=1)
         self.part_ops = Steps(
             m, sizes, k, group_size, scale_dtype, part_tiling, scaled_tokens=t.tokens, folded=folded
         )  # fmt: skip
+        self.written = t.part if t.divides_sums else t.tokens  # tokens that a warpgroup writes at once, at most
+        self.lands = t.split > 1 or self.rounds.divided > 0  # whether sums come from other blocks of a cluster
         self.cluster = t.share * t.split
         self.at_once = max(1, 2 // t.sides)  # steps that are copied together
         self.registers = self._registers()
@@ -122,23 +123,24 @@ class Plan:
         scratch: list[Any] = [
             plgpu.SMEM((t.stages, t.tokens, TILE_K), jnp.float8_e4m3fn, transforms=self.ops.swizzle),
             plgpu.SMEM((pairs, readers, *self.tile_shape), jnp.int32),
-            plgpu.SMEM((t.sides, t.tokens, TILE_N), jnp.bfloat16, transforms=self.ops.swizzle),
+            plgpu.SMEM((t.writers, self.written, TILE_N), jnp.bfloat16, transforms=self.ops.swizzle),
             full,
             shared if t.share > 1 else empty,
         ]
-        if self.parts > 1:
-            scratch.append(plgpu.SMEM((t.split + t.teams - 2, t.sides, TILE_N * t.tokens), jnp.float32))
-        if t.split > 1 or self.rounds.divided:
+        if self.parts > 1 and not t.divides_sums:
+            words = self.exchange.bytes_of_warpgroup // 4
+            scratch.append(plgpu.SMEM((t.split + t.teams - 2, t.sides, words), jnp.int32))
+        if self.lands:
             scratch.append(plgpu.SMEM((2,), jnp.int32))
         if self.has_residual:
-            scratch.append(plgpu.Barrier(num_arrivals=1, num_barriers=t.sides))
+            scratch.append(plgpu.Barrier(num_arrivals=1, num_barriers=t.writers))
         return scratch
 
     def results(self) -> list[jax.ShapeDtypeStruct]:
         """Of the kernel: products and, with ``stream_k``, sums that blocks leave for others."""
-        t, results = self.tiling, [jax.ShapeDtypeStruct((self.m, n), self.out_dtype) for n in self.sizes]
+        results = [jax.ShapeDtypeStruct((self.m, n), self.out_dtype) for n in self.sizes]
         if self.stream is not None:
-            results.append(jax.ShapeDtypeStruct((self.blocks * t.sides, t.tokens * TILE_N), jnp.float32))
+            results.append(self.exchange.results(self.blocks))
         return results
 
     def tile(self, i: Any, block: Any, peer: Any) -> Tile:

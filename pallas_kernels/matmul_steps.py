@@ -149,13 +149,14 @@ class Steps:
         self.group_size, self.scale_dtype = group_size, scale_dtype
         self.groups = TILE_K // group_size
         self.half = tiling.tokens // tiling.halves
-        self.registers = self.half // 2
+        # Of a thread's sums of a half: the containers that these are in, and how many registers.
+        self.kind, self.registers = ("short", self.half // 4) if self.short else ("accumulator", self.half // 2)
         self.share_bytes = share_bytes(group_size, scale_dtype)
         self.swizzle = (cast(Any, plgpu.SwizzleTransform)(128),)
         self.scalar = plgpu.Layout.WG_SPLAT(())
         containers = {
-            "accumulator": (self.registers, jnp.float32),
-            "short": (self.registers // 2, jnp.int32),
+            "accumulator": (self.half // 2, jnp.float32),
+            "short": (self.half // 4, jnp.int32),
             "operand": (16, jnp.int32),
             "ratios": (2 * self.groups, jnp.int32 if self.short else jnp.float32),
             "pair": (2, jnp.float32),
@@ -264,14 +265,27 @@ class Steps:
 
         return cast(Operation, issue)
 
-    def widen(self) -> Operation:
-        """``(short sums) -> accumulator``."""
+    def in_common_units(self, sums: Any, scales: Any) -> list[ir.Value]:
+        """The registers of sums, in units that those of all blocks have."""
+        registers: list[ir.Value] = hopper.unpack(sums)
+        return registers if self.short else by_row(registers, hopper.unpack(scales))
 
-        @plgpu.inline_mgpu(arg_types=(self.layout["short"],), return_type=self.type["accumulator"])
-        def widened(_: Any, sums: Any) -> Any:
-            return hopper.pack([single for pair in hopper.unpack(sums) for single in arithmetic.of_f16x2(pair)])
+    def to_send(self, sums: Any, scales: Any) -> list[ir.Value]:
+        """As :meth:`in_common_units`, in registers of their own.
 
-        return cast(Operation, widened)
+        Those that an instruction stores together must be neighbours; where the sums themselves had to be, the loop that
+        makes them would take up to ten registers more. So -0 is added.
+        """
+        registers = self.in_common_units(sums, scales)
+        if not self.short:
+            return registers
+        return [arithmetic.f16x2("add.rn", register, i32(0x80008000)) for register in registers]
+
+    def add_sums(self, a: Sequence[ir.Value], b: Sequence[ir.Value]) -> list[ir.Value]:
+        """Registers of sums in common units, added up."""
+        if self.short:
+            return [arithmetic.f16x2("add.rn", *pair) for pair in zip(a, b, strict=True)]
+        return list(map(arith.addf, a, b))
 
     def _of_group(self, half: int, group: int, operand: Any, tokens: Any) -> tuple[list[ir.Value], ir.Value]:
         """The tensor core's operands of a group: registers of the weight, and where the tokens are."""
@@ -347,19 +361,19 @@ class Steps:
         return cast(Operation, load)
 
     def store(self, half: int, has_bias: bool, has_residual: bool) -> Operation:
-        """``(accumulator, scales, factors, y in shared memory[, bias]) -> ()``: a half's results, in bf16.
+        """``(sums, scales, factors, y in shared memory[, bias]) -> ()``: a half's results, in bf16.
 
         They replace the residual that they are added to, if there is one.
         """
 
         @plgpu.inline_mgpu(
             arg_types=(
-                self.layout["accumulator"], self.layout["pair"], self.layout["factors"], plgpu.RefType(self.swizzle),
+                self.layout[self.kind], self.layout["pair"], self.layout["factors"], plgpu.RefType(self.swizzle),
                 *[self.layout["pair"]] * has_bias,
             ),
             return_type=(),
         )  # fmt: skip
-        def write(_: Any, accumulator: Any, scales: Any, factors: Any, y: Any, *bias: Any) -> Any:
+        def write(_: Any, sums: Any, scales: Any, factors: Any, y: Any, *bias: Any) -> Any:
             thread = hopper.thread_in_warpgroup()
             lane, warp = arith.andi(thread, i32(31)), arith.shrui(thread, i32(5))
             # Where the lane's row of eight outputs goes, in a matrix of 128-byte rows with the 128-byte swizzle.
@@ -368,7 +382,7 @@ class Steps:
             chunk = arith.xori(chunk, arith.andi(lane, i32(7)))
             address = arith.addi(arith.muli(token, i32(128)), arith.muli(chunk, i32(16)))
             address = arith.addi(hopper.shared_address(y), address)
-            results = self._results(half, accumulator, scales, factors, *bias)
+            results = self._results(half, sums, scales, factors, *bias)
             packed = [arithmetic.to_bf16x2(*results[i : i + 2]) for i in range(0, len(results), 2)]
             for j in range(0, self.half // 8, 2):
                 offset = (half * self.half + 8 * j) * 128
@@ -384,11 +398,11 @@ class Steps:
 
         return cast(Operation, write)
 
-    def _results(
-        self, half: int, accumulator: Any, scales: Any, factors: Any, bias: Any | None = None
-    ) -> list[ir.Value]:
+    def _results(self, half: int, sums: Any, scales: Any, factors: Any, bias: Any | None = None) -> list[ir.Value]:
         """A half's results: per 8 tokens, of which a thread has two neighbours, of its first output and its second."""
-        registers = by_row(hopper.unpack(accumulator), hopper.unpack(scales))
+        registers = self.in_common_units(sums, scales)
+        if self.short:
+            registers = [single for pair in registers for single in arithmetic.of_f16x2(pair)]
         factors, results = hopper.unpack(factors), []
         column = arith.muli(arith.andi(hopper.thread_in_warpgroup(), i32(3)), i32(2))
         for j in range(self.half // 8):
@@ -401,26 +415,24 @@ class Steps:
         return results
 
     def store_float32(self, half: int, has_bias: bool, outputs: int) -> Operation:
-        """``(accumulator, scales, factors, first token, first output, y[, bias]) -> ()``: a half's results, in float32.
+        """``(sums, scales, factors, first token, first output, y[, bias]) -> ()``: a half's results, in float32.
 
         They go to global memory at once, eight neighbouring outputs of a token from eight lanes.
         """
 
         @plgpu.inline_mgpu(
             arg_types=(
-                self.layout["accumulator"], self.layout["pair"], self.layout["factors"], self.scalar, self.scalar,
+                self.layout[self.kind], self.layout["pair"], self.layout["factors"], self.scalar, self.scalar,
                 plgpu.RefType(), *[self.layout["pair"]] * has_bias,
             ),
             return_type=(),
         )  # fmt: skip
-        def write(
-            _: Any, accumulator: Any, scales: Any, factors: Any, tokens: Any, start: Any, y: Any, *bias: Any
-        ) -> Any:
+        def write(_: Any, sums: Any, scales: Any, factors: Any, tokens: Any, start: Any, y: Any, *bias: Any) -> Any:
             lane = arith.andi(hopper.thread_in_warpgroup(), i32(31))
             output = arith.addi(start.registers.item(), self._output())
             token = arith.addi(tokens.registers.item(), arith.muli(arith.andi(lane, i32(3)), i32(2)))
             below = arith.CmpIPredicate.slt
-            for i, result in enumerate(self._results(half, accumulator, scales, factors, *bias)):
+            for i, result in enumerate(self._results(half, sums, scales, factors, *bias)):
                 its_token = arith.addi(token, i32(i // 4 * 8 + i % 2))
                 its_output = arith.addi(output, i32(i % 4 // 2 * 8))
                 exists = arith.andi(

@@ -110,13 +110,31 @@ STAGES = dict(zip(range(96, 257, SIZES_APART), (8, 6, 6, 5, 4, 4), strict=True))
 # Of such a tile's 128 outputs.
 STEP_MICROSECONDS = {96: 0.365, 128: 0.41, 160: 0.475, 192: 0.56, 224: 0.62, 256: 0.685}
 FOUR_SIDED_MICROSECONDS = {96: 0.53, 128: 0.68}  # the same of 256 outputs
+LONE_STAGES = {96: 8, 128: 8, 160: 6, 192: 5, 224: 4, 256: 4}  # where a block has one tile
+LONE_MICROSECONDS = {96: 0.28, 128: 0.335, 160: 0.42, 192: 0.5, 224: 0.58, 256: 0.646}
+NARROW_STAGES = {96: 12, 128: 10}  # of 64 outputs
+NARROW_MICROSECONDS = {96: 0.16, 128: 0.196}
 # Tilings for more than 64 tokens, in order of preference.
 MANY_TOKENS = [
     *(Tiling(tokens, stages, share=share) for tokens, stages in STAGES.items() for share in (1, 2)),
-    *(Tiling(tokens, 4, halves=1, sides=4) for tokens in FOUR_SIDED_MICROSECONDS),
-    # As many stages as a turn of the loop, which brings slots back to the first one, has steps.
-    *(Tiling(tokens, 8 if tokens <= 128 else 4, persistent=False) for tokens in STAGES if tokens <= 192),
+    Tiling(256, 4, halves=1, unroll=2, share=2),
+    *(Tiling(tokens, 4, halves=1, unroll=2, sides=4) for tokens in FOUR_SIDED_MICROSECONDS),
+    *(
+        Tiling(tokens, stages, halves=halves, unroll=unroll, split=split, persistent=False)
+        for tokens, stages in LONE_STAGES.items()
+        for halves, unroll in ((1, 2), (2, 4))
+        for split in (1, 2)
+        if halves == 1 or tokens > 128
+    ),
+    *(
+        Tiling(tokens, stages, halves=1, unroll=2, split=split, persistent=False, teams=2, sides=1)
+        for tokens, stages in NARROW_STAGES.items()
+        for split in (1, 2)
+        if tokens % (32 * split) == 0
+    ),
     *(Tiling(tokens, min(stages, 6), stream_k=True) for tokens, stages in STAGES.items()),
+    Tiling(256, 4, unroll=2, stream_k=True),
+    *(Tiling(tokens, 8, halves=1, unroll=2, stream_k=True) for tokens in (96, 128)),
 ]
 
 
@@ -152,6 +170,11 @@ def estimated_microseconds(t: Tiling, m: int, n: int, k: int) -> float:
     if row_blocks < t.share or tiles > MOST_ROUNDS[t.persistent, t.stream_k] * STREAMING_MULTIPROCESSORS:
         return math.inf
     step = (FOUR_SIDED_MICROSECONDS if t.sides == 4 else STEP_MICROSECONDS)[t.tokens]
+    if not t.persistent:
+        if tiles * t.split > STREAMING_MULTIPROCESSORS:
+            return math.inf
+        step = (NARROW_MICROSECONDS if t.sides == 1 else LONE_MICROSECONDS)[t.tokens]
+        return 3.2 + (t.teams > 1) * 0.3 + (t.split > 1) * 1 + -(-steps // t.split) * step
     if t.stream_k:
         most_steps = plan_stream(t, tiles, steps).most_steps
         return cost.streaming[0] + cost.streaming[1] * t.tokens + most_steps * step

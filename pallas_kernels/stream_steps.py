@@ -3,33 +3,39 @@
 from collections.abc import Sequence
 from typing import Any, cast
 
+import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import hopper
 from pallas_kernels.hopper import i32
-from pallas_kernels.matmul_steps import Operation, Steps, by_row
-from pallas_kernels.weight_layout import TILE_N
+from pallas_kernels.matmul_steps import Operation, Steps
+from pallas_kernels.sums_layout import bytes_of_half, place_of_thread, vectors
 
 
 class Exchange:
     """The steps for the products of ``ops``; a warpgroup's place is its number among those of all blocks."""
 
     def __init__(self, ops: Steps) -> None:
-        self.ops = ops
-        self.layout, self.type = ops.layout["accumulator"], ops.type["accumulator"]
+        self.ops, self.layout, self.type = ops, ops.layout[ops.kind], ops.type[ops.kind]
+        self.bytes_of_warpgroup = ops.tiling.halves * bytes_of_half(ops.registers)
 
-    def _address(self, sums: Any, place: Any) -> ir.Value:
-        """Where a thread's first four registers of a warpgroup's sums are."""
-        words = self.ops.tiling.tokens * TILE_N
-        return hopper.global_address(sums, 4, (place.registers.item(), words), (hopper.thread_in_warpgroup(), 4))
+    def results(self, blocks: int) -> jax.ShapeDtypeStruct:
+        """What so many blocks write."""
+        words = self.bytes_of_warpgroup // 4
+        return jax.ShapeDtypeStruct(
+            (blocks * self.ops.tiling.sides, words), jnp.int32 if self.ops.short else jnp.float32
+        )  # fmt: skip
 
-    def _offset(self, half: int, register: int) -> int:
-        return (half * self.ops.registers + register) * 4 * hopper.WARPGROUP
+    def _address(self, written: Any, place: Any) -> ir.Value:
+        """Where a thread's first registers of a warpgroup's sums are."""
+        mine = place_of_thread(self.ops.registers)
+        return hopper.global_address(written, 1, (place.registers.item(), self.bytes_of_warpgroup), (mine, 1))
 
     def send(self) -> Operation:
-        """``(place, scales, sums, *accumulators) -> ()``: writes sums in units of 1."""
+        """``(place, scales, written, *sums) -> ()``: writes sums, in units that all blocks have."""
 
         @plgpu.inline_mgpu(
             arg_types=(
@@ -37,15 +43,11 @@ class Exchange:
             ),
             return_type=(),
         )  # fmt: skip
-        def write(_: Any, place: Any, scales: Any, sums: Any, *accumulators: Any) -> Any:
-            address = self._address(sums, place)
-            for half, accumulator in enumerate(accumulators):
-                registers = by_row(hopper.unpack(accumulator), hopper.unpack(scales))
-                for i in range(0, len(registers), 4):
-                    hopper.asm(
-                        f"st.global.v4.f32 [$0+{self._offset(half, i)}], {{$1, $2, $3, $4}};",
-                        "l,f,f,f,f", [address, *registers[i : i + 4]], [],
-                    )  # fmt: skip
+        def write(_: Any, place: Any, scales: Any, written: Any, *sums: Any) -> Any:
+            address = self._address(written, place)
+            for half, mine in enumerate(sums):
+                for offset, registers in vectors(self.ops.to_send(mine, scales)):
+                    hopper.store_global(address, registers, half * bytes_of_half(self.ops.registers) + offset)
             return ()
 
         return cast(Operation, write)
@@ -68,13 +70,13 @@ class Exchange:
         return hopper.global_address(flags, 4, (place.registers.item(), 1))
 
     def to_units(self) -> Operation:
-        """``(scales, *accumulators) -> accumulators``: sums in units of 1."""
+        """``(scales, *sums) -> sums``: in units that all blocks have."""
 
         @plgpu.inline_mgpu(
             arg_types=(self.ops.layout["pair"], *[self.layout] * self.ops.tiling.halves), return_type=self._types()
         )
-        def scale(_: Any, scales: Any, *accumulators: Any) -> Any:
-            return self._packed([by_row(hopper.unpack(a), hopper.unpack(scales)) for a in accumulators])
+        def scale(_: Any, scales: Any, *sums: Any) -> Any:
+            return self._packed([self.ops.in_common_units(half, scales) for half in sums])
 
         return cast(Operation, scale)
 
@@ -100,7 +102,7 @@ class Exchange:
         return cast(Operation, wait)
 
     def add(self, count: int) -> Operation:
-        """``(place, end, sums, *accumulators) -> accumulators``: adds the sums of ``count`` warpgroups, if there are.
+        """``(place, end, written, *sums) -> sums``: adds those of ``count`` warpgroups, if there are.
 
         They are those of every ``sides``-th place before ``end``, and are loaded at once.
         """
@@ -112,29 +114,30 @@ class Exchange:
             ),
             return_type=self._types(),
         )  # fmt: skip
-        def read(_: Any, place: Any, end: Any, sums: Any, *accumulators: Any) -> Any:
-            address, totals = self._address(sums, place), []
-            apart = sides * self.ops.tiling.tokens * TILE_N * 4
+        def read(_: Any, place: Any, end: Any, written: Any, *sums: Any) -> Any:
+            address, totals = self._address(written, place), []
+            apart, of_half = sides * self.bytes_of_warpgroup, bytes_of_half(self.ops.registers)
             exist = [
                 arith.cmpi(
                     arith.CmpIPredicate.slt, arith.addi(place.registers.item(), i32(sides * i)), end.registers.item()
                 )
                 for i in range(count)
             ]
-            for half, accumulator in enumerate(accumulators):
-                registers = list(hopper.unpack(accumulator))
+            for half, mine in enumerate(sums):
+                registers = hopper.unpack(mine)
                 loaded = [
                     [
                         word
-                        for i in range(0, len(registers), 4)
-                        for word in hopper.load_global(4, address, exists, sender * apart + self._offset(half, i))
+                        for offset, those in vectors(registers)
+                        for word in hopper.load_global(
+                            len(those), address, exists, sender * apart + half * of_half + offset
+                        )
                     ]
                     for sender, exists in enumerate(exist)
                 ]
                 for words in loaded:
-                    registers = [
-                        arith.addf(r, arith.bitcast(ir.F32Type.get(), w)) for r, w in zip(registers, words, strict=True)
-                    ]
+                    theirs = [arith.bitcast(registers[0].type, word) for word in words]
+                    registers = self.ops.add_sums(registers, theirs)
                 totals.append(registers)
             return self._packed(totals)
 

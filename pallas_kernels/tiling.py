@@ -40,7 +40,7 @@ class Tiling:
         the other's accumulator is brought to the next group's scale.
       unroll: steps whose tensor core instructions overlap; at least 2.
       snake: token tiles that neighbouring blocks work on, for the L2 cache.
-      split: blocks that share the inputs of a tile and add up in the first one's shared memory.
+      split: blocks that share the inputs of a tile and add up in their shared memory.
       teams: warpgroups, or pairs of them, in a block that take turns at its steps and add up in shared memory.
       share: blocks, 1 or 2, that take the same tokens and copy them once; and the last tiles together, if there are too
         few for all blocks (:func:`plan_rounds`).
@@ -51,6 +51,9 @@ class Tiling:
       sides: warpgroups of a team, 1, 2 or 4, with 64 outputs each. With one, steps are copied in pairs, for two teams
         or another even number, and blocks do not share tokens. With four, a block has one team, and at most 128 tokens
         in one half.
+
+    Raises:
+      ValueError: ``split`` and ``teams`` divide more than 64 tokens into other parts than multiples of 16.
     """
 
     tokens: int
@@ -65,18 +68,44 @@ class Tiling:
     sides: int = 2
     stream_k: bool = False
 
+    def __post_init__(self) -> None:
+        if self.divides_sums and self.tokens % (16 * self.split * self.teams):
+            parts = self.split * self.teams
+            raise ValueError(f"{self.tokens} tokens of {parts} blocks and teams must be a multiple of {16 * parts}")
+
     @property
     def outputs(self) -> int:
         """Of a block's tile."""
         return self.sides * TILE_N
 
+    @property
+    def divides_sums(self) -> bool:
+        """Whether each of those who add up brings together the sums of a part of the tokens, and writes these.
+
+        Of few tokens the first one does it for all.
+        """
+        return self.split * self.teams > 1 and self.tokens > FEW_TOKENS_OF_TILES
+
+    @property
+    def writers(self) -> int:
+        """Warpgroups of a block that write results of the same tile."""
+        return self.sides * (self.teams if self.divides_sums else 1)
+
+    @property
+    def part(self) -> int:
+        """Tokens of a tile whose sums one block or team brings together where several do; else of a tile.
+
+        With ``share`` it is those of the last tiles that two blocks take together.
+        """
+        return self.tokens // (self.split * self.teams if self.divides_sums else self.share)
+
     def shared_memory(self, tile_bytes: int) -> int:
-        """Bytes of shared memory for a weight of such tiles, rounded up array by array as the compiler does."""
+        """Bytes of shared memory for a weight of such tiles, at most; rounded up array by array, as compilers do."""
         arrays = [
             self.stages * self.tokens * TILE_K,
             self.stages * self.sides * tile_bytes,
-            self.tokens * self.outputs * 2,
-            (self.split + self.teams - 2) * self.tokens * self.outputs * 4,
+            self.writers * (self.part if self.divides_sums else self.tokens) * TILE_N * 2,
+            0 if self.divides_sums else (self.split + self.teams - 2) * self.tokens * self.outputs * 4,
             2 * (self.stages + 1) * 8,
             8 if self.split > 1 or self.share > 1 else 0,
         ]

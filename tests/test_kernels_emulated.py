@@ -35,12 +35,13 @@ from pallas_kernels import (
     mosaic_matvec,
     row_steps,
     stream_steps,
+    sums_layout,
     tiling,
     warp_slots,
 )
 from pallas_kernels.tiling import DecodeCut, Streaming, Tiling
 
-MATMUL = mosaic_matmul, matmul_plan, matmul_block, matmul_steps, cluster_steps, stream_steps
+MATMUL = mosaic_matmul, matmul_plan, matmul_block, matmul_steps, cluster_steps, stream_steps, sums_layout
 
 
 def check_matmul(y, x, x_scale, values, scales, tensor_scale, bias=None, rounding=2**-8):
@@ -135,6 +136,10 @@ def test_matvec_of_several_weights(m, sizes, k, cut, biased):
         (70, 320, 640, 64, BF16, Tiling(32, 3, halves=1, unroll=2, sides=4)),
         (100, 192, 640, 128, E4M3, Tiling(96, 2, unroll=2, persistent=False)),
         (170, 128, 384, 128, E4M3, Tiling(160, 2, unroll=2, persistent=False)),
+        # Those who add up write a part of the tokens each.
+        (100, 192, 640, 128, E4M3, Tiling(96, 4, unroll=2, persistent=False, teams=2, sides=1)),
+        (130, 192, 1152, 128, E4M3, Tiling(128, 4, unroll=2, persistent=False, split=2, teams=2, sides=1)),
+        (90, 192, 640, 64, BF16, Tiling(96, 2, halves=1, unroll=2, persistent=False, split=2)),
     ],
 )
 def test_matmul(m, n, k, group_size, scale_dtype, how, monkeypatch):
@@ -158,17 +163,23 @@ def test_matmul(m, n, k, group_size, scale_dtype, how, monkeypatch):
 
 @st.composite
 def any_product(draw):
-    """Sizes, group scales, a tiling of any kind, and how many multiprocessors its persistent blocks find."""
+    """Sizes, group scales, a tiling of any kind, how many multiprocessors its persistent blocks find, and from how many
+    tokens on those who add up divide a tile."""
     tokens, unroll = draw(st.sampled_from([8, 16, 32])), draw(st.integers(2, 4))
     halves = draw(st.integers(1, 2)) if tokens > 8 else 1
     kind = draw(st.sampled_from(["alone", "narrow", "persistent", "sharing", "streaming", "wide"]))
+    undivided = draw(st.sampled_from([0, 64])) if kind in ("alone", "narrow") else 64
     if kind == "alone":
         split, teams = draw(st.integers(1, 2)), draw(st.integers(1, 2))
         stages = teams * draw(st.integers(2, 4))
+        if not undivided:
+            tokens, stages = max(tokens, 16 * split * teams), max(stages, 2 * teams * 2)
         how = Tiling(tokens, stages, halves, unroll, split=split, teams=teams, persistent=False)
     elif kind == "narrow":
         split, teams = draw(st.integers(1, 2)), draw(st.sampled_from([2, 4]))
         stages = teams * draw(st.integers(2, 3))
+        if not undivided:
+            tokens = max(tokens, 16 * split * teams)
         how = Tiling(tokens, stages, 1, 2, split=split, teams=teams, sides=1, persistent=False)
     elif kind == "sharing":
         how = Tiling(max(tokens, 16), draw(st.integers(2, 4)), halves, unroll, share=2)
@@ -180,19 +191,21 @@ def any_product(draw):
     group_size = draw(st.sampled_from([32, 64, 128]))
     k = group_size * draw(st.integers(1, 640 // group_size))
     sizes = draw(st.integers(1, 70)), 64 * draw(st.integers(1, 5)), k
-    return *sizes, group_size, draw(st.sampled_from([E4M3, E4M3, BF16])), how, draw(st.sampled_from([2, 4, 8]))
+    scale_dtype, multiprocessors = draw(st.sampled_from([E4M3, E4M3, BF16])), draw(st.sampled_from([2, 4, 8]))
+    return *sizes, group_size, scale_dtype, how, multiprocessors, undivided
 
 
 @given(any_product(), st.integers(0, 99), st.sampled_from(["exact", "exact", "folded"]))
 @settings(max_examples=20)
 def test_matmul_of_any_shape(case, seed, numerics):
-    m, n, k, group_size, scale_dtype, how, multiprocessors = case
+    m, n, k, group_size, scale_dtype, how, multiprocessors, undivided = case
     values, scales = random_weight(seed, n, k, group_size, scale_dtype)
     values[seed % n] = 0
     x, x_scale = random_tokens(seed, m, k)
     tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
     with pytest.MonkeyPatch.context() as patch, emulated(*MATMUL):
         patch.setattr(tiling, "STREAMING_MULTIPROCESSORS", multiprocessors)
+        patch.setattr(tiling, "FEW_TOKENS_OF_TILES", undivided)
         [y] = mosaic_matmul.matmul(
             x, x_scale, [tiles], [jnp.float32(0.5)], [None], sizes=(n,), group_size=group_size,
             scale_dtype=scale_dtype, out_dtype=jnp.float32, numerics=numerics, tiling=how,
@@ -282,6 +295,7 @@ def test_matmul_of_several_weights(m, sizes, biased, how):
         (70, 320, 896, Tiling(32, 2, halves=2, unroll=2)),  # blocks with several tiles
         (70, 448, 896, Tiling(32, 3, unroll=2, share=2)),  # of which two blocks divide the last ones
         (70, 320, 896, Tiling(32, 2, halves=1, unroll=2, sides=4)),
+        (130, 192, 640, Tiling(128, 4, unroll=2, persistent=False, split=2, teams=2, sides=1)),
     ],
 )
 def test_residual(m, n, k, how, monkeypatch):

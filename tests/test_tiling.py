@@ -1,6 +1,7 @@
 """How products are cut into pieces: all of them are taken, once, and fit the device."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -90,3 +91,11 @@ def test_chosen_cuts_of_a_cache_fit_the_device(batch, kv_heads, eights, head_dim
     results = cut.warps * 8 * -(-rows // 8) * 4 * (head_dim + 4)
     parts = -(-rows // cut.splits) * cut.splits * 4 * (head_dim + 4) if cut.clustered else 0
     assert max(tiles, results) + parts + 2048 <= tiling.SHARED_MEMORY
+
+
+@pytest.mark.parametrize("parts", [{"split": 2}, {"teams": 2}, {"split": 2, "teams": 2}])
+def test_tokens_must_divide_among_those_who_add_up(parts):
+    with pytest.raises(ValueError, match="104 tokens of"):
+        Tiling(104, 8, persistent=False, **parts)
+    Tiling(128, 8, persistent=False, **parts)
+    Tiling(8, 8, persistent=False, **parts)  # of which one writes all
