@@ -71,15 +71,21 @@ def product(
     return multiply, (x8, scale, tiles, residual)
 
 
-def tiled(m: int, n: int, k: int, tiling: Tiling) -> Case:
-    """A product cut as no rule would cut one of so small sizes."""
-    _, (x8, scale, tiles, _) = product("reference", m, (n,), k)
+def tiled(m: int, n: int, k: int, tiling: Tiling, with_residual: bool = False, **options: Any) -> Case:
+    """A product cut as the rules might not cut one of so small sizes."""
+    _, arrays = product("reference", m, (n,), k, with_residual)
 
-    def multiply(x8: jax.Array, scale: jax.Array, tiles: list[jax.Array]) -> Any:
+    def multiply(x8: jax.Array, scale: jax.Array, tiles: list[jax.Array], residual: jax.Array | None) -> Any:
         weights = tiles, [jnp.float32(0.5)], [None]
-        return matmul(x8, scale, *weights, sizes=(n,), group_size=128, scale_dtype=E4M3, tiling=tiling)
+        settings = {"sizes": (n,), "group_size": 128, "scale_dtype": E4M3, "tiling": tiling, **options}
+        return matmul(x8, scale, *weights, residual, **settings)
 
-    return multiply, (x8, scale, tiles)
+    return multiply, arrays
+
+
+SHARING = Tiling(128, 6, share=2)  # the last tiles are divided
+BLOCKS = Tiling(128, 8, split=2, halves=1, unroll=2, persistent=False)
+TEAMS = {"teams": 2, "sides": 1, "persistent": False, "halves": 1, "unroll": 2}
 
 
 def unnormed(m: int, k: int, n: int) -> Case:
@@ -147,11 +153,15 @@ CASES: dict[str, Callable[[], Case]] = {
     "matmul, 64 tokens": lambda: product("mosaic_gpu", 50, (128, 64), 1024),
     "matmul, parts of tiles": lambda: tiled(40, 192, 2048, Tiling(16, 4, halves=1, unroll=2, stream_k=True)),
     "matmul, 256 outputs": lambda: tiled(300, 576, 640, Tiling(128, 4, halves=1, sides=4)),
-    "matmul, shared tokens": lambda: product("mosaic_gpu", 600, (448, 128), 512),
-    "matmul, shared tokens, residual": lambda: product("mosaic_gpu", 600, (512,), 512, with_residual=True),
-    "matmul, divided tiles": lambda: product("mosaic_gpu", 600, (448, 128), 2048),
-    "matmul, divided tiles, residual": lambda: product("mosaic_gpu", 130, (192,), 2048, with_residual=True),
-    "matmul, divided tiles, float32": lambda: product("mosaic_gpu", 130, (192,), 2048, out_dtype=jnp.float32),
+    "matmul, shared tokens": lambda: tiled(600, 576, 512, SHARING),
+    "matmul, shared tokens, residual": lambda: tiled(600, 512, 512, SHARING, with_residual=True),
+    "matmul, divided tiles": lambda: tiled(600, 576, 2048, SHARING),
+    "matmul, divided tiles, residual": lambda: tiled(130, 192, 2048, SHARING, with_residual=True),
+    "matmul, divided tiles, float32": lambda: tiled(130, 192, 2048, SHARING, out_dtype=jnp.float32),
+    "matmul, tokens divided by teams": lambda: tiled(130, 192, 2048, Tiling(96, 12, **TEAMS), with_residual=True),
+    "matmul, tokens divided by all": lambda: tiled(130, 192, 2048, Tiling(128, 8, split=2, **TEAMS)),
+    "matmul, divided, residual": lambda: tiled(130, 192, 2048, Tiling(128, 8, split=2, **TEAMS), with_residual=True),
+    "matmul, tokens divided by blocks": lambda: tiled(130, 192, 2048, BLOCKS, with_residual=True),
     "matmul, folded": lambda: product("mosaic_gpu", 130, (192,), 512, numerics="folded"),
     "rotation of tokens": lambda: rotation("rotate_and_append", 3, 1, 8, 2, 128),
     "rotation of tokens, mixed": lambda: rotation("rotate_and_append", 3, 1, 8, 2, 64, scaled=True, mixed=True),
