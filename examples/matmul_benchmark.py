@@ -27,8 +27,8 @@ from pallas_kernels import Rounded, TiledWeight, int4_matmuls_tiled, pack_int4, 
 from pallas_kernels.mosaic_matmul import matmul
 from pallas_kernels.mosaic_matvec import matvec
 from pallas_kernels.tiling import FLAGS, Streaming
-from pallas_kernels.tuned import Cut, choose_streaming, choose_tiling, kernel_of
-from pallas_kernels.weight_layout import SHARES, share_bytes, tiled_bytes, tiles_shape
+from pallas_kernels.tuned import Cut, choose_cut, kernel_of
+from pallas_kernels.weight_layout import share_bytes, tiled_bytes, tiles_shape
 
 # n x k of Llama-3-8B's qkv, o, gate and up, down, and of Llama-2-7B's feed-forward layers.
 SHAPES = [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]
@@ -105,8 +105,7 @@ def product(x: Rounded, tiles: jax.Array, tensor_scale: jax.Array, *, n: int, cu
 
 def chosen(m: int, n: int, k: int) -> Cut:
     """How the library cuts a product, and by which kernel."""
-    share = share_bytes(GROUP_SIZE, SCALE_TYPE)
-    return choose_streaming(m, n, k, share) or choose_tiling(m, n, k, SHARES * share)
+    return choose_cut(m, n, k, share_bytes(GROUP_SIZE, SCALE_TYPE))
 
 
 def torch_weights(n: int, k: int) -> tuple[list[Any], list[Any]]:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pallas_kernels.rules import (
     FEW_TOKENS_COST,
     MANY_TOKENS,
+    cut_by_rule,
     estimated_microseconds,
     streaming_by_rule,
-    tiling_by_rule,
 )
 from pallas_kernels.tiling import (
     FEW_TOKENS_OF_TILES,
@@ -54,9 +54,8 @@ def tilings(m: int, n: int, k: int) -> Iterator[Tiling]:
 
 def candidates(m: int, n: int, k: int, share: int) -> list[Cut]:
     """What the rules choose for a weight ``[n, k]`` in shares of so many bytes, then all others that fit."""
-    by_rule = streaming_by_rule(m, n, k, share) or tiling_by_rule(m, n, k, SHARES * share)
-    others: list[Cut] = []
-    if isinstance(by_rule, Streaming):  # of more tokens never the faster kernel
+    by_rule, others = cut_by_rule(m, n, k, share), list[Cut]()
+    if streaming_by_rule(m, n, k, share) is not None:  # of more tokens never the faster kernel
         others += streamings(m, n, k, share)
     if m > MOST_ROUNDED:  # fewer the matvec kernel may round itself, which saves more than another could
         others += [t for t in tilings(m, n, k) if t.shared_memory(SHARES * share) <= SHARED_MEMORY]

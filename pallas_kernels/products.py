@@ -11,8 +11,8 @@ from pallas_kernels.dispatch import no_hopper, refused, register, require, selec
 from pallas_kernels.reference import Numerics
 from pallas_kernels.rows import check_source, round_rows
 from pallas_kernels.sources import Rounded, Source, Ungated
-from pallas_kernels.tiling import FLAGS, rounds_its_input
-from pallas_kernels.tuned import choose_streaming
+from pallas_kernels.tiling import FLAGS, Tiling, rounds_its_input
+from pallas_kernels.tuned import choose_cut, choose_streaming
 
 
 class TiledWeight(NamedTuple):
@@ -231,10 +231,13 @@ def _multiply(
     _check_residual(op, residual, m, weights, out_dtype)
     share = weight_layout.share_bytes(group_size, scale_dtype)
     settings = {"group_size": group_size, "scale_dtype": jnp.dtype(scale_dtype), "numerics": numerics}
-    refusals = _tiled_refusals(m, [weight.outputs for weight in weights], k, share, numerics, out_dtype)
+    sizes = [weight.outputs for weight in weights]
+    refusals = _tiled_refusals(m, sizes, k, share, numerics, out_dtype)
     if residual is not None and residual.dtype != jnp.bfloat16:
         for name in ("mosaic_gpu", "mosaic_gpu_matvec"):
             refusals.setdefault(name, f"the residual is {residual.dtype}, not bfloat16")
+    if implementation is None and isinstance(choose_cut(m, sum(sizes), k, share), Tiling):
+        refusals.setdefault("mosaic_gpu_matvec", "the other kernel is faster")
     products: tuple[jax.Array, ...] = select(op, implementation, refusals)(
         x, weights, residual, out_dtype=out_dtype, **settings
     )

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from pallas_kernels.tiling import (
     BLOCK_N,
     FEW_TOKENS,
     FEW_TOKENS_OF_TILES,
+    MOST_ROUNDED,
     SHARED_MEMORY,
     SIZES_APART,
     STREAMING_MULTIPROCESSORS,
@@ -15,7 +17,18 @@ from pallas_kernels.tiling import (
     plan_rounds,
     plan_stream,
 )
-from pallas_kernels.weight_layout import TILE_K, TILE_N
+from pallas_kernels.weight_layout import SHARES, TILE_K, TILE_N
+
+
+def cut_by_rule(m: int, n: int, k: int, share: int) -> Streaming | Tiling:
+    """For ``[m, k] x [n, k]`` with a weight in shares of so many bytes, of the kernel that is the faster one.
+
+    That for few tokens is, up to 8 tokens; from 5 on only where the other would have blocks of 128 outputs.
+    """
+    streaming, tiling = streaming_by_rule(m, n, k, share), tiling_by_rule(m, n, k, SHARES * share)
+    if streaming is None or (m > MOST_ROUNDED and tiling.sides == 1):
+        return tiling
+    return streaming
 
 
 def tiling_by_rule(m: int, n: int, k: int, tile_bytes: int) -> Tiling:
@@ -106,35 +119,42 @@ def whole_tiles_tiling(tokens: int, n: int, steps: int) -> Tiling:
     return dataclasses.replace(tiling, stages=6 if tokens == 64 and teams == 2 else 8, split=split, teams=teams)
 
 
-STAGES = dict(zip(range(96, 257, SIZES_APART), (8, 6, 6, 5, 4, 4), strict=True))  # of tiles of so many tokens
-# Of such a tile's 128 outputs.
-STEP_MICROSECONDS = {96: 0.365, 128: 0.41, 160: 0.475, 192: 0.56, 224: 0.62, 256: 0.685}
-FOUR_SIDED_MICROSECONDS = {96: 0.53, 128: 0.68}  # the same of 256 outputs
-LONE_STAGES = {96: 8, 128: 8, 160: 6, 192: 5, 224: 4, 256: 4}  # where a block has one tile
-LONE_MICROSECONDS = {96: 0.28, 128: 0.335, 160: 0.42, 192: 0.5, 224: 0.58, 256: 0.646}
-NARROW_STAGES = {96: 12, 128: 10}  # of 64 outputs
-NARROW_MICROSECONDS = {96: 0.16, 128: 0.196}
+# Of tiles of so many tokens and 128 outputs: as many stages as shared memory holds.
+STAGES = dict(zip(range(96, 257, SIZES_APART), (8, 6, 6, 5, 4, 4), strict=True))
+LONE_STAGES = STAGES | {128: 8, 192: 4}  # of blocks with one tile; a turn of their loop, once round, is written out
+NARROW_STAGES = {96: 12, 128: 10}  # of tiles of 64 outputs
+# A step of each, in microseconds.
+STEP_MICROSECONDS = {96: 0.365, 128: 0.414, 160: 0.461, 192: 0.528, 224: 0.6, 256: 0.689}
+LONE_MICROSECONDS = {96: 0.308, 128: 0.344, 160: 0.45, 192: 0.534, 224: 0.6, 256: 0.673}
+NARROW_MICROSECONDS = {96: 0.17, 128: 0.196}
+FOUR_SIDED_MICROSECONDS = {96: 0.523, 128: 0.68}  # of 256 outputs
+# How a tile's tokens are gone through. Where two blocks, or many stages, keep a multiprocessor busy, all at once.
+AT_ONCE: dict[str, Any] = {"halves": 1, "unroll": 2}
+
+
+def how_lone(tokens: int) -> dict[str, Any]:
+    """A tile of a block that has no other."""
+    return {"persistent": False, **(AT_ONCE if tokens <= 128 else {})}
+
+
 # Tilings for more than 64 tokens, in order of preference.
 MANY_TOKENS = [
+    Tiling(256, 4, share=2, **AT_ONCE),
     *(Tiling(tokens, stages, share=share) for tokens, stages in STAGES.items() for share in (1, 2)),
-    Tiling(256, 4, halves=1, unroll=2, share=2),
-    *(Tiling(tokens, 4, halves=1, unroll=2, sides=4) for tokens in FOUR_SIDED_MICROSECONDS),
+    *(Tiling(tokens, 4, sides=4, **AT_ONCE) for tokens in FOUR_SIDED_MICROSECONDS),
     *(
-        Tiling(tokens, stages, halves=halves, unroll=unroll, split=split, persistent=False)
+        Tiling(tokens, stages, split=split, **how_lone(tokens))
         for tokens, stages in LONE_STAGES.items()
-        for halves, unroll in ((1, 2), (2, 4))
         for split in (1, 2)
-        if halves == 1 or tokens > 128
     ),
     *(
-        Tiling(tokens, stages, halves=1, unroll=2, split=split, persistent=False, teams=2, sides=1)
+        Tiling(tokens, stages, split=split, persistent=False, teams=2, sides=1, **AT_ONCE)
         for tokens, stages in NARROW_STAGES.items()
         for split in (1, 2)
         if tokens % (32 * split) == 0
     ),
-    *(Tiling(tokens, min(stages, 6), stream_k=True) for tokens, stages in STAGES.items()),
-    Tiling(256, 4, unroll=2, stream_k=True),
-    *(Tiling(tokens, 8, halves=1, unroll=2, stream_k=True) for tokens in (96, 128)),
+    *(Tiling(tokens, 8, stream_k=True, **AT_ONCE) for tokens in (96, 128)),
+    *(Tiling(tokens, stages, unroll=2, stream_k=True) for tokens, stages in STAGES.items() if tokens > 128),
 ]
 
 
@@ -142,50 +162,71 @@ MANY_TOKENS = [
 class ManyTokensCost:
     """What tiles of many tokens cost beside their steps on an H200, in microseconds.
 
+    A pair is of a number and of another for each token of a tile.
+
     Attributes:
-      start: of a persistent block; of others, nothing beside what a round costs.
+      start: of a persistent block.
       sharing_start: of one that shares tokens with another block.
-      round: of each tile that a block takes, before its first step and behind its last one.
-      dividing: of a cluster that brings together the parts of a tile, and for each token of it.
-      streaming: the same of all blocks, through global memory.
+      round: of each tile that such a block takes, before its first step and behind its last one.
+      lone: of a block that has one tile.
+      teams: of two teams that add up in it.
+      splitting: of two such blocks that add up.
+      dividing: of a cluster that brings together the parts of one of the last tiles.
+      streaming: of all blocks, through global memory.
+      sharing: as much of a step's time is left where two blocks copy the tokens once, which saves power.
+      at_once: as much of it where, besides, a tile is not halved.
+      streaming_at_once: as much of it where all blocks take equally many steps, in shorter chains.
     """
 
     start: float
     sharing_start: float
     round: float
+    lone: tuple[float, float]
+    teams: float
+    splitting: tuple[float, float]
     dividing: tuple[float, float]
     streaming: tuple[float, float]
+    sharing: float
+    at_once: float
+    streaming_at_once: float
 
 
 # Of blocks, persistent or not, that divide steps equally or do not: where more are worth it at all.
 MOST_ROUNDS = {(True, False): math.inf, (False, False): 1, (True, True): 3}
-MANY_TOKENS_COST = ManyTokensCost(1.5, 2.9, 1.25, (0.7, 0.0105), (2.6, 0.0325))
+MANY_TOKENS_COST = ManyTokensCost(
+    start=1.8, sharing_start=3.0, round=0.98, lone=(2.94, 0.0011), teams=0.34, splitting=(0.9, 0.0011),
+    dividing=(0.62, 0.0049), streaming=(3.3, 0.0171), sharing=0.984, at_once=0.981, streaming_at_once=0.973,
+)  # fmt: skip
 
 
 def estimated_microseconds(t: Tiling, m: int, n: int, k: int) -> float:
     """What a product of many tokens takes about."""
     cost = MANY_TOKENS_COST
+
+    def of_tokens(pair: tuple[float, float]) -> float:
+        return pair[0] + pair[1] * t.tokens
+
     row_blocks, token_tiles, steps = -(-n // t.outputs), -(-m // t.tokens), -(-k // TILE_K)
     tiles = row_blocks * token_tiles
-    if row_blocks < t.share or tiles > MOST_ROUNDS[t.persistent, t.stream_k] * STREAMING_MULTIPROCESSORS:
+    rounds = tiles * t.split / STREAMING_MULTIPROCESSORS
+    if row_blocks < t.share or rounds > MOST_ROUNDS[t.persistent, t.stream_k]:
         return math.inf
-    step = (FOUR_SIDED_MICROSECONDS if t.sides == 4 else STEP_MICROSECONDS)[t.tokens]
     if not t.persistent:
-        if tiles * t.split > STREAMING_MULTIPROCESSORS:
-            return math.inf
         step = (NARROW_MICROSECONDS if t.sides == 1 else LONE_MICROSECONDS)[t.tokens]
-        return 3.2 + (t.teams > 1) * 0.3 + (t.split > 1) * 1 + -(-steps // t.split) * step
+        its_steps = -(-steps // (t.split * t.teams * t.unroll)) * t.unroll * t.teams
+        adding_up = (t.teams > 1) * cost.teams + (t.split > 1) * of_tokens(cost.splitting)
+        return of_tokens(cost.lone) + adding_up + its_steps * step
+    step = (FOUR_SIDED_MICROSECONDS if t.sides == 4 else STEP_MICROSECONDS)[t.tokens]
     if t.stream_k:
         most_steps = plan_stream(t, tiles, steps).most_steps
-        return cost.streaming[0] + cost.streaming[1] * t.tokens + most_steps * step
-    if not t.persistent:
-        return cost.round + steps * step
+        return of_tokens(cost.streaming) + most_steps * step * cost.streaming_at_once
     plan = plan_rounds(t, row_blocks, token_tiles, steps)
-    # Copying tokens once for two blocks saves power.
-    sharing = 0.97 if t.share == 2 and token_tiles > 1 else 1
-    together = cost.dividing[0] + cost.dividing[1] * t.tokens if plan.divided else 0
-    start = cost.sharing_start if t.share == 2 else cost.start
-    return start + plan.whole * (cost.round + plan.steps * step * sharing) + plan.part_steps * step + together
+    together = of_tokens(cost.dividing) if plan.divided else 0
+    if t.share == 1:
+        return cost.start + plan.whole * (cost.round + plan.steps * step)
+    step *= cost.at_once if t.halves == 1 else 1
+    whole = cost.round + plan.steps * step * (cost.sharing if token_tiles > 1 else 1)
+    return cost.sharing_start + plan.whole * whole + plan.part_steps * step + together
 
 
 LONG_UNIT = 16  # tokens times tiles of a warp and unit, above which a third slot is faster

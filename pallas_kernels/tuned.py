@@ -78,9 +78,11 @@ def choose_tiling(m: int, n: int, k: int, tile_bytes: int) -> Tiling:
 
 
 def choose_streaming(m: int, n: int, k: int, share: int) -> Streaming | None:
-    """How the kernel for few tokens cuts a product; None if it takes no such shape, or the other kernel is faster."""
-    by_rule = rules.streaming_by_rule(m, n, k, share)
+    """How the kernel for few tokens cuts ``[m, k] x [n, k]``; None if it takes no such shape."""
     cut = measured_cut(m, (n, k, share)) if 1 <= m <= FEW_TOKENS else None
-    if cut is None:
-        return by_rule
-    return cut if isinstance(cut, Streaming) else None
+    return cut if isinstance(cut, Streaming) else rules.streaming_by_rule(m, n, k, share)
+
+
+def choose_cut(m: int, n: int, k: int, share: int) -> Cut:
+    """A cut of ``[m, k] x [n, k]``, of the kernel that is the faster one."""
+    return measured_cut(m, (n, k, share)) or rules.cut_by_rule(m, n, k, share)

@@ -54,13 +54,16 @@ def test_a_class_keeps_its_cut(cut):
 
 def test_measured_cuts_come_before_rules(on_a_measured_device):
     n, k, _ = WEIGHT
-    for m, expected in {1: CUTS[4], 4: CUTS[4], 5: None, 16: None}.items():
-        assert tuned.choose_streaming(m, n, k, SHARE) == expected
+    for m, expected in {1: 4, 4: 4, 5: 16, 16: 16, 256: 256}.items():
+        assert tuned.choose_cut(m, n, k, SHARE) == CUTS[expected]
+    # The kernel for few tokens, asked for by name where the other one is faster.
+    assert tuned.choose_streaming(4, n, k, SHARE) == CUTS[4]
+    assert tuned.choose_streaming(5, n, k, SHARE) == rules.streaming_by_rule(5, n, k, SHARE)
     for m, expected in {5: CUTS[16], 16: CUTS[16], 225: CUTS[256], 256: CUTS[256]}.items():
         assert tuned.choose_tiling(m, n, k, 4 * SHARE) == expected
     for m in (17, 129, 224, 257, 9000):  # that are divided into tiles as nobody measured
         assert tuned.choose_tiling(m, n, k, 4 * SHARE) == rules.tiling_by_rule(m, n, k, 4 * SHARE)
-    # The kernel for many tokens, asked for by name where the other one is faster.
+    # So with the kernel for many tokens.
     assert tuned.choose_tiling(3, n, k, 4 * SHARE) == rules.tiling_by_rule(3, n, k, 4 * SHARE)
 
 
@@ -68,6 +71,7 @@ def test_rules_serve_what_nobody_measured(on_a_measured_device, monkeypatch):
     for n, k, share in ((6208, 4096, SHARE), (6144, 4224, SHARE), (6144, 4096, SHARE + 16)):
         assert tuned.choose_streaming(4, n, k, share) == rules.streaming_by_rule(4, n, k, share)
         assert tuned.choose_tiling(100, n, k, 4 * share) == rules.tiling_by_rule(100, n, k, 4 * share)
+        assert tuned.choose_cut(7, n, k, share) == rules.cut_by_rule(7, n, k, share)
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="NVIDIA H400")])
     assert tuned.choose_streaming(4, *WEIGHT) == rules.streaming_by_rule(4, *WEIGHT)
 
@@ -88,7 +92,7 @@ def test_candidates_begin_with_the_rules_and_lower(examples, m, n, k):
     from tuning_candidates import candidates
 
     found = candidates(m, n, k, SHARE)
-    assert found[0] == (rules.streaming_by_rule(m, n, k, SHARE) or rules.tiling_by_rule(m, n, k, 4 * SHARE))
+    assert found[0] == rules.cut_by_rule(m, n, k, SHARE)
     assert len(set(found)) == len(found) > 3
     for cut in found:
         assert lowers(m, n, k, cut), cut
@@ -100,13 +104,17 @@ def test_the_fastest_cut_must_be_clearly_faster(examples):
     from tuning_report import tuning_table
 
     def product(*microseconds):
-        rows = [tuned.as_class(WEIGHT, 100, Tiling(128, stages)) for stages in range(3, 3 + len(microseconds))]
+        by_rule = rules.tiling_by_rule(100, 6144, 4096, 4 * SHARE)
+        cuts = [Tiling(128, 3), by_rule, Tiling(128, 5)]
+        rows = [tuned.as_class(WEIGHT, 100, cut) for cut in cuts[: len(microseconds)]]
         tried = [row | {"microseconds": us, "error": 1e-3} for row, us in zip(rows, microseconds, strict=True)]
         return {"n": 6144, "k": 4096, "m": 100, "tried": tried}
 
     results = dict.fromkeys(("command", "commit", "device", "versions"), "known")
-    table = tuning_table({**results, "products": [product(10.0, 9.9, 12.0), product(10.0, 9.7, 9.1)]}, "a file")
-    assert [tuned.of_class(row)[2].stages for row in table["classes"]] == [3, 5]
+    products = [product(9.9, 10.0, 12.0), product(9.7, 10.0, 9.1), product(9.9)]
+    table = tuning_table({**results, "products": products}, "a file")
+    found = [tuned.of_class(row)[2] for row in table["classes"]]
+    assert found == [rules.tiling_by_rule(100, 6144, 4096, 4 * SHARE), Tiling(128, 5), Tiling(128, 3)]
     assert table["measured"] == {**results, "in": "a file"}
 
 
