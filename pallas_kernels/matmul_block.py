@@ -131,10 +131,19 @@ class Block:
             def reuse() -> None:
                 plgpu.barrier_wait(self.empty.at[self.barrier_of(slot)])
 
-            def copy_tokens(together: str | None) -> None:
+            def copy_rows(rows: int, together: str | None) -> None:
                 for u in range(plan.at_once):
-                    inputs = self.x.at[pl.ds(tile.token * t.tokens, t.tokens), pl.ds((at + u) * TILE_K, TILE_K)]
-                    plgpu.copy_gmem_to_smem(inputs, self.x_smem.at[slot + u], barrier, collective_axes=together)
+                    inputs = self.x.at[pl.ds(tile.token * t.tokens, rows), pl.ds((at + u) * TILE_K, TILE_K)]
+                    target = self.x_smem.at[slot + u, pl.ds(0, rows)] if rows < t.tokens else self.x_smem.at[slot + u]
+                    plgpu.copy_gmem_to_smem(inputs, target, barrier, collective_axes=together)
+
+            def copy_tokens(together: str | None) -> None:
+                if plan.last_rows == t.tokens or plan.token_tiles == 1:
+                    copy_rows(plan.last_rows, together)
+                    return
+                is_last = tile.token == plan.token_tiles - 1
+                pl.when(is_last)(functools.partial(copy_rows, plan.last_rows, together))
+                pl.when(~is_last)(functools.partial(copy_rows, t.tokens, together))
 
             together = "peer" if t.share > 1 else None
             if plan.rounds.divided:

@@ -97,6 +97,13 @@ class Plan:
         )  # fmt: skip
         self.written = t.part if t.divides_sums else t.tokens  # tokens that a warpgroup writes at once, at most
         self.lands = t.split > 1 or self.rounds.divided > 0  # whether sums come from other blocks of a cluster
+        # Of the last tile of tokens those that are copied. The rest of a tile would be filled with zeros, but that
+        # takes longer than copying as much, which shows where copies are most of a block's work. (Blocks that share
+        # tokens copy half each.) What is found there instead makes only results that are not written.
+        self.last_rows = t.tokens
+        if not self.persistent or self.token_tiles == 1:
+            left = m - (self.token_tiles - 1) * t.tokens
+            self.last_rows = min(t.tokens, -(-left // (8 * t.share)) * 8 * t.share)
         self.cluster = t.share * t.split
         self.at_once = max(1, 2 // t.sides)  # steps that are copied together
         self.registers = self._registers()

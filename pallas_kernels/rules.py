@@ -19,14 +19,16 @@ from pallas_kernels.tiling import (
 )
 from pallas_kernels.weight_layout import SHARES, TILE_K, TILE_N
 
+MANY_INPUTS = 4096  # from which on five to eight tokens are better cut into small tiles
+
 
 def cut_by_rule(m: int, n: int, k: int, share: int) -> Streaming | Tiling:
     """For ``[m, k] x [n, k]`` with a weight in shares of so many bytes, of the kernel that is the faster one.
 
-    That for few tokens is, up to 8 tokens; from 5 on only where the other would have blocks of 128 outputs.
+    That for few tokens is, up to 8 tokens; from 5 on not where the other has blocks of 64 outputs, of many inputs.
     """
     streaming, tiling = streaming_by_rule(m, n, k, share), tiling_by_rule(m, n, k, SHARES * share)
-    if streaming is None or (m > MOST_ROUNDED and tiling.sides == 1):
+    if streaming is None or (m > MOST_ROUNDED and tiling.sides == 1 and k >= MANY_INPUTS):
         return tiling
     return streaming
 
@@ -124,10 +126,10 @@ STAGES = dict(zip(range(96, 257, SIZES_APART), (8, 6, 6, 5, 4, 4), strict=True))
 LONE_STAGES = STAGES | {128: 8, 192: 4}  # of blocks with one tile; a turn of their loop, once round, is written out
 NARROW_STAGES = {96: 12, 128: 10}  # of tiles of 64 outputs
 # A step of each, in microseconds.
-STEP_MICROSECONDS = {96: 0.365, 128: 0.414, 160: 0.461, 192: 0.528, 224: 0.6, 256: 0.689}
-LONE_MICROSECONDS = {96: 0.308, 128: 0.344, 160: 0.45, 192: 0.534, 224: 0.6, 256: 0.673}
-NARROW_MICROSECONDS = {96: 0.17, 128: 0.196}
-FOUR_SIDED_MICROSECONDS = {96: 0.523, 128: 0.68}  # of 256 outputs
+STEP_MICROSECONDS = {96: 0.384, 128: 0.406, 160: 0.467, 192: 0.53, 224: 0.606, 256: 0.69}
+LONE_MICROSECONDS = {96: 0.31, 128: 0.351, 160: 0.443, 192: 0.53, 224: 0.606, 256: 0.682}
+NARROW_MICROSECONDS = {96: 0.158, 128: 0.209}
+FOUR_SIDED_MICROSECONDS = {96: 0.524, 128: 0.677}  # of 256 outputs
 # How a tile's tokens are gone through. Where two blocks, or many stages, keep a multiprocessor busy, all at once.
 AT_ONCE: dict[str, Any] = {"halves": 1, "unroll": 2}
 
@@ -169,33 +171,33 @@ class ManyTokensCost:
       sharing_start: of one that shares tokens with another block.
       round: of each tile that such a block takes, before its first step and behind its last one.
       lone: of a block that has one tile.
-      teams: of two teams that add up in it.
       splitting: of two such blocks that add up.
       dividing: of a cluster that brings together the parts of one of the last tiles.
-      streaming: of all blocks, through global memory.
+      streaming: of blocks that take equally many steps each, and add up through global memory.
+      sender: of each block whose sums another one waits for, for each token of a tile.
+      piece: of each tile of which such a block has steps.
       sharing: as much of a step's time is left where two blocks copy the tokens once, which saves power.
       at_once: as much of it where, besides, a tile is not halved.
-      streaming_at_once: as much of it where all blocks take equally many steps, in shorter chains.
     """
 
     start: float
     sharing_start: float
     round: float
     lone: tuple[float, float]
-    teams: float
     splitting: tuple[float, float]
     dividing: tuple[float, float]
     streaming: tuple[float, float]
+    sender: float
+    piece: float
     sharing: float
     at_once: float
-    streaming_at_once: float
 
 
 # Of blocks, persistent or not, that divide steps equally or do not: where more are worth it at all.
 MOST_ROUNDS = {(True, False): math.inf, (False, False): 1, (True, True): 3}
 MANY_TOKENS_COST = ManyTokensCost(
-    start=1.8, sharing_start=3.0, round=0.98, lone=(2.94, 0.0011), teams=0.34, splitting=(0.9, 0.0011),
-    dividing=(0.62, 0.0049), streaming=(3.3, 0.0171), sharing=0.984, at_once=0.981, streaming_at_once=0.973,
+    start=2.28, sharing_start=3.35, round=0.986, lone=(2.67, 0.0018), splitting=(0.84, 0.0014),
+    dividing=(0.57, 0.0042), streaming=(3.1, 0.0076), sender=0.0031, piece=0.64, sharing=0.981, at_once=0.983,
 )  # fmt: skip
 
 
@@ -208,25 +210,25 @@ def estimated_microseconds(t: Tiling, m: int, n: int, k: int) -> float:
 
     row_blocks, token_tiles, steps = -(-n // t.outputs), -(-m // t.tokens), -(-k // TILE_K)
     tiles = row_blocks * token_tiles
-    rounds = tiles * t.split / STREAMING_MULTIPROCESSORS
-    if row_blocks < t.share or rounds > MOST_ROUNDS[t.persistent, t.stream_k]:
+    waves = tiles * t.split / STREAMING_MULTIPROCESSORS
+    if row_blocks < t.share or waves > MOST_ROUNDS[t.persistent, t.stream_k]:
         return math.inf
     if not t.persistent:
         step = (NARROW_MICROSECONDS if t.sides == 1 else LONE_MICROSECONDS)[t.tokens]
         its_steps = -(-steps // (t.split * t.teams * t.unroll)) * t.unroll * t.teams
-        adding_up = (t.teams > 1) * cost.teams + (t.split > 1) * of_tokens(cost.splitting)
-        return of_tokens(cost.lone) + adding_up + its_steps * step
+        return of_tokens(cost.lone) + (t.split > 1) * of_tokens(cost.splitting) + its_steps * step
     step = (FOUR_SIDED_MICROSECONDS if t.sides == 4 else STEP_MICROSECONDS)[t.tokens]
     if t.stream_k:
-        most_steps = plan_stream(t, tiles, steps).most_steps
-        return of_tokens(cost.streaming) + most_steps * step * cost.streaming_at_once
-    plan = plan_rounds(t, row_blocks, token_tiles, steps)
-    together = of_tokens(cost.dividing) if plan.divided else 0
+        plan = plan_stream(t, tiles, steps)
+        adding_up = of_tokens(cost.streaming) + cost.sender * plan.senders * t.tokens
+        return adding_up + plan.most_steps * (step + cost.piece / (plan.chains * t.unroll))
+    rounds = plan_rounds(t, row_blocks, token_tiles, steps)
+    together = of_tokens(cost.dividing) if rounds.divided else 0
     if t.share == 1:
-        return cost.start + plan.whole * (cost.round + plan.steps * step)
+        return cost.start + rounds.whole * (cost.round + rounds.steps * step)
     step *= cost.at_once if t.halves == 1 else 1
-    whole = cost.round + plan.steps * step * (cost.sharing if token_tiles > 1 else 1)
-    return cost.sharing_start + plan.whole * whole + plan.part_steps * step + together
+    whole = cost.round + rounds.steps * step * (cost.sharing if token_tiles > 1 else 1)
+    return cost.sharing_start + rounds.whole * whole + rounds.part_steps * step + together
 
 
 LONG_UNIT = 16  # tokens times tiles of a warp and unit, above which a third slot is faster
