@@ -25,12 +25,14 @@ MANY_INPUTS = 4096  # from which on five to eight tokens are better cut into sma
 def cut_by_rule(m: int, n: int, k: int, share: int) -> Streaming | Tiling:
     """For ``[m, k] x [n, k]`` with a weight in shares of so many bytes, of the kernel that is the faster one.
 
-    That for few tokens is, up to 8 tokens; from 5 on not where the other has blocks of 64 outputs, of many inputs.
+    That for few tokens is, up to 8 tokens; from 5 on not where the other has blocks of 64 outputs, of many inputs, or
+    where so many inputs do not find place as float16.
     """
     streaming, tiling = streaming_by_rule(m, n, k, share), tiling_by_rule(m, n, k, SHARES * share)
-    if streaming is None or (m > MOST_ROUNDED and tiling.sides == 1 and k >= MANY_INPUTS):
+    if streaming is None:
         return tiling
-    return streaming
+    in_small_tiles = tiling.sides == 1 and k >= MANY_INPUTS
+    return tiling if m > MOST_ROUNDED and (in_small_tiles or not streaming.halves) else streaming
 
 
 def tiling_by_rule(m: int, n: int, k: int, tile_bytes: int) -> Tiling:

@@ -1,6 +1,7 @@
 """Tables of measured cuts: how they are made, read, and obeyed."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,6 +99,29 @@ def test_candidates_begin_with_the_rules_and_lower(examples, m, n, k):
         assert lowers(m, n, k, cut), cut
         if m == 1:
             assert tiling.rounds_its_input(cut, m, k, gated=True)
+
+
+@pytest.mark.parametrize("how", rules.MANY_TOKENS, ids=str)
+def test_tilings_of_the_rules_lower(how):
+    assert how.shared_memory(4 * SHARE) <= tiling.SHARED_MEMORY
+    assert lowers(300, 1088, 1664, how)
+
+
+@pytest.mark.parametrize("name", ["tuning-h200", "cuts-of-other-shapes"])
+def test_rules_choose_the_kernel_that_was_measured_to_be_faster(name):
+    """Of eight tokens, that both kernels take; where they differ by more than runs do."""
+    differ = 0
+    for measured in json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())["products"]:
+        n, k, m = measured["n"], measured["k"], measured["m"]
+        if m == 8:
+            best = {kernel: math.inf for kernel in tuned.KERNELS}
+            for row in measured["tried"]:
+                best[row["kernel"]] = min(best[row["kernel"]], row["microseconds"])
+            faster, slower = sorted(best, key=best.__getitem__)
+            if best[slower] > 1.04 * best[faster]:
+                differ += 1
+                assert tuned.kernel_of(rules.cut_by_rule(m, n, k, SHARE)) == faster, (n, k)
+    assert differ > 3
 
 
 def test_the_fastest_cut_must_be_clearly_faster(examples):
