@@ -28,6 +28,7 @@ from pallas_kernels import (
     matmul_block,
     matmul_plan,
     matmul_steps,
+    matmul_tile,
     matvec_steps,
     merge_steps,
     mosaic_decode,
@@ -41,7 +42,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.tiling import DecodeCut, Streaming, Tiling
 
-MATMUL = mosaic_matmul, matmul_plan, matmul_block, matmul_steps, cluster_steps, stream_steps, sums_layout
+MATMUL = mosaic_matmul, matmul_plan, matmul_block, matmul_tile, matmul_steps, cluster_steps, stream_steps, sums_layout
 
 
 def check_matmul(y, x, x_scale, values, scales, tensor_scale, bias=None, rounding=2**-8):
