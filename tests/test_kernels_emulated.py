@@ -268,6 +268,7 @@ def test_folded_matmul(m, n, k, group_size, scale_dtype, how):
         (40, (64, 192, 64), (), Tiling(32, 3, halves=2, unroll=2)),  # blocks that go through tiles of all weights
         (40, (64, 192, 64), (0, 2), Tiling(32, 3, halves=2, unroll=2, stream_k=True)),
         (40, (64, 320, 64), (0, 2), Tiling(32, 3, halves=1, unroll=2, sides=4)),
+        (100, (64, 192), (1,), Tiling(96, 4, halves=1, unroll=2, persistent=False, teams=2, sides=1)),
     ],
 )
 def test_matmul_of_several_weights(m, sizes, biased, how):
