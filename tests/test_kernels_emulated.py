@@ -180,6 +180,7 @@ def any_product(draw):
         split, teams = draw(st.integers(1, 2)), draw(st.sampled_from([2, 4]))
         stages = teams * draw(st.integers(2, 3))
         if not undivided:
+            split = split if teams == 2 else 1  # so many parts as there is memory for
             tokens = max(tokens, 16 * split * teams)
         how = Tiling(tokens, stages, 1, 2, split=split, teams=teams, sides=1, persistent=False)
     elif kind == "sharing":
