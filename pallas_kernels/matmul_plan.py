@@ -95,7 +95,6 @@ class Plan:
         self.part_ops = Steps(
             m, sizes, k, group_size, scale_dtype, part_tiling, scaled_tokens=t.tokens, folded=folded
         )  # fmt: skip
-        self.written = t.part if t.divides_sums else t.tokens  # tokens that a warpgroup writes at once, at most
         self.lands = t.split > 1 or self.rounds.divided > 0  # whether sums come from other blocks of a cluster
         # Of the last tile of tokens those that are copied. The rest of a tile would be filled with zeros, but that
         # takes longer than copying as much, which shows where copies are most of a block's work. (Blocks that share
@@ -130,7 +129,7 @@ class Plan:
         scratch: list[Any] = [
             plgpu.SMEM((t.stages, t.tokens, TILE_K), jnp.float8_e4m3fn, transforms=self.ops.swizzle),
             plgpu.SMEM((pairs, readers, *self.tile_shape), jnp.int32),
-            plgpu.SMEM((t.writers, self.written, TILE_N), jnp.bfloat16, transforms=self.ops.swizzle),
+            plgpu.SMEM((t.writers, t.written, TILE_N), jnp.bfloat16, transforms=self.ops.swizzle),
             full,
             shared if t.share > 1 else empty,
         ]

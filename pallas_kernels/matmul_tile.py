@@ -88,7 +88,7 @@ class TileAtWork:
         block = self.block
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.copy_gmem_to_smem(
-            block.residual[0].at[pl.ds(self.first_result, self.plan.written), pl.ds(self.output, TILE_N)],
+            block.residual[0].at[pl.ds(self.first_result, self.plan.tiling.written), pl.ds(self.output, TILE_N)],
             block.y_smem.at[block.writer], block.residual_here.at[block.writer],
         )  # fmt: skip
 

@@ -53,7 +53,8 @@ class Tiling:
         in one half.
 
     Raises:
-      ValueError: ``split`` and ``teams`` divide more than 64 tokens into other parts than multiples of 16.
+      ValueError: more than 64 tokens do not divide among ``split · teams``: that is no power of two, or each's part no
+        multiple of 16.
     """
 
     tokens: int
@@ -69,9 +70,12 @@ class Tiling:
     stream_k: bool = False
 
     def __post_init__(self) -> None:
-        if self.divides_sums and self.tokens % (16 * self.split * self.teams):
-            parts = self.split * self.teams
-            raise ValueError(f"{self.tokens} tokens of {parts} blocks and teams must be a multiple of {16 * parts}")
+        parts = self.split * self.teams
+        if self.divides_sums and (parts.bit_count() > 1 or self.tokens % (16 * parts)):
+            raise ValueError(
+                f"{self.tokens} tokens cannot be divided among split · teams = {parts}, "
+                "which must be a power of two with a multiple of 16 for each"
+            )
 
     @property
     def outputs(self) -> int:
@@ -99,12 +103,17 @@ class Tiling:
         """
         return self.tokens // (self.split * self.teams if self.divides_sums else self.share)
 
+    @property
+    def written(self) -> int:
+        """Tokens that a warpgroup writes at once, at most."""
+        return self.part if self.divides_sums else self.tokens
+
     def shared_memory(self, tile_bytes: int) -> int:
         """Bytes of shared memory for a weight of such tiles, at most; rounded up array by array, as compilers do."""
         arrays = [
             self.stages * self.tokens * TILE_K,
             self.stages * self.sides * tile_bytes,
-            self.writers * (self.part if self.divides_sums else self.tokens) * TILE_N * 2,
+            self.writers * self.written * TILE_N * 2,
             0 if self.divides_sums else (self.split + self.teams - 2) * self.tokens * self.outputs * 4,
             2 * (self.stages + 1) * 8,
             8 if self.split > 1 or self.share > 1 else 0,

@@ -95,7 +95,9 @@ def test_chosen_cuts_of_a_cache_fit_the_device(batch, kv_heads, eights, head_dim
 
 @pytest.mark.parametrize("parts", [{"split": 2}, {"teams": 2}, {"split": 2, "teams": 2}])
 def test_tokens_must_divide_among_those_who_add_up(parts):
-    with pytest.raises(ValueError, match="104 tokens of"):
+    with pytest.raises(ValueError, match="104 tokens cannot be divided"):
         Tiling(104, 8, persistent=False, **parts)
+    with pytest.raises(ValueError, match="power of two"):
+        Tiling(144, 8, persistent=False, split=3)
     Tiling(128, 8, persistent=False, **parts)
     Tiling(8, 8, persistent=False, **parts)  # of which one writes all
