@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, cast
 
-import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -36,7 +35,7 @@ class ClusterSums:
         self.parts, self.teams = t.tokens // t.part, t.teams if t.divides_sums else 1
         self.part_registers = ops.registers * t.halves // self.parts
         self.part_bytes = t.sides * bytes_of_half(self.part_registers)
-        self.part_type = hopper.container_type(self.part_registers, jnp.int32 if ops.short else jnp.float32)
+        self.part_type = hopper.container_type(self.part_registers, self.type.dtype)
 
     def meet(self) -> Operation:
         """``(side) -> ()``: waits for that warpgroup of each team, with a barrier that nothing else uses."""

@@ -69,15 +69,14 @@ class Plan:
         self.tile_shape = tile_shape(group_size, scale_dtype)
         self.ops = Steps(m, sizes, k, group_size, scale_dtype, t, folded=folded)
         self.in_cluster, self.exchange = ClusterSums(self.ops), Exchange(self.ops)
-        self.parts = t.split * t.teams
         steps = -(-k // TILE_K)
-        if self.parts > 1:  # every part takes as many steps; those behind the last one read zeros
-            steps = math.ceil(steps / (self.parts * t.unroll)) * t.unroll
+        if t.parts > 1:  # every part takes as many steps; those behind the last one read zeros
+            steps = math.ceil(steps / (t.parts * t.unroll)) * t.unroll
         self.ends_of_rows = list(itertools.accumulate(-(-n // t.outputs) for n in sizes))  # counted through all weights
         rows, self.token_tiles = self.ends_of_rows[-1], -(-m // t.tokens)
         self.row_groups = -(-rows // t.share)
         self.tiles = self.row_groups * self.token_tiles
-        self.persistent = t.persistent and self.parts == 1
+        self.persistent = t.persistent and t.parts == 1
         self.rounds = plan_rounds(
             dataclasses.replace(t, persistent=self.persistent), rows, self.token_tiles, steps
         )  # fmt: skip
@@ -133,7 +132,7 @@ class Plan:
             full,
             shared if t.share > 1 else empty,
         ]
-        if self.parts > 1 and not t.divides_sums:
+        if t.parts > 1 and not t.divides_sums:
             words = self.exchange.bytes_of_warpgroup // 4
             scratch.append(plgpu.SMEM((t.split + t.teams - 2, t.sides, words), jnp.int32))
         if self.lands:

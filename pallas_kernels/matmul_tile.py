@@ -65,7 +65,7 @@ class TileAtWork:
         if plan.has_residual and plan.asking < 0:
             if plan.stream is not None:
                 pl.when(self.ends_tile)(self._ask_for_residual)
-            elif plan.parts > 1 and not t.divides_sums:
+            elif t.parts > 1 and not t.divides_sums:
                 pl.when((block.team == 0) & (block.peer == 0))(self._ask_for_residual)
             else:
                 self._ask_for_residual()
@@ -75,7 +75,7 @@ class TileAtWork:
             self._exchange(plan.stream, sums)
         elif t.divides_sums:
             self._write_part(sums)
-        elif plan.parts == 1:
+        elif t.parts == 1:
             if plan.rounds.whole:
                 write = functools.partial(self._write, self.ops, sums)
                 pl.when(block.is_whole(self.tile.number))(write) if plan.rounds.divided else write()
@@ -274,7 +274,7 @@ class TileAtWork:
         """Of a tile that several take together: adds up all their sums of some of the tokens, and writes these."""
         cluster, block = self.plan.in_cluster, self.block
         # The others are done with what they read, where sums will land.
-        if self.plan.cluster > 1:
+        if self.plan.lands:
             if self.plan.tiling.split > 1:
                 hopper.cluster_wait()  # as when the kernel began
             hopper.cluster_arrive()
@@ -282,11 +282,10 @@ class TileAtWork:
         else:
             cluster.meet_all()()
         here = block.side, block.part, sums.unit, block.x_smem.at[0]
+        cluster.send_parts()(*here, *sums.parts, *[block.landing] * self.plan.lands)
         if self.plan.lands:
-            cluster.send_parts()(*here, *sums.parts, block.landing)
             cluster.await_landing()(block.landing)
         else:
-            cluster.send_parts()(*here, *sums.parts)
             cluster.meet_all()()
         self._write(self.plan.part_ops, Sums([cluster.gather_parts()(*here, *sums.parts)], self.ones))
 

@@ -236,8 +236,9 @@ def _multiply(
     if residual is not None and residual.dtype != jnp.bfloat16:
         for name in ("mosaic_gpu", "mosaic_gpu_matvec"):
             refusals.setdefault(name, f"the residual is {residual.dtype}, not bfloat16")
-    if implementation is None and isinstance(choose_cut(m, sum(sizes), k, share), Tiling):
-        refusals.setdefault("mosaic_gpu_matvec", "the other kernel is faster")
+    undecided = implementation is None and "mosaic_gpu_matvec" not in refusals
+    if undecided and isinstance(choose_cut(m, sum(sizes), k, share), Tiling):
+        refusals["mosaic_gpu_matvec"] = "the other kernel is faster"
     products: tuple[jax.Array, ...] = select(op, implementation, refusals)(
         x, weights, residual, out_dtype=out_dtype, **settings
     )

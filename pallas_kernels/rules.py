@@ -134,20 +134,13 @@ NARROW_MICROSECONDS = {96: 0.158, 128: 0.209}
 FOUR_SIDED_MICROSECONDS = {96: 0.524, 128: 0.69}  # of 256 outputs
 # How a tile's tokens are gone through. Where two blocks, or many stages, keep a multiprocessor busy, all at once.
 AT_ONCE: dict[str, Any] = {"halves": 1, "unroll": 2}
-
-
-def how_lone(tokens: int) -> dict[str, Any]:
-    """A tile of a block that has no other."""
-    return {"persistent": False, **(AT_ONCE if tokens <= 128 else {})}
-
-
 # Tilings for more than 64 tokens, in order of preference.
 MANY_TOKENS = [
     Tiling(256, 4, share=2, **AT_ONCE),
     *(Tiling(tokens, stages, share=share) for tokens, stages in STAGES.items() for share in (1, 2)),
     *(Tiling(tokens, 4, sides=4, **AT_ONCE) for tokens in FOUR_SIDED_MICROSECONDS),
     *(
-        Tiling(tokens, stages, split=split, **how_lone(tokens))
+        Tiling(tokens, stages, split=split, persistent=False, **(AT_ONCE if tokens <= 128 else {}))
         for tokens, stages in LONE_STAGES.items()
         for split in (1, 2)
     ),
@@ -217,7 +210,7 @@ def estimated_microseconds(t: Tiling, m: int, n: int, k: int) -> float:
         return math.inf
     if not t.persistent:
         step = (NARROW_MICROSECONDS if t.sides == 1 else LONE_MICROSECONDS)[t.tokens]
-        its_steps = -(-steps // (t.split * t.teams * t.unroll)) * t.unroll * t.teams
+        its_steps = -(-steps // (t.parts * t.unroll)) * t.unroll * t.teams
         return of_tokens(cost.lone) + (t.split > 1) * of_tokens(cost.splitting) + its_steps * step
     step = (FOUR_SIDED_MICROSECONDS if t.sides == 4 else STEP_MICROSECONDS)[t.tokens]
     if t.stream_k:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
@@ -24,10 +23,7 @@ class Exchange:
 
     def results(self, blocks: int) -> jax.ShapeDtypeStruct:
         """What so many blocks write."""
-        words = self.bytes_of_warpgroup // 4
-        return jax.ShapeDtypeStruct(
-            (blocks * self.ops.tiling.sides, words), jnp.int32 if self.ops.short else jnp.float32
-        )  # fmt: skip
+        return jax.ShapeDtypeStruct((blocks * self.ops.tiling.sides, self.bytes_of_warpgroup // 4), self.type.dtype)
 
     def _address(self, written: Any, place: Any) -> ir.Value:
         """Where a thread's first registers of a warpgroup's sums are."""

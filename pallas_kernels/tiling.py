@@ -70,10 +70,9 @@ class Tiling:
     stream_k: bool = False
 
     def __post_init__(self) -> None:
-        parts = self.split * self.teams
-        if self.divides_sums and (parts.bit_count() > 1 or self.tokens % (16 * parts)):
+        if self.divides_sums and (self.parts.bit_count() > 1 or self.tokens % (16 * self.parts)):
             raise ValueError(
-                f"{self.tokens} tokens cannot be divided among split · teams = {parts}, "
+                f"{self.tokens} tokens cannot be divided among split · teams = {self.parts}, "
                 "which must be a power of two with a multiple of 16 for each"
             )
 
@@ -83,12 +82,17 @@ class Tiling:
         return self.sides * TILE_N
 
     @property
+    def parts(self) -> int:
+        """Blocks and teams that take every so manieth step of a tile each."""
+        return self.split * self.teams
+
+    @property
     def divides_sums(self) -> bool:
         """Whether each of those who add up brings together the sums of a part of the tokens, and writes these.
 
         Of few tokens the first one does it for all.
         """
-        return self.split * self.teams > 1 and self.tokens > FEW_TOKENS_OF_TILES
+        return self.parts > 1 and self.tokens > FEW_TOKENS_OF_TILES
 
     @property
     def writers(self) -> int:
@@ -101,7 +105,7 @@ class Tiling:
 
         With ``share`` it is those of the last tiles that two blocks take together.
         """
-        return self.tokens // (self.split * self.teams if self.divides_sums else self.share)
+        return self.tokens // (self.parts if self.divides_sums else self.share)
 
     @property
     def written(self) -> int:

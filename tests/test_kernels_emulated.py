@@ -164,8 +164,7 @@ def test_matmul(m, n, k, group_size, scale_dtype, how, monkeypatch):
 
 @st.composite
 def any_product(draw):
-    """Sizes, group scales, a tiling of any kind, how many multiprocessors its persistent blocks find, and from how many
-    tokens on those who add up divide a tile."""
+    """Sizes, group scales, a tiling of any kind, multiprocessors for its persistent blocks, and tokens not divided."""
     tokens, unroll = draw(st.sampled_from([8, 16, 32])), draw(st.integers(2, 4))
     halves = draw(st.integers(1, 2)) if tokens > 8 else 1
     kind = draw(st.sampled_from(["alone", "narrow", "persistent", "sharing", "streaming", "wide"]))
@@ -174,7 +173,7 @@ def any_product(draw):
         split, teams = draw(st.integers(1, 2)), draw(st.integers(1, 2))
         stages = teams * draw(st.integers(2, 4))
         if not undivided:
-            tokens, stages = max(tokens, 16 * split * teams), max(stages, 2 * teams * 2)
+            tokens, stages = max(tokens, 16 * split * teams), max(stages, 4 * teams)
         how = Tiling(tokens, stages, halves, unroll, split=split, teams=teams, persistent=False)
     elif kind == "narrow":
         split, teams = draw(st.integers(1, 2)), draw(st.sampled_from([2, 4]))
