@@ -13,17 +13,14 @@ from jaxlib.mlir.dialects import arith, llvm
 
 from pallas_kernels import arithmetic, hopper
 from pallas_kernels.hopper import f32, i32
-from pallas_kernels.matmul_steps import Operation, decode_scales, float_address, load_if
+from pallas_kernels.matmul_steps import Operation, float_address, load_if
 from pallas_kernels.row_steps import balanced
 from pallas_kernels.tiling import STREAMING_MULTIPROCESSORS, SUMS_PITCH, UNIT, WARPS, Streaming
 from pallas_kernels.warp_slots import WarpSlots
 from pallas_kernels.weight_layout import CODE_WORDS, SHARE_N, SHARES, TILE_K, share_bytes
+from pallas_kernels.weight_steps import HALF_CODE_UNIT, decode_scales, decode_to_halves
 
 THREADS = 32 * WARPS
-
-# What a code of 1 is worth when its bits are put into the upper byte of a float16.
-HALF_CODE_UNIT = 2.0**-16
-MINUS_HALF = 0x80808080  # twice, in that unit
 
 
 class Steps:
@@ -444,20 +441,3 @@ class Steps:
 def in_operand_order(word: ir.Value) -> ir.Value:
     """Four e4m3 in the order in which codes come out of their words."""
     return hopper.pure_asm("prmt.b32 $0, $1, 0, 0x3120;", "=r,r", [word], word.type)
-
-
-def decode_to_halves(word: ir.Value) -> list[ir.Value]:
-    """A word of 8 codes as the first operand of an m16n8k16 product in float16, worth ``HALF_CODE_UNIT`` each.
-
-    A code is (-1)^s (j + 1/2) - 1/2 where s is its sign and j its stored magnitude, and s, j and a half beside them
-    are a subnormal float16 once they are masked out of the word.
-    """
-    word_type = word.type
-    rotated = hopper.pure_asm("shf.r.wrap.b32 $0, $1, $1, 4;", "=r,r", [word], word_type)
-    operand = []
-    for shift in (8, 0):  # inputs 0 and 2, then 1 and 3 of four
-        for source in (word, rotated):
-            shifted = arith.shli(source, i32(shift)) if shift else source
-            bits = arithmetic.and_or(shifted, i32(0x87008700), i32(0x00800080))
-            operand.append(arithmetic.f16x2("add.rn", bits, i32(MINUS_HALF)))
-    return operand

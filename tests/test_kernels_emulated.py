@@ -39,10 +39,13 @@ from pallas_kernels import (
     sums_layout,
     tiling,
     warp_slots,
+    weight_steps,
 )
 from pallas_kernels.tiling import DecodeCut, Streaming, Tiling
 
-MATMUL = mosaic_matmul, matmul_plan, matmul_block, matmul_tile, matmul_steps, cluster_steps, stream_steps, sums_layout
+SUMS = cluster_steps, stream_steps, sums_layout
+MATMUL = mosaic_matmul, matmul_plan, matmul_block, matmul_tile, matmul_steps, weight_steps, *SUMS
+MATVEC = mosaic_matvec, matvec_steps, warp_slots, matmul_steps, weight_steps
 
 
 def check_matmul(y, x, x_scale, values, scales, tensor_scale, bias=None, rounding=2**-8):
@@ -82,7 +85,7 @@ def test_matvec(m, n, k, group_size, scale_dtype, cut):
     x, x_scale = random_tokens(m + 1, m, k)
     tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
     bias = jnp.asarray(np.random.default_rng(5).normal(size=n) * 100, jnp.float32)
-    with emulated(mosaic_matvec, matvec_steps, warp_slots, matmul_steps):
+    with emulated(*MATVEC):
         [y] = rounded_matvec(
             x, x_scale, [tiles], [jnp.float32(0.5)], [bias],
             sizes=(n,), group_size=group_size, scale_dtype=scale_dtype, cut=cut,
@@ -106,7 +109,7 @@ def test_matvec_of_several_weights(m, sizes, k, cut, biased):
     weights, dense = several_weights(sizes, k, biased)
     expected = [product(x, x_scale, *of_weight) for of_weight in dense]
     tiles, tensor_scales, biases, _ = zip(*weights, strict=True)
-    with emulated(mosaic_matvec, matvec_steps, warp_slots, matmul_steps):
+    with emulated(*MATVEC):
         results = rounded_matvec(
             x, x_scale, tiles, tensor_scales, biases, sizes=sizes, group_size=128, scale_dtype=E4M3,
             out_dtype=jnp.float32 if m == 3 else BF16, cut=cut,
@@ -315,7 +318,7 @@ def test_residual(m, n, k, how, monkeypatch):
         with emulated(*MATMUL):
             [y] = mosaic_matmul.matmul(*arguments, residual, **settings, tiling=how)
     else:
-        with emulated(mosaic_matvec, matvec_steps, warp_slots, matmul_steps):
+        with emulated(*MATVEC):
             [y] = rounded_matvec(*arguments, residual, **settings, cut=how)
     total = expected + np.asarray(residual, np.float64)
     # Half a unit of bf16's eight bits of the product, and of the sum, beside the roundings of the product's sums, which
@@ -409,7 +412,7 @@ def test_a_missing_barrier_is_a_race(monkeypatch):
     values, scales = random_weight(0, 64, 256, 128, E4M3)
     tiles = pk.to_tiles(pk.pack_int4(jnp.asarray(values)), scales)
     with (
-        emulated(mosaic_matvec, matvec_steps, warp_slots, matmul_steps),
+        emulated(*MATVEC),
         pytest.raises(RaceError, match="another warp"),
     ):
         rounded_matvec(

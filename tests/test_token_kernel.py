@@ -18,7 +18,10 @@ from pallas_kernels import (
     token_steps,
     warp_slots,
     weight_layout,
+    weight_steps,
 )
+
+KERNEL = mosaic_matvec, matvec_steps, warp_slots, matmul_steps, weight_steps, token_steps, row_steps
 
 
 def source_of(kind, k, seed=0, m=1):
@@ -84,7 +87,7 @@ FEW_TOKENS = [
 
 @pytest.mark.parametrize(("m", "case"), [*((1, case) for case in CASES), *FEW_TOKENS])
 def test_on_the_emulated_multiprocessor(m, case):
-    with emulated(mosaic_matvec, matvec_steps, warp_slots, matmul_steps, token_steps, row_steps):
+    with emulated(*KERNEL):
         check(alone, *case, m=m)
 
 
@@ -96,7 +99,7 @@ def test_in_parts(case, m):
 
 def test_a_zero_token_gives_the_bias():
     weights, dense = several_weights((64,), 128, (0,))
-    with emulated(mosaic_matvec, matvec_steps, warp_slots, matmul_steps, token_steps, row_steps):
+    with emulated(*KERNEL):
         [y] = alone(pk.Unrounded(jnp.zeros((1, 128), BF16)), weights, None, group_size=128, scale_dtype=E4M3)
     np.testing.assert_array_equal(np.asarray(y[0]), np.asarray(dense[0][-1].astype(BF16)))
 
