@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ def tiled(m: int, n: int, k: int, tiling: Tiling, with_residual: bool = False, *
 
 SHARING = Tiling(128, 6, share=2)  # the last tiles are divided
 BLOCKS = Tiling(128, 8, split=2, halves=1, unroll=2, persistent=False)
+WIDE = Tiling(128, 6, halves=1, unroll=2, sides=3)
 TEAMS = {"teams": 2, "sides": 1, "persistent": False, "halves": 1, "unroll": 2}
 
 
@@ -152,6 +154,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "matmul, inputs split": lambda: product("mosaic_gpu", 16, (256,), 2048, with_residual=True),
     "matmul, 64 tokens": lambda: product("mosaic_gpu", 50, (128, 64), 1024),
     "matmul, parts of tiles": lambda: tiled(40, 192, 2048, Tiling(16, 4, halves=1, unroll=2, stream_k=True)),
+    "matmul, 192 outputs": lambda: tiled(300, 576, 640, WIDE, with_residual=True),
+    "matmul, 192 outputs, tokens divided": lambda: tiled(130, 192, 2048, replace(WIDE, split=2, persistent=False)),
+    "matmul, 192 outputs, shared": lambda: tiled(300, 576, 640, replace(WIDE, share=2)),
     "matmul, 256 outputs": lambda: tiled(300, 576, 640, Tiling(128, 4, halves=1, sides=4)),
     "matmul, shared tokens": lambda: tiled(600, 576, 512, SHARING),
     "matmul, shared tokens, residual": lambda: tiled(600, 512, 512, SHARING, with_residual=True),

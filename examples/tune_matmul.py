@@ -33,7 +33,7 @@ from pallas_kernels.tuned import Cut, as_class
 from pallas_kernels.weight_layout import share_bytes, tiled_bytes
 
 SHARE = share_bytes(GROUP_SIZE, SCALE_TYPE)
-TOKENS = [1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096]
+TOKENS = [1, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192]
 
 
 def try_compile(n: int, k: int, m: int, cut: Cut) -> Any:

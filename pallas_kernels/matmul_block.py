@@ -127,13 +127,19 @@ class Block:
             else:
                 copy_tokens(together)
 
-            def copy_weight(number: int) -> None:
-                # At least two tiles, as copies must be of whole 128 bytes.
-                where = (pl.ds(tile.row * t.sides, t.sides), at) if plan.at_once == 1 else (tile.row, pl.ds(at, 2))
-                target = self.w_smem.at[self.barrier_of(slot)]
-                plgpu.copy_gmem_to_smem(self.w[number].at[where], target, barrier)
+            def copy_weights(side: int, sides: int) -> None:
+                """The tiles of neighbouring sides, all of one weight."""
+                weight, row = plan.of_weight(tile.row * t.sides + side)
 
-            plan.for_weight(tile.weight, copy_weight)
+                def copy(number: int) -> None:
+                    where = pl.ds(row, sides), pl.ds(at, plan.at_once)
+                    target = self.w_smem.at[self.barrier_of(slot), pl.ds(side, sides)]
+                    plgpu.copy_gmem_to_smem(self.w[number].at[where], target, barrier)
+
+                plan.for_weight(weight, copy)
+
+            for side in range(0, t.sides, plan.sides_together):
+                copy_weights(side, plan.sides_together)
 
         jax.lax.fori_loop(0, tile.count * t.teams // plan.at_once, produce_step, None)
 

@@ -25,8 +25,7 @@ class Tile(NamedTuple):
     Attributes:
       number: of the block's tiles.
       group: of :class:`pallas_kernels.tiling.Rounds`; with ``stream_k`` the tile's number among all.
-      weight: which one.
-      row: of blocks of outputs, in that weight.
+      row: of blocks of outputs, counted through all weights.
       token: of tiles of tokens.
       first: of its steps that the block takes.
       count: how many each team takes.
@@ -35,7 +34,6 @@ class Tile(NamedTuple):
 
     number: Any
     group: Any
-    weight: Any
     row: Any
     token: Any
     first: Any
@@ -69,11 +67,15 @@ class Plan:
         self.tile_shape = tile_shape(group_size, scale_dtype)
         self.ops = Steps(m, sizes, k, group_size, scale_dtype, t, folded=folded)
         self.in_cluster, self.exchange = ClusterSums(self.ops), Exchange(self.ops)
+        self.at_once = 1 + t.sides % 2  # steps that are copied together: copies must be of whole 128 bytes
         steps = -(-k // TILE_K)
-        if t.parts > 1:  # every part takes as many steps; those behind the last one read zeros
+        if t.parts > 1 or self.at_once > 1:  # every part takes as many steps; those behind the last one read zeros
             steps = math.ceil(steps / (t.parts * t.unroll)) * t.unroll
-        self.ends_of_rows = list(itertools.accumulate(-(-n // t.outputs) for n in sizes))  # counted through all weights
-        rows, self.token_tiles = self.ends_of_rows[-1], -(-m // t.tokens)
+        # Sides of a block whose 64 outputs each are of one weight, and copied together.
+        self.sides_together = 1 if t.sides == 3 else t.sides
+        blocks = [-(-n // (TILE_N * self.sides_together)) for n in sizes]
+        self.ends_of_weights = [self.sides_together * end for end in itertools.accumulate(blocks)]  # in 64 outputs
+        rows, self.token_tiles = -(-self.ends_of_weights[-1] // t.sides), -(-m // t.tokens)
         self.row_groups = -(-rows // t.share)
         self.tiles = self.row_groups * self.token_tiles
         self.persistent = t.persistent and t.parts == 1
@@ -103,7 +105,6 @@ class Plan:
             left = m - (self.token_tiles - 1) * t.tokens
             self.last_rows = min(t.tokens, -(-left // (8 * t.share)) * 8 * t.share)
         self.cluster = t.share * t.split
-        self.at_once = max(1, 2 // t.sides)  # steps that are copied together
         self.registers = self._registers()
         # The chain behind which a tile's residual is asked for: not at once, as the last tile's results may still be
         # read; or -1 for at once.
@@ -116,18 +117,21 @@ class Plan:
         t = self.tiling
         if t.sides * t.teams == 4 and (self.persistent or t.tokens > FEW_TOKENS_OF_TILES):
             return 24, 112  # with more than there are the kernel would wait for ever
+        if t.sides == 3:
+            return 24, 160
         return (40, 232) if self.persistent or t.tokens > 128 else None
 
     def scratch(self) -> list[Any]:
         """Shared memory and barriers, in the order in which :class:`Block` takes them."""
         t, pairs = self.tiling, self.tiling.stages // self.at_once
-        full = plgpu.Barrier(num_arrivals=self.at_once + 1, num_barriers=pairs)  # of copies
-        readers = max(2, t.sides)  # of what is copied together
+        copies = self.at_once + t.sides // self.sides_together
+        full = plgpu.Barrier(num_arrivals=copies, num_barriers=pairs)
+        readers = t.sides if t.sides > 1 else self.at_once  # of what is copied together
         empty = plgpu.Barrier(num_arrivals=readers, num_barriers=pairs)
-        shared = plgpu.ClusterBarrier(collective_axes=("peer",), num_arrivals=readers, num_barriers=t.stages)
+        shared = plgpu.ClusterBarrier(collective_axes=("peer",), num_arrivals=readers, num_barriers=pairs)
         scratch: list[Any] = [
             plgpu.SMEM((t.stages, t.tokens, TILE_K), jnp.float8_e4m3fn, transforms=self.ops.swizzle),
-            plgpu.SMEM((pairs, readers, *self.tile_shape), jnp.int32),
+            plgpu.SMEM((pairs, t.sides, self.at_once, *self.tile_shape), jnp.int32),
             plgpu.SMEM((t.writers, t.written, TILE_N), jnp.bfloat16, transforms=self.ops.swizzle),
             full,
             shared if t.share > 1 else empty,
@@ -159,13 +163,13 @@ class Plan:
         if self.token_tiles > 1:
             across = min(t.snake, self.token_tiles)
             row, token = plgpu.planar_snake(group, (self.row_groups, self.token_tiles), 1, across)
-        weight, row = self._of_weight(row * t.share + (beside if t.share > 1 else 0))
-        return Tile(i, group, weight, row, token, first, count, before)
+        row = row * t.share + (beside if t.share > 1 else 0)
+        return Tile(i, group, row, token, first, count, before)
 
-    def _of_weight(self, row: Any) -> tuple[Any, Any]:
-        """The weight that a row of blocks belongs to, and its number there."""
+    def of_weight(self, row: Any) -> tuple[Any, Any]:
+        """The weight that 64 outputs belong to, and their number there, of the number of a side counted through all."""
         weight, first = jnp.int32(0), jnp.int32(0)
-        for end in self.ends_of_rows[:-1]:
+        for end in self.ends_of_weights[:-1]:
             weight += (row >= end).astype(jnp.int32)
             first = jnp.where(row >= end, end, first)
         return weight, row - first

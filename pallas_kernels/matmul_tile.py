@@ -49,7 +49,8 @@ class TileAtWork:
         self.block, self.plan, self.ops = block, block.plan, block.ops
         t, plan = self.plan.tiling, self.plan
         self.tile = plan.tile(i, block.block, block.peer)
-        self.output = self.tile.row * t.outputs + block.side * TILE_N
+        self.weight, row = plan.of_weight(self.tile.row * t.sides + block.side)
+        self.output = row * TILE_N
         self.first_result = self.tile.token * t.tokens  # the first token of the results that this block writes
         if t.divides_sums:
             self.first_result += block.part * t.part
@@ -61,7 +62,7 @@ class TileAtWork:
         """Takes all steps, adds up with others if there are, and writes what this block is to write."""
         t, plan, block = self.plan.tiling, self.plan, self.block
         load = self.ops.load_factors()
-        self.factors = load(self.tile.weight, self.first_result, block.x_scale, *block.tensor_scales)
+        self.factors = load(self.weight, self.first_result, block.x_scale, *block.tensor_scales)
         if plan.has_residual and plan.asking < 0:
             if plan.stream is not None:
                 pl.when(self.ends_tile)(self._ask_for_residual)
@@ -101,15 +102,18 @@ class TileAtWork:
         return known + team if teams > 1 else known
 
     def _barrier(self, s: Any, r: int | None) -> Any:
-        at_once = self.plan.at_once
+        at_once, teams = self.plan.at_once, self.plan.tiling.teams
         if r is None or at_once == 1:
             return self.block.barrier_of(self._slot(s, r))
-        known = r % self.plan.slots_of_team * (self.plan.tiling.teams // at_once)
-        return known + jax.lax.div(self.block.team, jnp.int32(at_once))
+        known = r % self.plan.slots_of_team * teams // at_once
+        return known + jax.lax.div(self.block.team, jnp.int32(at_once)) if teams > 1 else known
 
-    def _fetch(self, s: Any, r: int | None, last: Any, ends: bool) -> Any:
-        """Operand and scales of the team's step s; behind the last one, where chains end, those of the last."""
-        block = self.block
+    def _fetch(self, s: Any, r: int | None, last: Any, ends: bool, begins: bool = True) -> Any:
+        """Operand and scales of the team's step s; behind the last one, where chains end, those of the last.
+
+        Only the step that ``begins`` those that are copied together waits, if one team takes all of them.
+        """
+        block, at_once = self.block, self.plan.at_once
         at, barrier = self._slot(s, r), self._barrier(s, r)
         if ends:
             exists = s < self.tile.count
@@ -117,10 +121,12 @@ class TileAtWork:
             before = None if r is None else r - 1
             at = jnp.where(exists, at, self._slot(s - 1, before))
             barrier = jnp.where(exists, barrier, self._barrier(s - 1, before))
-        else:
+        elif begins:
             plgpu.barrier_wait(block.full.at[barrier])
-        of_pair = at if r is None else block.team
-        tile = block.side if self.plan.at_once == 1 else jax.lax.rem(of_pair, jnp.int32(2))
+        tile = block.side * at_once
+        if at_once > 1:
+            of_pair = at if r is None else block.team if self.plan.tiling.teams > 1 else jnp.int32(r)
+            tile += jax.lax.rem(of_pair, jnp.int32(at_once))
         return self.ops.load_weights()(block.w_smem.at[barrier], tile, last)
 
     def _chain(self, s: Any, r: int | None, length: int, carry: Any, ends: bool) -> Any:
@@ -136,6 +142,7 @@ class TileAtWork:
         operand, ratios, unit, last, parts = carry
         parts = list(parts)
         before, here = operand, (ratios, 0)
+        taken = self.plan.at_once if self.plan.tiling.teams == 1 else 1  # of the steps that are copied together
         for u in range(length):
             tokens = block.x_smem.at[self._slot(s + u, of_tile(u))]
             first = jnp.int32(s + u == 0) if not of_tile(u) else jnp.int32(0)
@@ -151,11 +158,11 @@ class TileAtWork:
                 before, here, next_group = operand, (ratios, group), group + 1
                 if group == ops.groups - 1:
                     operand, ratios, unit, last = self._fetch(
-                        s + u + 1, of_tile(u + 1), last, ends=ends and u == length - 1
+                        s + u + 1, of_tile(u + 1), last, ends=ends and u == length - 1, begins=(u + 1) % taken == 0
                     )
                     next_group = 0
                 parts[0] = self._settled(halves - 1, parts[0], here, (ratios, next_group), before, operand)
-                if halves == 1 and group == ops.groups - 1:
+                if halves == 1 and group == ops.groups - 1 and (u + 1) % taken == 0:
                     block.release(self._barrier(s + u, of_tile(u)))
         if halves == 2:
             parts[1] = self._settled(0, parts[1], here, (ratios, 0), before)
@@ -226,7 +233,7 @@ class TileAtWork:
             plgpu.barrier_wait(block.residual_here.at[block.writer])
         added = []
         if plan.has_bias:
-            added.append(self.ops.load_bias()(self.tile.weight, self.output, *block.biases))
+            added.append(self.ops.load_bias()(self.weight, self.output, *block.biases))
         for h, part in enumerate(sums.parts):
             tokens, results = self.first_result + h * its.half, (part, sums.unit, self.factors)
             done = block.y_smem.at[block.writer, pl.ds(h * its.half, its.half)]
@@ -244,7 +251,7 @@ class TileAtWork:
                     store = its.store_float32(h, plan.has_bias, plan.sizes[number])
                     store(*results, tokens, self.output, y, *added)
 
-            plan.for_weight(self.tile.weight, write_results)
+            plan.for_weight(self.weight, write_results)
 
     def _exchange(self, stream: StreamK, sums: Sums) -> None:
         """Leaves sums of a part for the block that has the tile's end; that one adds them to its own, and writes."""

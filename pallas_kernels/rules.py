@@ -41,7 +41,8 @@ def tiling_by_rule(m: int, n: int, k: int, tile_bytes: int) -> Tiling:
         tiling = min(MANY_TOKENS, key=lambda t: estimated_microseconds(t, m, n, k))
     else:
         tiling = few_tokens_tiling(next(t for t in FEW_TOKENS_COST if t >= m), n, -(-k // TILE_K))
-    fewer = tiling.teams if tiling.persistent else 2 * tiling.teams  # stages, that chains of steps still divide
+    # Stages, so many that chains of steps still divide them.
+    fewer = tiling.teams if tiling.persistent and tiling.sides != 3 else 2 * tiling.teams
     while tiling.shared_memory(tile_bytes) > SHARED_MEMORY and tiling.stages > fewer + tiling.teams:
         tiling = dataclasses.replace(tiling, stages=tiling.stages - fewer)
     return tiling
@@ -127,18 +128,25 @@ def whole_tiles_tiling(tokens: int, n: int, steps: int) -> Tiling:
 STAGES = dict(zip(range(96, 257, SIZES_APART), (8, 6, 6, 5, 4, 4), strict=True))
 LONE_STAGES = STAGES | {128: 8, 192: 4}  # of blocks with one tile; a turn of their loop, once round, is written out
 NARROW_STAGES = {96: 12, 128: 10}  # of tiles of 64 outputs
+WIDE_STAGES = {96: 6, 128: 6, 160: 4, 192: 4}  # of tiles of 192 outputs
 # A step of each, in microseconds.
 STEP_MICROSECONDS = {96: 0.384, 128: 0.406, 160: 0.467, 192: 0.53, 224: 0.606, 256: 0.69}
 LONE_MICROSECONDS = {96: 0.31, 128: 0.351, 160: 0.443, 192: 0.53, 224: 0.606, 256: 0.682}
 NARROW_MICROSECONDS = {96: 0.158, 128: 0.209}
-FOUR_SIDED_MICROSECONDS = {96: 0.524, 128: 0.69}  # of 256 outputs
+WIDE_MICROSECONDS = {96: 0.425, 128: 0.506, 160: 0.654, 192: 0.778}
+WIDEST_MICROSECONDS = {96: 0.524, 128: 0.69}  # of tiles of 256 outputs
 # How a tile's tokens are gone through. Where two blocks, or many stages, keep a multiprocessor busy, all at once.
 AT_ONCE: dict[str, Any] = {"halves": 1, "unroll": 2}
 # Tilings for more than 64 tokens, in order of preference.
 MANY_TOKENS = [
     Tiling(256, 4, share=2, **AT_ONCE),
     *(Tiling(tokens, stages, share=share) for tokens, stages in STAGES.items() for share in (1, 2)),
-    *(Tiling(tokens, 4, sides=4, **AT_ONCE) for tokens in FOUR_SIDED_MICROSECONDS),
+    *(Tiling(tokens, 4, sides=4, **AT_ONCE) for tokens in WIDEST_MICROSECONDS),
+    *(
+        Tiling(tokens, stages, share=share, sides=3, **AT_ONCE)
+        for tokens, stages in WIDE_STAGES.items()
+        for share in (1, 2)
+    ),
     *(
         Tiling(tokens, stages, split=split, persistent=False, **(AT_ONCE if tokens <= 128 else {}))
         for tokens, stages in LONE_STAGES.items()
@@ -149,6 +157,11 @@ MANY_TOKENS = [
         for tokens, stages in NARROW_STAGES.items()
         for split in (1, 2)
         if tokens % (32 * split) == 0
+    ),
+    *(
+        Tiling(tokens, stages, split=2, persistent=False, sides=3, **AT_ONCE)
+        for tokens, stages in WIDE_STAGES.items()
+        if tokens % 32 == 0
     ),
     *(Tiling(tokens, 8, stream_k=True, **AT_ONCE) for tokens in (96, 128)),
     *(Tiling(tokens, stages, unroll=2, stream_k=True) for tokens, stages in STAGES.items() if tokens > 128),
@@ -166,12 +179,15 @@ class ManyTokensCost:
       sharing_start: of one that shares tokens with another block.
       round: of each tile that such a block takes, before its first step and behind its last one.
       lone: of a block that has one tile.
+      wide_lone: of such a block with 192 outputs.
       splitting: of two such blocks that add up.
       dividing: of a cluster that brings together the parts of one of the last tiles.
+      wide_dividing: of tiles with 192 outputs.
       streaming: of blocks that take equally many steps each, and add up through global memory.
       sender: of each block whose sums another one waits for, for each token of a tile.
       piece: of each tile of which such a block has steps.
-      sharing: as much of a step's time is left where two blocks copy the tokens once, which saves power.
+      sharing: as much of a step's time is left where two blocks copy the tokens once, which saves power; not of tiles
+        with 192 outputs.
       at_once: as much of it where, besides, a tile is not halved.
     """
 
@@ -179,8 +195,10 @@ class ManyTokensCost:
     sharing_start: float
     round: float
     lone: tuple[float, float]
+    wide_lone: tuple[float, float]
     splitting: tuple[float, float]
     dividing: tuple[float, float]
+    wide_dividing: tuple[float, float]
     streaming: tuple[float, float]
     sender: float
     piece: float
@@ -191,8 +209,9 @@ class ManyTokensCost:
 # Of blocks, persistent or not, that divide steps equally or do not: where more are worth it at all.
 MOST_ROUNDS = {(True, False): math.inf, (False, False): 1, (True, True): 3}
 MANY_TOKENS_COST = ManyTokensCost(
-    start=2.28, sharing_start=3.35, round=0.986, lone=(2.67, 0.0018), splitting=(0.84, 0.0014),
-    dividing=(0.57, 0.0042), streaming=(3.1, 0.0076), sender=0.0031, piece=0.64, sharing=0.981, at_once=0.983,
+    start=2.28, sharing_start=3.35, round=0.986, lone=(2.67, 0.0018), wide_lone=(3.6, 0.0018), splitting=(0.84, 0.0014),
+    dividing=(0.57, 0.0042), wide_dividing=(1.1, 0.009), streaming=(3.1, 0.0076), sender=0.0031, piece=0.64,
+    sharing=0.981, at_once=0.983,
 )  # fmt: skip
 
 
@@ -208,21 +227,23 @@ def estimated_microseconds(t: Tiling, m: int, n: int, k: int) -> float:
     waves = tiles * t.split / STREAMING_MULTIPROCESSORS
     if row_blocks < t.share or waves > MOST_ROUNDS[t.persistent, t.stream_k]:
         return math.inf
+    is_wide = t.sides == 3
     if not t.persistent:
-        step = (NARROW_MICROSECONDS if t.sides == 1 else LONE_MICROSECONDS)[t.tokens]
+        step = {1: NARROW_MICROSECONDS, 2: LONE_MICROSECONDS, 3: WIDE_MICROSECONDS}[t.sides][t.tokens]
         its_steps = -(-steps // (t.parts * t.unroll)) * t.unroll * t.teams
-        return of_tokens(cost.lone) + (t.split > 1) * of_tokens(cost.splitting) + its_steps * step
-    step = (FOUR_SIDED_MICROSECONDS if t.sides == 4 else STEP_MICROSECONDS)[t.tokens]
+        alone = of_tokens(cost.wide_lone if is_wide else cost.lone)
+        return alone + (t.split > 1) * of_tokens(cost.splitting) + its_steps * step
+    step = {2: STEP_MICROSECONDS, 3: WIDE_MICROSECONDS, 4: WIDEST_MICROSECONDS}[t.sides][t.tokens]
     if t.stream_k:
         plan = plan_stream(t, tiles, steps)
         adding_up = of_tokens(cost.streaming) + cost.sender * plan.senders * t.tokens
         return adding_up + plan.most_steps * (step + cost.piece / (plan.chains * t.unroll))
     rounds = plan_rounds(t, row_blocks, token_tiles, steps)
-    together = of_tokens(cost.dividing) if rounds.divided else 0
+    together = of_tokens(cost.wide_dividing if is_wide else cost.dividing) if rounds.divided else 0
     if t.share == 1:
         return cost.start + rounds.whole * (cost.round + rounds.steps * step)
-    step *= cost.at_once if t.halves == 1 else 1
-    whole = cost.round + rounds.steps * step * (cost.sharing if token_tiles > 1 else 1)
+    step *= cost.at_once if t.halves == 1 and not is_wide else 1
+    whole = cost.round + rounds.steps * step * (cost.sharing if token_tiles > 1 and not is_wide else 1)
     return cost.sharing_start + rounds.whole * whole + rounds.part_steps * step + together
 
 

@@ -48,13 +48,15 @@ class Tiling:
       stream_k: whether the persistent blocks take equally many steps each, whatever tiles these are of, and those that
         have parts of a tile add up through global memory (stream-K, arXiv 2301.03598); for blocks of one team with two
         sides that share and split nothing.
-      sides: warpgroups of a team, 1, 2 or 4, with 64 outputs each. With one, steps are copied in pairs, for two teams
-        or another even number, and blocks do not share tokens. With four, a block has one team, and at most 128 tokens
-        in one half.
+      sides: warpgroups of a team, 1 to 4, with 64 outputs each. With one, steps are copied in pairs, for two teams or
+        another even number, and blocks do not share tokens. With three or four, a block has one team and takes all
+        tokens, at most 192 or 128, in one half. With three, steps are copied in pairs, too, and a block's outputs may
+        be of several weights.
 
     Raises:
       ValueError: more than 64 tokens do not divide among ``split · teams``: that is no power of two, or each's part no
-        multiple of 16.
+        multiple of 16. Three sides have several teams or halves, ``stream_k``, an odd number of stages or fewer than
+        four, or an odd ``unroll``.
     """
 
     tokens: int
@@ -74,6 +76,13 @@ class Tiling:
             raise ValueError(
                 f"{self.tokens} tokens cannot be divided among split · teams = {self.parts}, "
                 "which must be a power of two with a multiple of 16 for each"
+            )
+
+        divided = self.teams > 1 or self.halves > 1 or self.stream_k
+        if self.sides == 3 and (divided or self.stages % 2 or self.stages < 4 or self.unroll % 2):
+            raise ValueError(
+                "three sides need one team, one half, no stream_k, an even number of stages, at least four, "
+                f"and an even unroll: {self}"
             )
 
     @property

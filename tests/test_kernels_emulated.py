@@ -138,6 +138,17 @@ def test_matvec_of_several_weights(m, sizes, k, cut, biased):
         (70, 448, 896, 128, E4M3, Tiling(32, 3, unroll=2, share=2)),  # some of them whole
         (40, 256, 384, 128, E4M3, Tiling(16, 3, halves=1, unroll=2, share=2)),
         (70, 320, 640, 64, BF16, Tiling(32, 3, halves=1, unroll=2, sides=4)),
+        (
+            70,
+            320,
+            640,
+            64,
+            BF16,
+            Tiling(32, 4, halves=1, unroll=2, sides=3),
+        ),  # steps in pairs, of which one is not whole
+        (40, 384, 896, 128, E4M3, Tiling(32, 6, halves=1, unroll=4, sides=3, persistent=False)),
+        (70, 448, 896, 128, E4M3, Tiling(32, 4, halves=1, unroll=2, share=2, sides=3)),
+        (90, 192, 640, 128, E4M3, Tiling(96, 4, halves=1, unroll=2, persistent=False, split=2, sides=3)),
         (100, 192, 640, 128, E4M3, Tiling(96, 2, unroll=2, persistent=False)),
         (170, 128, 384, 128, E4M3, Tiling(160, 2, unroll=2, persistent=False)),
         # Those who add up write a part of the tokens each.
@@ -188,7 +199,9 @@ def any_product(draw):
     elif kind == "sharing":
         how = Tiling(max(tokens, 16), draw(st.integers(2, 4)), halves, unroll, share=2)
     else:
-        stages, sides = draw(st.integers(2, 4)), 4 if kind == "wide" else 2
+        stages, sides = draw(st.integers(2, 4)), draw(st.integers(3, 4)) if kind == "wide" else 2
+        if sides == 3:
+            stages, unroll = 2 * draw(st.integers(2, 3)), draw(st.sampled_from([2, 4]))
         how = Tiling(
             tokens, stages, 1 if kind == "wide" else halves, unroll, sides=sides, stream_k=kind == "streaming"
         )  # fmt: skip
@@ -271,6 +284,7 @@ def test_folded_matmul(m, n, k, group_size, scale_dtype, how):
         (40, (64, 192, 64), (), Tiling(32, 3, halves=2, unroll=2)),  # blocks that go through tiles of all weights
         (40, (64, 192, 64), (0, 2), Tiling(32, 3, halves=2, unroll=2, stream_k=True)),
         (40, (64, 320, 64), (0, 2), Tiling(32, 3, halves=1, unroll=2, sides=4)),
+        (40, (64, 320, 192), (0, 2), Tiling(32, 4, halves=1, unroll=2, sides=3)),  # blocks with outputs of two weights
         (100, (64, 192), (1,), Tiling(96, 4, halves=1, unroll=2, persistent=False, teams=2, sides=1)),
     ],
 )
@@ -300,6 +314,8 @@ def test_matmul_of_several_weights(m, sizes, biased, how):
         (70, 320, 896, Tiling(32, 2, halves=2, unroll=2)),  # blocks with several tiles
         (70, 448, 896, Tiling(32, 3, unroll=2, share=2)),  # of which two blocks divide the last ones
         (70, 320, 896, Tiling(32, 2, halves=1, unroll=2, sides=4)),
+        (70, 320, 896, Tiling(32, 4, halves=1, unroll=2, sides=3)),
+        (70, 640, 896, Tiling(32, 4, halves=1, unroll=2, share=2, sides=3)),
         (130, 192, 640, Tiling(128, 4, unroll=2, persistent=False, split=2, teams=2, sides=1)),
     ],
 )

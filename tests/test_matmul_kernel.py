@@ -24,7 +24,7 @@ from kernel_oracles import (
 )
 
 import pallas_kernels as pk
-from pallas_kernels import mosaic_matvec, rules, weight_layout
+from pallas_kernels import mosaic_matmul, mosaic_matvec, rules, weight_layout
 from pallas_kernels.tiling import Streaming, Tiling
 
 SCALE_TYPES = [E4M3, BF16]
@@ -269,6 +269,10 @@ def test_flags_of_rounded_rows_serve_several_products():
         Tiling(256, 3, stream_k=True),
         Tiling(128, 4, halves=1, sides=4),
         Tiling(96, 4, halves=1, sides=4, unroll=2),
+        Tiling(128, 6, halves=1, unroll=2, sides=3),
+        Tiling(192, 4, halves=1, unroll=2, sides=3, share=2),  # all tiles are divided
+        Tiling(16, 6, halves=1, unroll=4, sides=3, share=2),  # some are
+        Tiling(128, 6, halves=1, unroll=2, split=2, persistent=False, sides=3),
         Tiling(96, 8, persistent=False),
         Tiling(128, 8, halves=1, unroll=2, split=2, persistent=False),
         Tiling(256, 4, split=2, persistent=False),
@@ -308,6 +312,22 @@ def test_streamings_agree_with_float32(m, cut):
     results, expected = on_gpu(matvec, m, 8640, 8960, 64, E4M3, bias=False, repeats=3, cut=Streaming(*cut))
     assert frobenius(results[0], expected) < TOLERANCE
     np.testing.assert_array_equal(np.asarray(results[0]).view(np.uint16), np.asarray(results[2]).view(np.uint16))
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("share", [1, 2])
+def test_blocks_with_outputs_of_two_weights(share):
+    m, k, sizes = 300, 1024, (576, 192, 64, 320)
+    x, x_scale = random_tokens(m + 1, m, k)
+    weights, dense = several_weights(sizes, k, biased=(1, 3))
+    tiles, tensor_scales, biases, _ = zip(*weights, strict=True)
+    results = mosaic_matmul.matmul(
+        x, x_scale, tiles, tensor_scales, biases, sizes=sizes, group_size=128, scale_dtype=E4M3,
+        tiling=Tiling(128, 6, halves=1, unroll=2, sides=3, share=share),
+    )  # fmt: skip
+    for y, of_weight in zip(results, dense, strict=True):
+        assert frobenius(y, product(x, x_scale, *of_weight)) < TOLERANCE
 
 
 @pytest.mark.gpu

@@ -101,3 +101,13 @@ def test_tokens_must_divide_among_those_who_add_up(parts):
         Tiling(144, 8, persistent=False, split=3)
     Tiling(128, 8, persistent=False, **parts)
     Tiling(8, 8, persistent=False, **parts)  # of which one writes all
+
+
+@pytest.mark.parametrize(
+    "changes", [{"stages": 5}, {"stages": 2}, {"unroll": 3}, {"halves": 2}, {"teams": 2}, {"stream_k": True}], ids=str
+)
+def test_three_sides_take_pairs_of_steps(changes):
+    fitting = {"tokens": 64, "stages": 6, "halves": 1, "unroll": 2, "sides": 3}
+    Tiling(**fitting)
+    with pytest.raises(ValueError, match="an even number of stages"):
+        Tiling(**fitting | changes)
