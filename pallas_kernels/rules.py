@@ -131,7 +131,7 @@ NARROW_STAGES = {96: 12, 128: 10}  # of tiles of 64 outputs
 WIDE_STAGES = {96: 6, 128: 6, 160: 4, 192: 4}  # of tiles of 192 outputs
 # A step of each, in microseconds.
 STEP_MICROSECONDS = {96: 0.384, 128: 0.406, 160: 0.467, 192: 0.53, 224: 0.606, 256: 0.69}
-LONE_MICROSECONDS = {96: 0.31, 128: 0.351, 160: 0.443, 192: 0.53, 224: 0.606, 256: 0.682}
+LONE_MICROSECONDS = {96: 0.31, 128: 0.351, 160: 0.443, 192: 0.51, 224: 0.606, 256: 0.682}
 NARROW_MICROSECONDS = {96: 0.158, 128: 0.209}
 WIDE_MICROSECONDS = {96: 0.425, 128: 0.506, 160: 0.654, 192: 0.778}
 WIDEST_MICROSECONDS = {96: 0.524, 128: 0.69}  # of tiles of 256 outputs
@@ -189,6 +189,7 @@ class ManyTokensCost:
       sharing: as much of a step's time is left where two blocks copy the tokens once, which saves power; not of tiles
         with 192 outputs.
       at_once: as much of it where, besides, a tile is not halved.
+      wide_once: as much longer it is where persistent blocks with 192 outputs have one tile each.
     """
 
     start: float
@@ -204,14 +205,15 @@ class ManyTokensCost:
     piece: float
     sharing: float
     at_once: float
+    wide_once: float
 
 
 # Of blocks, persistent or not, that divide steps equally or do not: where more are worth it at all.
 MOST_ROUNDS = {(True, False): math.inf, (False, False): 1, (True, True): 3}
 MANY_TOKENS_COST = ManyTokensCost(
     start=2.28, sharing_start=3.35, round=0.986, lone=(2.67, 0.0018), wide_lone=(3.6, 0.0018), splitting=(0.84, 0.0014),
-    dividing=(0.57, 0.0042), wide_dividing=(1.1, 0.009), streaming=(3.1, 0.0076), sender=0.0031, piece=0.64,
-    sharing=0.981, at_once=0.983,
+    dividing=(0.57, 0.0042), wide_dividing=(1.1, 0.009), streaming=(2.8, 0.013), sender=0.0031, piece=0.64,
+    sharing=0.981, at_once=0.983, wide_once=1.04,
 )  # fmt: skip
 
 
@@ -239,6 +241,7 @@ def estimated_microseconds(t: Tiling, m: int, n: int, k: int) -> float:
         adding_up = of_tokens(cost.streaming) + cost.sender * plan.senders * t.tokens
         return adding_up + plan.most_steps * (step + cost.piece / (plan.chains * t.unroll))
     rounds = plan_rounds(t, row_blocks, token_tiles, steps)
+    step *= cost.wide_once if is_wide and rounds.whole == 1 else 1
     together = of_tokens(cost.wide_dividing if is_wide else cost.dividing) if rounds.divided else 0
     if t.share == 1:
         return cost.start + rounds.whole * (cost.round + rounds.steps * step)
