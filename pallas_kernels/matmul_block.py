@@ -75,7 +75,7 @@ class Block:
 
     def barrier_of(self, slot: Any) -> Any:
         """The number of a slot's barriers."""
-        return slot if self.plan.at_once == 1 else jax.lax.div(slot, jnp.int32(self.plan.at_once))
+        return slot if self.plan.tiling.at_once == 1 else jax.lax.div(slot, jnp.int32(self.plan.tiling.at_once))
 
     def release(self, barrier: Any) -> None:
         """Tells the one who copies that a warpgroup is done with a slot."""
@@ -98,7 +98,7 @@ class Block:
         tile = plan.tile(i, self.block, self.peer)
 
         def produce_step(j: Any, _: None) -> None:
-            s = j * plan.at_once
+            s = j * t.at_once
             slot, at = self.slot_of(tile.before + s), self.first_step + tile.first + s
             barrier = self.full.at[self.barrier_of(slot)]
 
@@ -107,7 +107,7 @@ class Block:
                 plgpu.barrier_wait(self.empty.at[self.barrier_of(slot)])
 
             def copy_rows(rows: int, together: str | None) -> None:
-                for u in range(plan.at_once):
+                for u in range(t.at_once):
                     inputs = self.x.at[pl.ds(tile.token * t.tokens, rows), pl.ds((at + u) * TILE_K, TILE_K)]
                     target = self.x_smem.at[slot + u, pl.ds(0, rows)] if rows < t.tokens else self.x_smem.at[slot + u]
                     plgpu.copy_gmem_to_smem(inputs, target, barrier, collective_axes=together)
@@ -132,7 +132,7 @@ class Block:
                 weight, row = plan.of_weight(tile.row * t.sides + side)
 
                 def copy(number: int) -> None:
-                    where = pl.ds(row, sides), pl.ds(at, plan.at_once)
+                    where = pl.ds(row, sides), pl.ds(at, t.at_once)
                     target = self.w_smem.at[self.barrier_of(slot), pl.ds(side, sides)]
                     plgpu.copy_gmem_to_smem(self.w[number].at[where], target, barrier)
 
@@ -141,7 +141,7 @@ class Block:
             for side in range(0, t.sides, plan.sides_together):
                 copy_weights(side, plan.sides_together)
 
-        jax.lax.fori_loop(0, tile.count * t.teams // plan.at_once, produce_step, None)
+        jax.lax.fori_loop(0, tile.count * t.teams // t.at_once, produce_step, None)
 
     def _compute(self) -> None:
         t = self.plan.tiling

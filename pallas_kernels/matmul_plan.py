@@ -67,9 +67,8 @@ class Plan:
         self.tile_shape = tile_shape(group_size, scale_dtype)
         self.ops = Steps(m, sizes, k, group_size, scale_dtype, t, folded=folded)
         self.in_cluster, self.exchange = ClusterSums(self.ops), Exchange(self.ops)
-        self.at_once = 1 + t.sides % 2  # steps that are copied together: copies must be of whole 128 bytes
         steps = -(-k // TILE_K)
-        if t.parts > 1 or self.at_once > 1:  # every part takes as many steps; those behind the last one read zeros
+        if t.parts > 1 or t.at_once > 1:  # every part takes as many steps; those behind the last one read zeros
             steps = math.ceil(steps / (t.parts * t.unroll)) * t.unroll
         # Sides of a block whose 64 outputs each are of one weight, and copied together.
         self.sides_together = 1 if t.sides == 3 else t.sides
@@ -123,15 +122,16 @@ class Plan:
 
     def scratch(self) -> list[Any]:
         """Shared memory and barriers, in the order in which :class:`Block` takes them."""
-        t, pairs = self.tiling, self.tiling.stages // self.at_once
-        copies = self.at_once + t.sides // self.sides_together
+        t = self.tiling
+        pairs = t.stages // t.at_once
+        copies = t.at_once + t.sides // self.sides_together
         full = plgpu.Barrier(num_arrivals=copies, num_barriers=pairs)
-        readers = t.sides if t.sides > 1 else self.at_once  # of what is copied together
+        readers = t.sides if t.sides > 1 else t.at_once  # of what is copied together
         empty = plgpu.Barrier(num_arrivals=readers, num_barriers=pairs)
         shared = plgpu.ClusterBarrier(collective_axes=("peer",), num_arrivals=readers, num_barriers=pairs)
         scratch: list[Any] = [
             plgpu.SMEM((t.stages, t.tokens, TILE_K), jnp.float8_e4m3fn, transforms=self.ops.swizzle),
-            plgpu.SMEM((pairs, t.sides, self.at_once, *self.tile_shape), jnp.int32),
+            plgpu.SMEM((pairs, t.sides, t.at_once, *self.tile_shape), jnp.int32),
             plgpu.SMEM((t.writers, t.written, TILE_N), jnp.bfloat16, transforms=self.ops.swizzle),
             full,
             shared if t.share > 1 else empty,

@@ -102,7 +102,7 @@ class TileAtWork:
         return known + team if teams > 1 else known
 
     def _barrier(self, s: Any, r: int | None) -> Any:
-        at_once, teams = self.plan.at_once, self.plan.tiling.teams
+        at_once, teams = self.plan.tiling.at_once, self.plan.tiling.teams
         if r is None or at_once == 1:
             return self.block.barrier_of(self._slot(s, r))
         known = r % self.plan.slots_of_team * teams // at_once
@@ -113,7 +113,7 @@ class TileAtWork:
 
         Only the step that ``begins`` those that are copied together waits, if one team takes all of them.
         """
-        block, at_once = self.block, self.plan.at_once
+        block, at_once = self.block, self.plan.tiling.at_once
         at, barrier = self._slot(s, r), self._barrier(s, r)
         if ends:
             exists = s < self.tile.count
@@ -142,7 +142,7 @@ class TileAtWork:
         operand, ratios, unit, last, parts = carry
         parts = list(parts)
         before, here = operand, (ratios, 0)
-        taken = self.plan.at_once if self.plan.tiling.teams == 1 else 1  # of the steps that are copied together
+        taken = self.plan.tiling.at_once if self.plan.tiling.teams == 1 else 1  # of the steps that are copied together
         for u in range(length):
             tokens = block.x_smem.at[self._slot(s + u, of_tile(u))]
             first = jnp.int32(s + u == 0) if not of_tile(u) else jnp.int32(0)

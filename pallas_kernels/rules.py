@@ -41,8 +41,8 @@ def tiling_by_rule(m: int, n: int, k: int, tile_bytes: int) -> Tiling:
         tiling = min(MANY_TOKENS, key=lambda t: estimated_microseconds(t, m, n, k))
     else:
         tiling = few_tokens_tiling(next(t for t in FEW_TOKENS_COST if t >= m), n, -(-k // TILE_K))
-    # Stages, so many that chains of steps still divide them.
-    fewer = tiling.teams if tiling.persistent and tiling.sides != 3 else 2 * tiling.teams
+    # Stages, that chains of steps still divide.
+    fewer = max(tiling.teams, tiling.at_once) if tiling.persistent else 2 * tiling.teams
     while tiling.shared_memory(tile_bytes) > SHARED_MEMORY and tiling.stages > fewer + tiling.teams:
         tiling = dataclasses.replace(tiling, stages=tiling.stages - fewer)
     return tiling

@@ -91,6 +91,11 @@ class Tiling:
         return self.sides * TILE_N
 
     @property
+    def at_once(self) -> int:
+        """Steps that are copied together: copies are of whole 128 bytes, which odd numbers of tiles may not be."""
+        return 1 + self.sides % 2
+
+    @property
     def parts(self) -> int:
         """Blocks and teams that take every so manieth step of a tile each."""
         return self.split * self.teams
