@@ -146,7 +146,10 @@ LOWERED = [
     (100, 1536, 576, 32, BF16),
     (256, 4096, 4096, 128, E4M3),
     (4097, 6144, 4096, 128, BF16),
-    (1000, 6144, 4096, 128, E4M3),  # tiles that two blocks divide, behind whole ones
+    (1000, 6144, 4096, 128, E4M3),  # tiles of 192 outputs
+    (512, 6144, 4096, 64, E4M3),
+    (512, 6144, 4096, 128, BF16),
+    (1300, 4096, 2048, 128, E4M3),  # tiles that two blocks divide, behind whole ones
     (1000, 64, 128, 128, E4M3),
     (16, 2048, 8192, 128, E4M3),  # blocks that take equally many steps
 ]
