@@ -96,6 +96,8 @@ class Block:
     def _produce_tile(self, i: Any, _: None) -> None:
         t, plan = self.plan.tiling, self.plan
         tile = plan.tile(i, self.block, self.peer)
+        sides = range(0, t.sides, plan.sides_together)
+        places = [plan.of_weight(tile.row * t.sides + side) for side in sides]
 
         def produce_step(j: Any, _: None) -> None:
             s = j * t.at_once
@@ -120,6 +122,11 @@ class Block:
                 pl.when(is_last)(functools.partial(copy_rows, plan.last_rows, together))
                 pl.when(~is_last)(functools.partial(copy_rows, t.tokens, together))
 
+            def copy_weight(side: int, row: Any, number: int) -> None:
+                where = pl.ds(row, plan.sides_together), pl.ds(at, t.at_once)
+                target = self.w_smem.at[self.barrier_of(slot), pl.ds(side, plan.sides_together)]
+                plgpu.copy_gmem_to_smem(self.w[number].at[where], target, barrier)
+
             together = "peer" if t.share > 1 else None
             if plan.rounds.divided:
                 pl.when(self.is_whole(i))(functools.partial(copy_tokens, together))
@@ -127,19 +134,8 @@ class Block:
             else:
                 copy_tokens(together)
 
-            def copy_weights(side: int, sides: int) -> None:
-                """The tiles of neighbouring sides, all of one weight."""
-                weight, row = plan.of_weight(tile.row * t.sides + side)
-
-                def copy(number: int) -> None:
-                    where = pl.ds(row, sides), pl.ds(at, t.at_once)
-                    target = self.w_smem.at[self.barrier_of(slot), pl.ds(side, sides)]
-                    plgpu.copy_gmem_to_smem(self.w[number].at[where], target, barrier)
-
-                plan.for_weight(weight, copy)
-
-            for side in range(0, t.sides, plan.sides_together):
-                copy_weights(side, plan.sides_together)
+            for side, (weight, row) in zip(sides, places, strict=True):
+                plan.for_weight(weight, functools.partial(copy_weight, side, row))
 
         jax.lax.fori_loop(0, tile.count * t.teams // t.at_once, produce_step, None)
 

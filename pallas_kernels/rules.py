@@ -179,47 +179,45 @@ class ManyTokensCost:
       sharing_start: of one that shares tokens with another block.
       round: of each tile that such a block takes, before its first step and behind its last one.
       lone: of a block that has one tile.
-      wide_lone: of such a block with 192 outputs.
       splitting: of two such blocks that add up.
       dividing: of a cluster that brings together the parts of one of the last tiles.
-      wide_dividing: of tiles with 192 outputs.
       streaming: of blocks that take equally many steps each, and add up through global memory.
       sender: of each block whose sums another one waits for, for each token of a tile.
       piece: of each tile of which such a block has steps.
-      sharing: as much of a step's time is left where two blocks copy the tokens once, which saves power; not of tiles
-        with 192 outputs.
+      sharing: as much of a step's time is left where two blocks copy the tokens once, which saves power.
       at_once: as much of it where, besides, a tile is not halved.
-      wide_once: as much longer it is where persistent blocks with 192 outputs have one tile each.
+      one_round: as much longer it is where persistent blocks have one tile each.
     """
 
     start: float
     sharing_start: float
     round: float
     lone: tuple[float, float]
-    wide_lone: tuple[float, float]
     splitting: tuple[float, float]
     dividing: tuple[float, float]
-    wide_dividing: tuple[float, float]
     streaming: tuple[float, float]
     sender: float
     piece: float
     sharing: float
     at_once: float
-    wide_once: float
+    one_round: float
 
 
 # Of blocks, persistent or not, that divide steps equally or do not: where more are worth it at all.
 MOST_ROUNDS = {(True, False): math.inf, (False, False): 1, (True, True): 3}
 MANY_TOKENS_COST = ManyTokensCost(
-    start=2.28, sharing_start=3.35, round=0.986, lone=(2.67, 0.0018), wide_lone=(3.6, 0.0018), splitting=(0.84, 0.0014),
-    dividing=(0.57, 0.0042), wide_dividing=(1.1, 0.009), streaming=(2.8, 0.013), sender=0.0031, piece=0.64,
-    sharing=0.981, at_once=0.983, wide_once=1.04,
+    start=2.28, sharing_start=3.35, round=0.986, lone=(2.67, 0.0018), splitting=(0.84, 0.0014),
+    dividing=(0.57, 0.0042), streaming=(2.8, 0.013), sender=0.0031, piece=0.64,
+    sharing=0.981, at_once=0.983, one_round=1,
 )  # fmt: skip
+WIDE_COST = dataclasses.replace(  # of tiles of 192 outputs
+    MANY_TOKENS_COST, lone=(3.6, 0.0018), dividing=(1.1, 0.009), sharing=1, at_once=1, one_round=1.04
+)
 
 
 def estimated_microseconds(t: Tiling, m: int, n: int, k: int) -> float:
     """What a product of many tokens takes about."""
-    cost = MANY_TOKENS_COST
+    cost = WIDE_COST if t.sides == 3 else MANY_TOKENS_COST
 
     def of_tokens(pair: tuple[float, float]) -> float:
         return pair[0] + pair[1] * t.tokens
@@ -229,24 +227,22 @@ def estimated_microseconds(t: Tiling, m: int, n: int, k: int) -> float:
     waves = tiles * t.split / STREAMING_MULTIPROCESSORS
     if row_blocks < t.share or waves > MOST_ROUNDS[t.persistent, t.stream_k]:
         return math.inf
-    is_wide = t.sides == 3
     if not t.persistent:
         step = {1: NARROW_MICROSECONDS, 2: LONE_MICROSECONDS, 3: WIDE_MICROSECONDS}[t.sides][t.tokens]
         its_steps = -(-steps // (t.parts * t.unroll)) * t.unroll * t.teams
-        alone = of_tokens(cost.wide_lone if is_wide else cost.lone)
-        return alone + (t.split > 1) * of_tokens(cost.splitting) + its_steps * step
+        return of_tokens(cost.lone) + (t.split > 1) * of_tokens(cost.splitting) + its_steps * step
     step = {2: STEP_MICROSECONDS, 3: WIDE_MICROSECONDS, 4: WIDEST_MICROSECONDS}[t.sides][t.tokens]
     if t.stream_k:
         plan = plan_stream(t, tiles, steps)
         adding_up = of_tokens(cost.streaming) + cost.sender * plan.senders * t.tokens
         return adding_up + plan.most_steps * (step + cost.piece / (plan.chains * t.unroll))
     rounds = plan_rounds(t, row_blocks, token_tiles, steps)
-    step *= cost.wide_once if is_wide and rounds.whole == 1 else 1
-    together = of_tokens(cost.wide_dividing if is_wide else cost.dividing) if rounds.divided else 0
+    step *= cost.one_round if rounds.whole == 1 else 1
+    together = of_tokens(cost.dividing) if rounds.divided else 0
     if t.share == 1:
         return cost.start + rounds.whole * (cost.round + rounds.steps * step)
-    step *= cost.at_once if t.halves == 1 and not is_wide else 1
-    whole = cost.round + rounds.steps * step * (cost.sharing if token_tiles > 1 and not is_wide else 1)
+    step *= cost.at_once if t.halves == 1 else 1
+    whole = cost.round + rounds.steps * step * (cost.sharing if token_tiles > 1 else 1)
     return cost.sharing_start + rounds.whole * whole + rounds.part_steps * step + together
 
 

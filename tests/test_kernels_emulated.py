@@ -138,14 +138,7 @@ def test_matvec_of_several_weights(m, sizes, k, cut, biased):
         (70, 448, 896, 128, E4M3, Tiling(32, 3, unroll=2, share=2)),  # some of them whole
         (40, 256, 384, 128, E4M3, Tiling(16, 3, halves=1, unroll=2, share=2)),
         (70, 320, 640, 64, BF16, Tiling(32, 3, halves=1, unroll=2, sides=4)),
-        (
-            70,
-            320,
-            640,
-            64,
-            BF16,
-            Tiling(32, 4, halves=1, unroll=2, sides=3),
-        ),  # steps in pairs, of which one is not whole
+        (70, 320, 640, 64, BF16, Tiling(32, 4, halves=1, unroll=2, sides=3)),  # steps in pairs, one not whole
         (40, 384, 896, 128, E4M3, Tiling(32, 6, halves=1, unroll=4, sides=3, persistent=False)),
         (70, 448, 896, 128, E4M3, Tiling(32, 4, halves=1, unroll=2, share=2, sides=3)),
         (90, 192, 640, 128, E4M3, Tiling(96, 4, halves=1, unroll=2, persistent=False, split=2, sides=3)),
