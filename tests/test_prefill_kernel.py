@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from kernel_oracles import BF16, frobenius, on_hopper
 
 import pallas_kernels as pk
-from pallas_kernels import mosaic_prefill, prefill_steps, reference_rotation
-from pallas_kernels.prefill_steps import NOTHING_SEEN, SLACK
+from pallas_kernels import mosaic_prefill, prefill_steps, reference_rotation, weighing_steps
+from pallas_kernels.prefill_steps import NOTHING_SEEN
+from pallas_kernels.weighing_steps import SLACK
+
+KERNEL = mosaic_prefill, prefill_steps, weighing_steps
 
 
 def inputs(batch, tokens, heads, kv_heads, head_dim, lengths, spread=1.0):
@@ -55,7 +58,7 @@ def powers_by_polynomial(x):
 
 def by_polynomial(head_dim, tokens):
     """Which weights ``[tokens, 128]`` are polynomials' values: a group is of 16 keys, of rows 8 apart each eight."""
-    turns = prefill_steps.WEIGHING[head_dim].by_polynomial
+    turns = weighing_steps.WEIGHING[head_dim].by_polynomial
     rows, keys = np.arange(tokens)[:, None], np.arange(128)
     register = 2 * (keys // 8 % 2) + rows // 8 % 2
     return np.choose(keys // 16 % len(turns), [np.isin(register, turn) for turn in turns])
@@ -161,7 +164,7 @@ def order(request, monkeypatch):
 )
 def test_on_the_emulated_multiprocessor(batch, tokens, heads, kv_heads, head_dim, lengths):
     arguments = inputs(batch, tokens, heads, kv_heads, head_dim, lengths)
-    with emulated(mosaic_prefill, prefill_steps):
+    with emulated(*KERNEL):
         check(arguments, mosaic_prefill.prefill_attention)
 
 
@@ -182,7 +185,7 @@ def test_any_shape_on_the_emulated_multiprocessor(shape, multiprocessors):
     arguments = inputs(*shape)
     with (
         mock.patch.object(mosaic_prefill, "STREAMING_MULTIPROCESSORS", multiprocessors),
-        emulated(mosaic_prefill, prefill_steps),
+        emulated(*KERNEL),
     ):
         check(arguments, mosaic_prefill.prefill_attention)
 
@@ -225,13 +228,13 @@ PREFIXED = [
 @pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("case", PREFIXED)
 def test_prefix_on_the_emulated_multiprocessor(case):
-    with emulated(mosaic_prefill, prefill_steps):
+    with emulated(*KERNEL):
         check_prefixed(prefixed(*case), mosaic_prefill.prefill_attention)
 
 
 def test_an_empty_sequence_gives_finite_rows():
     arguments = inputs(2, 70, 1, 1, 64, [0, 70])
-    with emulated(mosaic_prefill, prefill_steps):
+    with emulated(*KERNEL):
         y = mosaic_prefill.prefill_attention(*arguments, softmax_scale=0.125)
     assert np.all(np.isfinite(np.asarray(y, np.float32)))
 
@@ -240,18 +243,18 @@ def test_an_empty_sequence_gives_finite_rows():
 def test_large_queries_on_the_emulated_multiprocessor(spread):
     """The largest score takes all, or two that tie nearly share; float16 must not overflow."""
     arguments = inputs(1, 200, 2, 1, 128, [200], spread=spread)
-    with emulated(mosaic_prefill, prefill_steps):
+    with emulated(*KERNEL):
         check(arguments, mosaic_prefill.prefill_attention, EXACT, LARGE_WORST_ROW)
 
 
 def test_the_emulation_sees_what_was_not_waited_for(monkeypatch):
     """Without its wait for the tensor core, and without that for a copy."""
     arguments = inputs(1, 200, 1, 1, 64, [200])
-    with monkeypatch.context() as patched, emulated(mosaic_prefill, prefill_steps):
+    with monkeypatch.context() as patched, emulated(*KERNEL):
         patched.setattr(prefill_steps.Steps, "wait", lambda *_: lambda scores, output, _: (scores, output))
         with pytest.raises(AssertionError, match="while its wgmma runs"):
             mosaic_prefill.prefill_attention(*arguments, softmax_scale=0.125)
-    with emulated(mosaic_prefill, prefill_steps), monkeypatch.context() as patched:
+    with emulated(*KERNEL), monkeypatch.context() as patched:
         patched.setattr(mosaic_prefill.plgpu, "barrier_wait", lambda _: None)
         y = mosaic_prefill.prefill_attention(*arguments, softmax_scale=0.125)
     assert np.isnan(np.asarray(y, np.float32)).any()
