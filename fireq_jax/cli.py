@@ -328,6 +328,7 @@ def bench(
     """Time a Llama with random weights, quantised and in bf16, on this machine."""
     from convert.folder import write_json
     from fireq_jax.benchmark import run_benchmark
+    from fireq_jax.benchmark_table import benchmark_table
 
     if smoke:
         sizes, feed_forward, prefill, decode, new_tokens = "toy", "1,8", "1x32,2x16", "1x16,2x16", 32
@@ -354,19 +355,7 @@ def bench(
             save=save,
             progress=lambda what: status.update(f"{what} ..."),
         )  # fmt: skip
-    table = Table(title=f"{sizes}, {result['recipe']}, on {result['device']}; bf16 through the same code")
-    for column in ("", "INT4/FP8", "bf16", "speed"):
-        table.add_column(column, justify="left" if not column else "right")
-    for case in result["feed_forward"]:
-        _add_times(table, f"feed-forward block, {case['tokens']} tokens", case["microseconds"], "us")
-    for case in result["prefill"]:
-        _add_times(table, f"prefill, {case['batch']} x {case['length']}", case["milliseconds"], "ms")
-    for case in result["decode"]:
-        _add_times(table, f"decode, {case['batch']} x {case['context']}, per token", case["milliseconds"], "ms")
-    for case in result["generate"]:
-        what = f"generate, {case['batch']} x {case['length']} and {case['new_tokens']} more"
-        _add_times(table, what, case["milliseconds"], "ms")
-    console.print(table)
+    console.print(benchmark_table(result))
     save(result)
 
 
@@ -380,12 +369,6 @@ def _numbers(option: str, text: str, count: int) -> list[Any]:
         example = "x".join(["16", "1024"][:count])
         raise ValueError(f"{option} {text!r}: positive numbers like {example} are expected, with commas between them")
     return groups
-
-
-def _add_times(table: Table, name: str, times: dict[str, float | None], unit: str) -> None:
-    ours, theirs = times["int4"], times["bf16"]
-    cells = ["out of memory" if t is None else f"{t:.3f} {unit}" for t in (ours, theirs)]
-    table.add_row(name, *cells, f"{theirs / ours:.2f}x" if ours and theirs else "-")
 
 
 @app.command()
