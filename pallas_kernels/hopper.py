@@ -208,21 +208,36 @@ def load_shared(address: ir.Value, offset: int = 0, words: int = 4) -> list[ir.V
     return asm(ptx, ",".join(["=r"] * words + ["r"]), [address], [word] * words)
 
 
-def store_shared(address: ir.Value, registers: Sequence[ir.Value], offset: int = 0) -> None:
-    """Writes 1, 2 or 4 float32 or words to a shared address that is aligned to all of them."""
-    _store("shared", "r", address, registers, offset)
+def store_shared(
+    address: ir.Value, registers: Sequence[ir.Value], offset: int = 0, condition: ir.Value | None = None
+) -> None:
+    """Writes 1, 2 or 4 float32 or words to a shared address that is aligned to all of them.
+
+    If there is a condition, a bit, only where it holds.
+    """
+    _store("shared", "r", address, registers, offset, condition)
 
 
-def store_global(address: ir.Value, registers: Sequence[ir.Value], offset: int = 0) -> None:
+def store_global(
+    address: ir.Value, registers: Sequence[ir.Value], offset: int = 0, condition: ir.Value | None = None
+) -> None:
     """As :func:`store_shared`, to a global address."""
-    _store("global", "l", address, registers, offset)
+    _store("global", "l", address, registers, offset, condition)
 
 
-def _store(space: str, pointer: str, address: ir.Value, registers: Sequence[ir.Value], offset: int) -> None:
+def _store(
+    space: str, pointer: str, address: ir.Value, registers: Sequence[ir.Value], offset: int, condition: ir.Value | None
+) -> None:
     count, (kind, listed) = len(registers), _vector(registers, 1)
     vector = f".v{count}" if count > 1 else ""
     constraints = ",".join([pointer] + [kind] * count)
-    asm(f"st.{space}{vector}.b32 [$0+{offset}], {listed};", constraints, [address, *registers], [])
+    store = f"st.{space}{vector}.b32 [$0+{offset}], {listed};"
+    if condition is None:
+        asm(store, constraints, [address, *registers], [])
+        return
+    flag = arith.extui(ir.IntegerType.get_signless(32), condition)
+    predicated = f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; @p {store} }}"
+    asm(predicated, constraints + ",r", [address, *registers, flag], [])
 
 
 def _vector(registers: Sequence[ir.Value], first: int) -> tuple[str, str]:
@@ -230,14 +245,6 @@ def _vector(registers: Sequence[ir.Value], first: int) -> tuple[str, str]:
     names = [f"${first + i}" for i in range(len(registers))]
     kind = "f" if registers[0].type == ir.F32Type.get() else "r"
     return kind, "{" + ", ".join(names) + "}" if len(names) > 1 else names[0]
-
-
-def store_shared_if(address: ir.Value, offset: int, words: Sequence[ir.Value], condition: ir.Value) -> None:
-    """Stores two or four words to shared memory where the condition, a bit, holds."""
-    count, flag = len(words), arith.extui(ir.IntegerType.get_signless(32), condition)
-    registers = ", ".join(f"${i + 2}" for i in range(count))
-    ptx = f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.shared.v{count}.b32 [$0+{offset}], {{{registers}}}; }}"
-    asm(ptx, ",".join(["r"] * (count + 2)), [address, flag, *words], [])
 
 
 def wait_for_wgmma(in_flight: int, registers: Sequence[ir.Value], keep: Sequence[ir.Value] = ()) -> list[ir.Value]:

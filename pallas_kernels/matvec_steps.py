@@ -230,9 +230,9 @@ class Steps:
                     swapped = [in_operand_order(words[8 * i + 4 * half + lane]) for half in range(2)]
                     if self.cut.halves:
                         values = [h for w in swapped for h in arithmetic.to_halves(w)]
-                        hopper.store_shared_if(place, 16 * lane, values, here)
+                        hopper.store_shared(place, values, 16 * lane, here)
                     else:
-                        hopper.store_shared_if(place, 32 * lane, swapped, here)
+                        hopper.store_shared(place, swapped, 32 * lane, here)
             return ()
 
         return cast(Operation, put)

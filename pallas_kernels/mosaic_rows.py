@@ -16,7 +16,8 @@ from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.row_steps import MAX_WARPGROUPS, VECTOR, Steps
 from pallas_kernels.tiling import FLAGS, STREAMING_MULTIPROCESSORS
 
-LONG_ROW = 8192  # elements
+REGISTERS = 65536  # of a multiprocessor
+MOST_VECTORS = 8  # of a thread, unless a row has more than blocks of MAX_WARPGROUPS hold
 GATE_PARTS = 4  # blocks that share a row of a gate at most: two powers per element keep one busy
 SHARED_ELEMENTS = 2048  # of a row that a block takes at least, where several share it
 
@@ -39,16 +40,24 @@ def _launch(name: str, body: Any, ops: Steps, m: int, outputs: list[tuple[tuple[
 
 
 def _steps(m: int, k: int, most_parts: int = 1) -> Steps:
-    """For few rows as many threads as have work, for many rows two vectors per thread, or three of long ones.
+    """Of those blocks of which most find place on a multiprocessor the ones with most threads.
 
-    Up to ``most_parts`` blocks share a row while there are multiprocessors for them and each has much to do.
+    However few the rows are, wider blocks for them are no faster. Up to ``most_parts`` blocks share a row while there
+    are multiprocessors for them and each has much to do.
     """
-    each, parts = 3 if k > LONG_ROW else 2, 1
-    if m <= 4 * STREAMING_MULTIPROCESSORS:
-        each = 1
+    parts = 1
     while 2 * parts <= most_parts and 2 * parts * m <= STREAMING_MULTIPROCESSORS and k >= SHARED_ELEMENTS * 2 * parts:
         parts *= 2
-    return Steps(k, min(MAX_WARPGROUPS, -(-k // (VECTOR * each * parts * hopper.WARPGROUP))), parts)
+    vectors = -(-k // (VECTOR * parts * hopper.WARPGROUP))  # of a thread, were there one warpgroup
+
+    def resident(warpgroups: int) -> int:
+        registers = 16 * (-(-vectors // warpgroups) + 1)  # of a thread: what the compiler takes, or up to 8 more
+        return REGISTERS // (registers * hopper.WARPGROUP * warpgroups)
+
+    fewest = min(MAX_WARPGROUPS, -(-vectors // MOST_VECTORS))
+    # Of those with as many vectors per thread only the least: no warpgroup has nothing to do.
+    useful = {-(-vectors // each) for each in range(1, vectors + 1)} & {*range(fewest, MAX_WARPGROUPS + 1)}
+    return Steps(k, max(useful or {fewest}, key=lambda warpgroups: (resident(warpgroups), warpgroups)), parts)
 
 
 def _rounded(m: int, k: int) -> list[tuple[tuple[int, ...], Any]]:

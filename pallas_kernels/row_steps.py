@@ -36,33 +36,45 @@ class Steps:
         self.layout = hopper.container_layout(count)
         self.type = hopper.container_type(count, jnp.float32)
 
-    def _places(self) -> list[tuple[ir.Value, ir.Value]]:
-        """The column of each of a thread's vectors, and whether the row has it."""
-        thread, everywhere = utils.thread_idx(), self.threads * self.parts
+    def _first_column(self) -> ir.Value:
+        """The column of a thread's first vector."""
+        thread = utils.thread_idx()
         if self.parts > 1:
             thread = arith.addi(thread, arith.muli(hopper.block_in_cluster(), i32(self.threads)))
-        columns = [arith.muli(arith.addi(thread, i32(i * everywhere)), i32(VECTOR)) for i in range(self.vectors)]
-        return [(c, arith.cmpi(arith.CmpIPredicate.ult, c, i32(self.k))) for c in columns]
+        return arith.muli(thread, i32(VECTOR))
 
-    def _address(self, ref: Any, row: ir.Value | None, column: ir.Value, size: int) -> ir.Value:
-        return hopper.global_address(ref, size, (column, 1), (0 if row is None else row, self.k))
+    def _places(self) -> list[tuple[int, ir.Value | None]]:
+        """Of each of a thread's vectors how far behind the first column it is, and whether the row has it, if not all.
+
+        With distances that the compiler knows a row needs one address for all of them.
+        """
+        first, places = self._first_column(), []
+        for i in range(self.vectors):
+            behind = i * self.threads * self.parts * VECTOR
+            if behind + self.threads * self.parts * VECTOR <= self.k:
+                places.append((behind, None))
+            else:
+                places.append((behind, arith.cmpi(arith.CmpIPredicate.ult, first, i32(self.k - behind))))
+        return places
+
+    def _address(self, ref: Any, row: ir.Value | None, size: int) -> ir.Value:
+        """Of a thread's first vector."""
+        return hopper.global_address(ref, size, (self._first_column(), 1), (0 if row is None else row, self.k))
 
     def _read(self, ref: Any, row: ir.Value | None, dtype: Any = jnp.bfloat16) -> list[ir.Value]:
         """A thread's elements of a row of bf16 or float32, zeros behind its end."""
         size, words = jnp.dtype(dtype).itemsize, []
-        for column, exists in self._places():
+        address = self._address(ref, row, size)
+        for behind, exists in self._places():
             for offset in range(0, VECTOR * size, 16):
-                words += hopper.load_global(4, self._address(ref, row, column, size), exists, offset)
+                words += hopper.load_global(4, address, exists, behind * size + offset)
         return to_floats(words, size)
 
     def _write(self, ref: Any, row: ir.Value, words: Sequence[ir.Value]) -> None:
         """Writes words of four e4m3, two per vector."""
-        word = ir.IntegerType.get_signless(32)
-        for i, (column, exists) in enumerate(self._places()):
-            hopper.asm(
-                "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.global.v2.b32 [$0], {$2, $3}; }", "l,r,r,r",
-                [self._address(ref, row, column, 1), arith.extui(word, exists), *words[2 * i : 2 * i + 2]], [],
-            )  # fmt: skip
+        address = self._address(ref, row, 1)
+        for i, (behind, exists) in enumerate(self._places()):
+            hopper.store_global(address, words[2 * i : 2 * i + 2], behind, exists)
 
     def load(self) -> Operation:
         """``(x, row) -> values``: a row in float32."""

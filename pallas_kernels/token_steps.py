@@ -112,7 +112,7 @@ class TokenSteps:
                 here = arith.andi(here, exists)
                 for i, e4m3 in enumerate(pair):
                     place = arith.addi(target, arith.addi(start, i32(16 * i)))
-                    hopper.store_shared_if(place, 0, arithmetic.to_halves(in_operand_order(e4m3)), here)
+                    hopper.store_shared(place, arithmetic.to_halves(in_operand_order(e4m3)), condition=here)
             of_weights = hopper.unpack(factors)[steps.results :]
             if self.rows == 1:
                 return hopper.pack([scale] * steps.results + of_weights)

@@ -45,7 +45,7 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-SIZES = [(3, 64), (2, 1032), (2, 4096), (1, 14336)]
+SIZES = [(3, 64), (2, 1032), (2, 4096), (1, 14336), (2, 14328), (3, 5632), (2, 11008)]
 
 
 def check_all(m, k, gain_dtype):
@@ -65,10 +65,25 @@ def test_on_the_emulated_multiprocessor(m, k, gain_dtype, monkeypatch):
         check_all(m, k, gain_dtype)
 
 
+@pytest.mark.parametrize("m", [1, 33, 200, 1000, 16384])
+@pytest.mark.parametrize("k", [64, 576, 4096, 5120, 14336, 28672, 53248, 120000])
+def test_a_row_has_its_threads(m, k):
+    steps = mosaic_rows._steps(m, k, mosaic_rows.GATE_PARTS)
+    of_thread = k / (row_steps.VECTOR * steps.threads * steps.parts)
+    assert of_thread <= steps.vectors < of_thread + 1
+    assert steps.vectors <= mosaic_rows.MOST_VECTORS or steps.threads == 128 * row_steps.MAX_WARPGROUPS
+
+
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("gain_dtype", [BF16, jnp.float32])
-@pytest.mark.parametrize(("m", "k"), [*SIZES, (16, 576), (33, 14336), (66, 5120), (1000, 4096), (2048, 11008)])
+@pytest.mark.parametrize(
+    ("m", "k"),
+    [
+        *SIZES, (16, 576), (33, 14336), (66, 5120), (1000, 4096), (2048, 11008),
+        (1000, 14336), (700, 13824), (1500, 5632), (2000, 5120), (1200, 8192), (400, 28672), (150, 53248),
+    ],
+)  # fmt: skip
 def test_on_a_gpu(m, k, gain_dtype):
     check_all(m, k, gain_dtype)
 
