@@ -48,7 +48,8 @@ class Steps:
 
         With distances that the compiler knows a row needs one address for all of them.
         """
-        first, places = self._first_column(), []
+        first = self._first_column()
+        places: list[tuple[int, ir.Value | None]] = []
         for i in range(self.vectors):
             behind = i * self.threads * self.parts * VECTOR
             if behind + self.threads * self.parts * VECTOR <= self.k:
