@@ -51,7 +51,7 @@ def _steps(m: int, k: int, most_parts: int = 1) -> Steps:
     vectors = -(-k // (VECTOR * parts * hopper.WARPGROUP))  # of a thread, were there one warpgroup
 
     def resident(warpgroups: int) -> int:
-        registers = 16 * (-(-vectors // warpgroups) + 1)  # of a thread: what the compiler takes, or up to 8 more
+        registers = 16 * (-(-vectors // warpgroups) + 1)  # of a thread, within 8 of what compilers take
         return REGISTERS // (registers * hopper.WARPGROUP * warpgroups)
 
     fewest = min(MAX_WARPGROUPS, -(-vectors // MOST_VECTORS))
