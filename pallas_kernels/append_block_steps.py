@@ -12,7 +12,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import arithmetic, hopper
-from pallas_kernels.append_steps import EACH, AppendShape, InCache, Row, Steps, rounded, store_global
+from pallas_kernels.append_steps import EACH, AppendShape, InCache, Steps, rounded
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.reference import E4M3_MAX
@@ -95,7 +95,7 @@ class BlockSteps(Steps):
         above = arith.bitcast(ir.F32Type.get(), arith.andi(above, i32(~MANTISSA)))
         scale = arith.select(arith.cmpf(arith.CmpFPredicate.OEQ, scale, scale), above, scale)
         first = arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), i32(0))
-        hopper.store_float_if(hopper.global_address(scales, 4, (block, 1)), scale, first)
+        hopper.store_global(hopper.global_address(scales, 4, (block, 1)), [scale], condition=first)
         return arithmetic.reciprocal(scale)
 
     def _place(self, held: Any, number: int) -> tuple[ir.Value, int]:
@@ -252,4 +252,4 @@ class BlockSteps(Steps):
             place = arith.shli(arith.xori(lane, self._swizzle(row)), i32(2))
             address = arith.addi(source, place)
             [four] = hopper.asm(f"ld.shared.b32 $0, [$1+{i * warps * SCALE_TOKENS}];", "=r,r", [address], [word])
-            store_global("b32", "r", Row(target, i * warps * row_bytes), four)
+            hopper.store_global(target, [four], i * warps * row_bytes)

@@ -182,7 +182,7 @@ class Steps:
     def _store_e4m3(self, row: Row, registers: Sequence[ir.Value], factor: ir.Value) -> None:
         """Writes a unit's head, times the factor, to a row of ``head_dim`` e4m3."""
         for half, part in enumerate(rounded(registers, factor)):
-            store_global("b32", "r", row.behind(half * self.shape.head_dim // 2), part)
+            store(row.behind(half * self.shape.head_dim // 2), part)
 
     def queries(self, each: int) -> Operation:
         """``(q, cosines, sines, scales, q8, q_scale, first) -> ()``: e4m3, scale ``max|x| / QUERY_MAX``, or 1 of 0.
@@ -248,7 +248,7 @@ class Steps:
                     factor = arithmetic.approximate_reciprocal(arithmetic.maximum(scale, f32(SMALLEST_NORMAL)))
                     self._store_e4m3(targets.behind(d * i)._replace(exists=flag), values, factor)
                     flag = arith.andi(self._is_first_lane(), flag)
-                    store_global("f32", "f", scale_target.behind(4 * i)._replace(exists=flag), scale)
+                    store(scale_target.behind(4 * i)._replace(exists=flag), scale)
             return ()
 
         return cast(Operation, queries)
@@ -324,11 +324,11 @@ class Steps:
         in_bf16 = arithmetic.to_bf16x2(scale, f32(0))
         scale = arith.bitcast(single, arith.shli(in_bf16, i32(16)))
         for half, part in enumerate(self._codes(registers, arithmetic.reciprocal(scale))):
-            store_global("b16", "r", target.codes.behind(half * self.shape.head_dim // 4), part)
+            store_half(target.codes.behind(half * self.shape.head_dim // 4), part)
         exists = self._is_first_lane()
         if target.scale.exists is not None:
             exists = arith.andi(exists, target.scale.exists)
-        store_global("b16", "r", target.scale._replace(exists=exists), in_bf16)
+        store_half(target.scale._replace(exists=exists), in_bf16)
         return peak
 
     def append(self, kind: Literal["keys", "values"]) -> Operation:
@@ -379,15 +379,18 @@ def rounded(registers: Sequence[ir.Value], factor: ir.Value) -> list[ir.Value]:
     return [arithmetic.to_e4m3x4(scaled[EACH * half : EACH * (half + 1)]) for half in range(2)]
 
 
-def store_global(kind: str, constraint: str, row: Row, value: ir.Value) -> None:
-    """Writes a float32, a word, or its lower half to a row that exists."""
-    source, split = ("l", ".reg .b16 l, h; mov.b32 {l, h}, $1; ") if kind == "b16" else ("$1", "")
-    store = f"st.global.{kind} [$0+{row.offset}], {source};"
+def store(row: Row, value: ir.Value) -> None:
+    """Writes a float32 or a word to a row that exists."""
+    hopper.store_global(row.address, [value], row.offset, row.exists)
+
+
+def store_half(row: Row, word: ir.Value) -> None:
+    """Writes the lower half of a word to a row that exists."""
+    split, instruction = ".reg .b16 l, h; mov.b32 {l, h}, $1; ", f"st.global.b16 [$0+{row.offset}], l;"
     if row.exists is None:
-        hopper.asm(f"{{ {split}{store} }}", f"l,{constraint}", [row.address, value], [])
+        hopper.asm(f"{{ {split}{instruction} }}", "l,r", [row.address, word], [])
         return
     flag = arith.extui(ir.IntegerType.get_signless(32), row.exists)
     hopper.asm(
-        f"{{ .reg .pred p; {split}setp.ne.b32 p, $2, 0; @p {store} }}", f"l,{constraint},r",
-        [row.address, value, flag], [],
-    )  # fmt: skip
+        f"{{ .reg .pred p; {split}setp.ne.b32 p, $2, 0; @p {instruction} }}", "l,r,r", [row.address, word, flag], []
+    )

@@ -147,15 +147,6 @@ def global_address(ref: ir.Value, element_bytes: int, *index: tuple[ir.Value | i
     return address
 
 
-def store_float_if(address: ir.Value, value: ir.Value, condition: ir.Value, space: str = "global") -> None:
-    """Writes a float32 to global or shared memory, or to that of a cluster, where the condition, a bit, holds."""
-    asm(
-        f"{{ .reg .pred p; setp.ne.b32 p, $2, 0; @p st.{space}.f32 [$0], $1; }}",
-        "l,f,r" if space == "global" else "r,f,r",
-        [address, value, arith.extui(ir.IntegerType.get_signless(32), condition)], [],
-    )  # fmt: skip
-
-
 def load_bf16_if(address: ir.Value, condition: ir.Value) -> ir.Value:
     """A bf16 of global memory as float32, or 0 where the condition does not hold."""
     load = (
@@ -211,32 +202,33 @@ def load_shared(address: ir.Value, offset: int = 0, words: int = 4) -> list[ir.V
 def store_shared(
     address: ir.Value, registers: Sequence[ir.Value], offset: int = 0, condition: ir.Value | None = None
 ) -> None:
-    """Writes 1, 2 or 4 float32 or words to a shared address that is aligned to all of them.
-
-    If there is a condition, a bit, only where it holds.
-    """
-    _store("shared", "r", address, registers, offset, condition)
+    """As :func:`store`, to a shared address."""
+    store("shared", address, registers, offset, condition)
 
 
 def store_global(
     address: ir.Value, registers: Sequence[ir.Value], offset: int = 0, condition: ir.Value | None = None
 ) -> None:
-    """As :func:`store_shared`, to a global address."""
-    _store("global", "l", address, registers, offset, condition)
+    """As :func:`store`, to a global address."""
+    store("global", address, registers, offset, condition)
 
 
-def _store(
-    space: str, pointer: str, address: ir.Value, registers: Sequence[ir.Value], offset: int, condition: ir.Value | None
+def store(
+    space: str, address: ir.Value, registers: Sequence[ir.Value], offset: int = 0, condition: ir.Value | None = None
 ) -> None:
+    """Writes 1, 2 or 4 float32 or words to an address that is aligned to all of them.
+
+    If there is a condition, a bit, only where it holds. ``space`` is "global", "shared" or "shared::cluster".
+    """
     count, (kind, listed) = len(registers), _vector(registers, 1)
     vector = f".v{count}" if count > 1 else ""
-    constraints = ",".join([pointer] + [kind] * count)
-    store = f"st.{space}{vector}.b32 [$0+{offset}], {listed};"
+    constraints = ",".join(["l" if space == "global" else "r"] + [kind] * count)
+    instruction = f"st.{space}{vector}.b32 [$0+{offset}], {listed};"
     if condition is None:
-        asm(store, constraints, [address, *registers], [])
+        asm(instruction, constraints, [address, *registers], [])
         return
     flag = arith.extui(ir.IntegerType.get_signless(32), condition)
-    predicated = f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; @p {store} }}"
+    predicated = f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; @p {instruction} }}"
     asm(predicated, constraints + ",r", [address, *registers, flag], [])
 
 

@@ -368,9 +368,8 @@ class Steps:
                 exists = arith.andi(
                     arith.cmpi(below, its_token, i32(self.m)), arith.cmpi(below, its_output, i32(outputs))
                 )
-                hopper.store_float_if(
-                    hopper.global_address(y, 4, (its_token, outputs), (its_output, 1)), result, exists
-                )
+                place = hopper.global_address(y, 4, (its_token, outputs), (its_output, 1))
+                hopper.store_global(place, [result], condition=exists)
             return ()
 
         return cast(Operation, write)

@@ -413,7 +413,7 @@ class Steps:
                     later = arith.andi(here, arith.cmpi(arith.CmpIPredicate.ne, part, i32(0)))
                     [sum_before] = hopper.asm(load.format(0), "=&f,r,r", [at, arith.extui(word, later)], [single])
                     total = arith.addf(total, sum_before)
-                    hopper.store_float_if(at, total, here, "shared")
+                    hopper.store_shared(at, [total], condition=here)
                     last = arith.andi(here, arith.cmpi(arith.CmpIPredicate.eq, part, i32(parts - 1)))
                 y = arith.mulf(total, arith.mulf(factor, of_all))
                 if offset_of_output is not None:

@@ -131,16 +131,12 @@ class MergeSteps:
         """A split's result of a row, whose first thread brings its maximum and sum, too."""
         place = arith.muli(element, i32(4))
         if self.shape.cut.clustered:
-            space, kind = "shared::cluster", "r"
+            space = "shared::cluster"
         else:
-            space, kind, place = "global", "l", arith.extui(integer(64), place)
-        hopper.store_float_if(arith.addi(target, place), out, exists, space)
+            space, place = "global", arith.extui(integer(64), place)
+        hopper.store(space, arith.addi(target, place), [out], condition=exists)
         leads = arith.andi(exists, arith.cmpi(arith.CmpIPredicate.eq, element, i32(0)))
-        behind = 4 * self.shape.head_dim
-        hopper.asm(
-            f"{{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.{space}.v2.f32 [$0+{behind}], {{$1, $2}}; }}",
-            f"{kind},f,f,r", [target, largest, total, arith.extui(integer(32), leads)], [],
-        )  # fmt: skip
+        hopper.store(space, target, [largest, total], 4 * self.shape.head_dim, leads)
 
     def merge_parts(self) -> Operation:
         """``(parts, y, split, sequence, kv head) -> ()``: a block's rows, whose parts have come from all splits."""

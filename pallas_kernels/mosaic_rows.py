@@ -54,10 +54,10 @@ def _steps(m: int, k: int, most_parts: int = 1) -> Steps:
         registers = 16 * (-(-vectors // warpgroups) + 1)  # of a thread, within 8 of what compilers take
         return REGISTERS // (registers * hopper.WARPGROUP * warpgroups)
 
-    fewest = min(MAX_WARPGROUPS, -(-vectors // MOST_VECTORS))
-    # Of those with as many vectors per thread only the least: no warpgroup has nothing to do.
-    useful = {-(-vectors // each) for each in range(1, vectors + 1)} & {*range(fewest, MAX_WARPGROUPS + 1)}
-    return Steps(k, max(useful or {fewest}, key=lambda warpgroups: (resident(warpgroups), warpgroups)), parts)
+    # For each number of vectors the fewest that hold a row, so that no warpgroup has nothing to do.
+    fewest = (-(-vectors // each) for each in range(1, MOST_VECTORS + 1))
+    candidates = [warpgroups for warpgroups in fewest if warpgroups <= MAX_WARPGROUPS] or [MAX_WARPGROUPS]
+    return Steps(k, max(candidates, key=lambda warpgroups: (resident(warpgroups), warpgroups)), parts)
 
 
 def _rounded(m: int, k: int) -> list[tuple[tuple[int, ...], Any]]:

@@ -117,7 +117,7 @@ class Steps:
             self._write(x8, row, packed)
             place = hopper.global_address(x_scale, 4, (row, 1))
             first = arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), i32(0))
-            hopper.store_float_if(place, scale, first)
+            hopper.store_global(place, [scale], condition=first)
             return ()
 
         return cast(Operation, quantize)
@@ -131,13 +131,7 @@ class Steps:
             for begin in range(0, FLAGS, 4 * self.threads):
                 number = arith.addi(arith.muli(utils.thread_idx(), i32(4)), i32(begin))
                 exists = arith.andi(first, arith.cmpi(arith.CmpIPredicate.ult, number, i32(FLAGS)))
-                hopper.asm(
-                    "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p st.global.v4.b32 [$0], {$2, $2, $2, $2}; }", "l,r,r",
-                    [
-                        hopper.global_address(flags, 4, (number, 1)),
-                        arith.extui(ir.IntegerType.get_signless(32), exists), i32(0),
-                    ], [],
-                )  # fmt: skip
+                hopper.store_global(hopper.global_address(flags, 4, (number, 1)), [i32(0)] * 4, condition=exists)
             return ()
 
         return cast(Operation, clear)
@@ -236,7 +230,7 @@ def across_block(value: ir.Value, scratch: Any, warps: int, combine: Any, rows: 
     base = hopper.shared_address(scratch)
     first = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(thread, i32(31)), i32(0))
     own = arith.addi(base, arith.muli(arith.shrui(thread, i32(5)), i32(4)))
-    hopper.store_float_if(own, value, first, "shared")
+    hopper.store_shared(own, [value], condition=first)
     hopper.block_barrier()
     each = warps // rows
     if rows > 1:

@@ -158,11 +158,7 @@ MANY_TOKENS = [
         for split in (1, 2)
         if tokens % (32 * split) == 0
     ),
-    *(
-        Tiling(tokens, stages, split=2, persistent=False, sides=3, **AT_ONCE)
-        for tokens, stages in WIDE_STAGES.items()
-        if tokens % 32 == 0
-    ),
+    *(Tiling(tokens, stages, split=2, persistent=False, sides=3, **AT_ONCE) for tokens, stages in WIDE_STAGES.items()),
     *(Tiling(tokens, 8, stream_k=True, **AT_ONCE) for tokens in (96, 128)),
     *(Tiling(tokens, stages, unroll=2, stream_k=True) for tokens, stages in STAGES.items() if tokens > 128),
 ]
