@@ -1,7 +1,6 @@
 """What :mod:`fireq_jax.benchmark` times: calls of jitted functions, with random weights and tokens."""
 
 import functools
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +20,9 @@ from fireq_jax.sampling import Sampling
 Params = Mapping[str, Any]
 
 LONG_ENOUGH = 4.0  # seconds of repeated calls
-LAYERS_OF_A_LOOP = 8  # together larger than the L2 cache
+# Blocks of up to 64 tokens in a loop; of more tokens as much work. A call takes 0.1 to 0.3 ms beside its kernels, which
+# is then less than a hundredth of the loop.
+LOOPED_BLOCKS = 2048
 SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 # Products are then cuBLASLt's; XLA's own would be tried in so many forms that compiling did not end in minutes.
 FP8_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
@@ -153,11 +154,18 @@ def _feed_forward(config: LlamaConfig, layers: Sequence[Params], x: jax.Array, r
     return jax.lax.fori_loop(0, rounds, one_round, x)
 
 
+def looped_rounds(config: LlamaConfig, tokens: int) -> int:
+    """How often a loop goes through the blocks of all layers: once on a CPU, where these take long enough."""
+    if jax.default_backend() == "cpu":
+        return 1
+    return max(1, LOOPED_BLOCKS * 64 // (max(tokens, 64) * config.num_layers))
+
+
 def feed_forward_call(model: Llama, params: Params, tokens: int) -> Call:
-    """A loop over the blocks of several layers, per block."""
+    """A loop over the blocks of all layers, per block."""
     config = model.config
-    layers = [params[f"layers_{i}"] for i in range(min(LAYERS_OF_A_LOOP, config.num_layers))]
-    rounds = max(1, 64 // math.isqrt(tokens))
+    layers = [params[f"layers_{i}"] for i in range(config.num_layers)]
+    rounds = looped_rounds(config, tokens)
 
     def arrays() -> tuple[Any, ...]:
         return layers, jax.random.normal(jax.random.key(0), (1, tokens, config.hidden_size), jnp.bfloat16)
@@ -190,17 +198,17 @@ def feed_forward_fp8_call(config: LlamaConfig, tokens: int) -> Call:
     """As :func:`feed_forward_call`, of a block in fp8 by XLA alone."""
     wide, hidden = config.intermediate_size, config.hidden_size
     shapes = [(wide, hidden), (wide, hidden), (hidden, wide)]
-    count, rounds = min(LAYERS_OF_A_LOOP, config.num_layers), max(1, 64 // math.isqrt(tokens))
+    rounds = looped_rounds(config, tokens)
 
     def arrays() -> tuple[Any, ...]:
         layers = [
             tuple(_normal(jax.random.key(3 * i + j), shape).astype(jnp.float8_e4m3fn) for j, shape in enumerate(shapes))
-            for i in range(count)
+            for i in range(config.num_layers)
         ]
         x = jax.random.normal(jax.random.key(0), (tokens, hidden), jnp.bfloat16)
         return layers, jnp.ones((), jnp.bfloat16), x
 
-    return Call(_feed_forward_fp8, config, arrays, (rounds,), rounds * count)
+    return Call(_feed_forward_fp8, config, arrays, (rounds,), rounds * config.num_layers)
 
 
 def _behind(model: Llama, params: Params, batch: int, context: int, room: int) -> tuple[Any, ...]:
