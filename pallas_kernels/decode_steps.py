@@ -15,7 +15,7 @@ from jaxlib.mlir.dialects import arith
 from pallas_kernels import arithmetic, hopper
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
-from pallas_kernels.tiling import DECODE_SLOTS, DECODE_TILE, DecodeCut
+from pallas_kernels.tiling import DECODE_SLOTS, DECODE_TILE, MULTIPROCESSOR_SHARED_MEMORY, DecodeCut
 from pallas_kernels.warp_slots import WarpSlots
 
 ROWS = 8  # query rows that a tensor core's product takes together
@@ -75,8 +75,9 @@ class DecodeShape:
 
     @property
     def shared_words(self) -> int:
-        """Of tiles, and later of the warps' results in their place."""
-        return self.cut.warps * max(self.cut.depth * self.tile_bytes // 4, self.row_blocks * ROWS * self.pitch)
+        """Of tiles, and later of the warps' results in their place; or as many as leave no place for more blocks."""
+        of_warp = max(self.cut.depth * self.tile_bytes // 4, self.row_blocks * ROWS * self.pitch)
+        return max(self.cut.warps * of_warp, MULTIPROCESSOR_SHARED_MEMORY // 4 // (self.cut.resident + 1))
 
 
 def integer(bits: int) -> Any:
@@ -146,8 +147,12 @@ class Steps:
             "factors": (2 * n, jnp.float32),
             "starts": (2 * n, jnp.float32),
             "limits": (2 * n, jnp.int32),
-            # 4 x keys of 8 slots, 8 x value words of a slot (half as long), scales of keys and of values
-            "tile": (4 * self.words + 8 * self.words // 2 + 8, jnp.int32),
+            # 4 x keys of 8 slots, scales of keys and of values
+            "keys": (4 * self.words + 8, jnp.int32),
+            # 8 x value words of a slot, half as long
+            "values": (8 * self.words // 2, jnp.int32),
+            # 4 pairs of slots for each of eight rows, and what outputs so far shrink by, of two rows
+            "weights": (6 * n, jnp.int32),
             # of eight rows: maxima and sums of two, then outputs
             "state": ((4 + self.outputs) * n, jnp.float32),
         }
@@ -213,16 +218,18 @@ class Steps:
         return cast(Operation, load)
 
     def request(self, reads: bool) -> Operation:
-        """``(warp, slots, arrivals, k, k scales, v, v scales, sequence, kv head, slot, first, end, [tile]) -> ()``.
+        """Has each warp's tile of cache slots from ``first`` on copied, up to ``end``, rounded up to a multiple of 8.
 
-        Has each warp's tile of cache slots from ``first`` on copied, up to ``end``, rounded up to a multiple of 8. If
-        somebody ``reads`` the slot before, given is the tile that it gave.
+        ``(warp, slots, arrivals, k, k scales, v, v scales, sequence, kv head, slot, first, end, [weights, values]) ->
+        ()``. If somebody ``reads`` the slot before, given are the weights, which need its keys and scales, and its
+        values.
         """
         s = self.shape
 
         @plgpu.inline_mgpu(
             arg_types=(
-                self.slots.warp_layout, *[plgpu.RefType()] * 6, *[self.scalar] * 5, *[self.layout["tile"]] * reads,
+                self.slots.warp_layout, *[plgpu.RefType()] * 6, *[self.scalar] * 5,
+                *[self.layout["weights"], self.layout["values"]] * reads,
             ),
             return_type=(),
         )  # fmt: skip
@@ -242,24 +249,22 @@ class Steps:
             total = functools.reduce(arith.addi, (size for _, _, size in parts))
             self.slots.request(
                 self.slots.place(slots, slot, warp), self.slots.barrier(arrivals, slot, warp), parts, total,
-                self._of_each_load(hopper.unpack(given[0])) if reads else [], zero,
+                [*hopper.unpack(given[0]), *hopper.unpack(given[1])[:: self.words // 2]] if reads else [], zero,
             )  # fmt: skip
             return ()
 
         return cast(Operation, copy)
 
-    def _of_each_load(self, tile: list[ir.Value]) -> list[ir.Value]:
-        """A register of every load that :meth:`take` makes."""
-        keys, values, scales = tile[: 4 * self.words], tile[4 * self.words : -8], tile[-8:]
-        return keys[:: self.words] + values[:: self.words // 2] + scales
+    def take_keys(self) -> Operation:
+        """``(warp, slots, arrivals, slot, parity) -> keys``: waits for a warp's tile and reads its keys and all scales.
 
-    def take(self) -> Operation:
-        """``(warp, slots, arrivals, slot, parity) -> tile``: waits for a warp's tile and reads it into registers."""
+        Values are read later: where registers hold a whole tile, a multiprocessor holds three blocks, not four.
+        """
         row_bytes = self.shape.head_dim // 2
 
         @plgpu.inline_mgpu(
             arg_types=(self.slots.warp_layout, *[plgpu.RefType()] * 2, *[self.scalar] * 2),
-            return_type=self.type["tile"],
+            return_type=self.type["keys"],
         )
         def read(_: Any, warp: Any, slots: Any, arrivals: Any, slot: Any, parity: Any) -> Any:
             [warp, _] = hopper.unpack(warp)
@@ -267,11 +272,31 @@ class Steps:
             slot = slot.registers.item()
             hopper.wait_for_phase(self.slots.barrier(arrivals, slot, warp), parity.registers.item())
             place = self.slots.place(slots, slot, warp)
-            keys, values, scales = [], [], []
+            keys, scales = [], []
             mine = arith.addi(arith.muli(g, i32(row_bytes)), arith.muli(t, i32(row_bytes // 4)))
             address = arith.addi(place, mine)
             for block in range(4):
                 keys += hopper.load_shared(address, 8 * block * row_bytes, self.words)
+            address = arith.addi(place, arith.muli(g, i32(2)))
+            for array in range(2):
+                for block in range(4):
+                    offset = 2 * DECODE_TILE * (row_bytes + array) + 16 * block
+                    scales += hopper.asm(f"ld.shared.u16 $0, [$1+{offset}];", "=r,r", [address], [integer(32)])
+            return hopper.pack([*keys, *scales])
+
+        return cast(Operation, read)
+
+    def take_values(self) -> Operation:
+        """``(warp, slots, slot) -> values``: reads a tile's, which is there."""
+        row_bytes = self.shape.head_dim // 2
+
+        @plgpu.inline_mgpu(
+            arg_types=(self.slots.warp_layout, plgpu.RefType(), self.scalar), return_type=self.type["values"]
+        )
+        def read(_: Any, warp: Any, slots: Any, slot: Any) -> Any:
+            [warp, _] = hopper.unpack(warp)
+            g, t, _warp = lane_parts()
+            place, values = self.slots.place(slots, slot.registers.item(), warp), []
             # Of two neighbouring slots odd lanes take the second one first: fewer lanes meet in a bank.
             odd = arith.andi(t, i32(1))
             mine = arith.addi(arith.muli(t, i32(2 * row_bytes)), arith.muli(g, i32(row_bytes // 8)))
@@ -281,12 +306,7 @@ class Steps:
             for offset in (0, 8, 16, 24):
                 for first in (nearer, other):
                     values += hopper.load_shared(first, offset * row_bytes, self.words // 2)
-            address = arith.addi(place, arith.muli(g, i32(2)))
-            for array in range(2):
-                for block in range(4):
-                    offset = 2 * DECODE_TILE * (row_bytes + array) + 16 * block
-                    scales += hopper.asm(f"ld.shared.u16 $0, [$1+{offset}];", "=r,r", [address], [integer(32)])
-            return hopper.pack([*keys, *values, *scales])
+            return hopper.pack(values)
 
         return cast(Operation, read)
 
@@ -300,27 +320,27 @@ class Steps:
 
         return cast(Operation, begin)
 
-    def attend(self) -> Operation:
-        """``(state, tile, queries, factors, starts, limits, first slot, end) -> state``: a warp's 32 slots.
+    def weigh(self) -> Operation:
+        """``(state, keys, queries, factors, starts, limits, first slot, end) -> state, weights`` of a warp's 32 slots.
 
-        What the tile holds of slots from ``end`` on may be anything.
+        The state's maxima and sums are then those with these slots, its outputs those before. What a tile holds of
+        slots from ``end`` on may be anything.
         """
 
         @plgpu.inline_mgpu(
             arg_types=(
-                self.layout["state"], self.layout["tile"], self.layout["queries"], self.layout["factors"],
+                self.layout["state"], self.layout["keys"], self.layout["queries"], self.layout["factors"],
                 self.layout["starts"], self.layout["limits"], self.scalar, self.scalar,
             ),
-            return_type=self.type["state"],
+            return_type=(self.type["state"], self.type["weights"]),
         )  # fmt: skip
-        def add(_: Any, state: Any, tile: Any, *others: Any) -> Any:
+        def weigh(_: Any, state: Any, taken: Any, *others: Any) -> Any:
             *of_rows, first, end = others
             queries, factors, starts, limits = map(hopper.unpack, of_rows)
             g, _t, warp = lane_parts()
             first = arith.addi(first.registers.item(), arith.muli(warp, i32(DECODE_TILE)))
-            registers, tile = hopper.unpack(state), hopper.unpack(tile)
-            keys, rest = tile[: 4 * self.words], tile[4 * self.words :]
-            values, scales = rest[: 4 * self.words], rest[4 * self.words :]
+            registers, taken = hopper.unpack(state), hopper.unpack(taken)
+            keys, scales = taken[: 4 * self.words], taken[4 * self.words :]
             scales = [arith.bitcast(ir.F32Type.get(), arith.shli(scale, i32(16))) for scale in scales]
             slots = [arith.addi(first, arith.addi(g, i32(8 * block))) for block in range(4)]
             v_scales = [
@@ -354,8 +374,25 @@ class Steps:
                     shrinks.append(shrink)
                 # From lanes that each have two rows of a slot to lanes that each have two slots of a row.
                 pairs = (arithmetic.to_bf16x2(*of_block[2 * block : 2 * block + 2]) for block in range(4))
-                weights.append([hopper.transpose_matrix(pair) for pair in pairs])
-            for n in range(self.shape.row_blocks):
+                weights += [hopper.transpose_matrix(pair) for pair in pairs]
+            shrinks = [arith.bitcast(integer(32), shrink) for shrink in shrinks]
+            return hopper.pack(registers), hopper.pack([*weights, *shrinks])
+
+        return cast(Operation, weigh)
+
+    def add_values(self) -> Operation:
+        """``(state, weights, values) -> state`` with the outputs of :meth:`weigh`'s slots."""
+
+        @plgpu.inline_mgpu(
+            arg_types=(self.layout["state"], self.layout["weights"], self.layout["values"]),
+            return_type=self.type["state"],
+        )
+        def add(_: Any, state: Any, weights: Any, values: Any) -> Any:
+            registers, words, values = map(hopper.unpack, (state, weights, values))
+            size, blocks = 4 + self.outputs, self.shape.row_blocks
+            weights = [words[4 * n : 4 * n + 4] for n in range(blocks)]
+            shrinks = [arith.bitcast(ir.F32Type.get(), word) for word in words[4 * blocks :]]
+            for n in range(blocks):
                 for i in range(self.outputs):
                     at = size * n + 4 + i
                     registers[at] = arith.mulf(registers[at], shrinks[2 * n + i % 2])

@@ -52,10 +52,10 @@ def make_kernel(shape: DecodeShape, softmax_scale: float, out_dtype: Any) -> Ope
         ops.slots.open()(arrivals)
         warp = ops.slots.warp()()
 
-        def request(at: Any, slot: Any, stop: Any, *tile: Any) -> None:
+        def request(at: Any, slot: Any, stop: Any, *read: Any) -> None:
             """The warps' tiles from a slot of the cache on, up to ``stop``."""
             arrays, where = (k, k_scales, v, v_scales), (sequence, kv_head, slot, at, stop)
-            ops.request(reads=bool(tile))(warp, shared, arrivals, *arrays, *where, *tile)
+            ops.request(reads=bool(read))(warp, shared, arrivals, *arrays, *where, *read)
 
         if cut.splits == 1:  # before it is known how long the sequence is; slots behind its end may be anything
             for i in range(cut.depth):
@@ -75,10 +75,12 @@ def make_kernel(shape: DecodeShape, softmax_scale: float, out_dtype: Any) -> Ope
 
         def step(i: Any, carry: Any) -> Any:
             state, slot, parity = carry
-            tile = ops.take()(warp, shared, arrivals, slot, parity)
+            keys = ops.take_keys()(warp, shared, arrivals, slot, parity)
+            state, weights = ops.weigh()(state, keys, *of_rows, (first + i) * stride, end)
+            values = ops.take_values()(warp, shared, slot)
             later = i + cut.depth
-            request((first + later) * stride, slot, jnp.where(later < mine, end, 0), tile)
-            state = ops.attend()(state, tile, *of_rows, (first + i) * stride, end)
+            request((first + later) * stride, slot, jnp.where(later < mine, end, 0), weights, values)
+            state = ops.add_values()(state, weights, values)
             slot += 1
             parity = jnp.where(slot == cut.depth, 1 - parity, parity)
             return state, jnp.where(slot == cut.depth, 0, slot), parity

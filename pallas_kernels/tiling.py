@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from pallas_kernels.weight_layout import SHARE_N, TILE_K, TILE_N
 
 BLOCK_N = 2 * TILE_N
-SHARED_MEMORY = 232448
+SHARED_MEMORY = 232448  # of a block at most
+MULTIPROCESSOR_SHARED_MEMORY = 228 << 10  # of all blocks, each of which takes a kilobyte more than it asks for
 STREAMING_MULTIPROCESSORS = 132
 FLAGS = 2 * STREAMING_MULTIPROCESSORS  # of the two warpgroups of every block
 FEW_TOKENS_OF_TILES = 64  # up to which the weight's bytes decide what a product takes, not the tensor cores
@@ -356,50 +357,74 @@ class DecodeCut:
       depth: tiles of each warp that are on their way or at work.
       clustered: whether the splits are a cluster, of up to 8 blocks, that merges their results in its shared memory;
         else a second kernel does.
+      resident: blocks that a multiprocessor holds at most; of four warps and heads of 128 four find place.
     """
 
     splits: int
     warps: int = 4
     depth: int = 2
     clustered: bool = False
+    resident: int = 4
 
 
 LARGEST_CLUSTER = 8  # blocks, that every Hopper GPU runs together
-# What splits cost beyond their share of the work, the gap before the second kernel included, in slots of 128 channels
-# that a multiprocessor goes through meanwhile (240 per us on an H200); the part of a block's work by which the uneven
-# end takes longer; and both for blocks that have a multiprocessor each.
-MERGING = {1: 0, 2: 1450, 3: 2500, 4: 2650, 5: 3400}
-UNEVEN_END = 0.4
-ALONE, ALONE_END = 1300, 0.15
 CLUSTERED_SLOTS = 2048  # up to which clusters of more than two blocks are faster than a second kernel
+MOST_SPLITS, SLOTS_OF_SPLIT = 5, 1000  # at most, and at least, where sequences and kv heads keep the device busy
+# What a multiprocessor takes for a slot of 128 channels of each of one block, two, three and four that it holds, on an
+# H200, in microseconds, by the warps of a block.
+SLOT_MICROSECONDS = {4: (0.00502, 0.00805, 0.01164, 0.0159), 8: (0.00377, 0.00769)}
+# Of a block of eight warps, whose results are more to merge; of blocks that begin where others have ended; and of a
+# second kernel.
+EIGHT_WARPS_MICROSECONDS, NEXT_MICROSECONDS, MERGING_MICROSECONDS = 0.7, 1.8, 2.9
+
+
+def decode_microseconds(cut: DecodeCut, pairs: int, work: float) -> float:
+    """What attention over so many sequences and kv heads takes about, beyond what all cuts take.
+
+    The fullest multiprocessor has its blocks in turns, of as many as it holds. How long a turn takes depends on how
+    many these are: more hide each other's waiting, up to what memory gives.
+
+    Args:
+      cut: not clustered.
+      pairs: of a sequence and a kv head.
+      work: slots of each, in such of 128 channels.
+    """
+    of_slot = SLOT_MICROSECONDS[cut.warps]
+    resident = min(cut.resident, len(of_slot))
+    turns, left = divmod(-(-pairs * cut.splits // STREAMING_MULTIPROCESSORS), resident)
+    counts = [resident] * turns + [left] * (left > 0)
+    return (
+        sum(of_slot[count - 1] for count in counts) * work / cut.splits
+        + NEXT_MICROSECONDS * (len(counts) - 1)
+        + EIGHT_WARPS_MICROSECONDS * (cut.warps == 8)
+        + MERGING_MICROSECONDS * (cut.splits > 1)
+    )
 
 
 def choose_decode_cut(batch: int, kv_heads: int, head_dim: int, slots: int) -> DecodeCut:
     """What was fastest among the shapes that were tried (docs/kernels.md), for a cache that is full.
 
-    Where sequences and kv heads are more than half of the multiprocessors, all wait for the multiprocessor that has the
-    most to read. One split each is the coarsest way to spread them; more are finer, but are merged by a second kernel.
-    A cluster of two serves those that are fewer, but fill the device so. Still fewer are cut into as many splits as run
-    at once, two blocks per multiprocessor, each with two tiles per warp or more, or one where that would leave few
-    splits. A second kernel merges these, which takes 2 us, or, where they are short, a cluster, whose blocks begin
-    together or not at all.
+    Where sequences and kv heads are more than half of the multiprocessors, the cut of which
+    :func:`decode_microseconds` expects the least: more splits are finer, but are merged by a second kernel, and fewer
+    blocks at once may go up in turns where more would leave some multiprocessor a block more than others. A cluster of
+    two serves those that are fewer, but fill the device so. Still fewer are cut into as many splits as run at once, two
+    blocks per multiprocessor, each with two tiles per warp or more, or one where that would leave few splits. A second
+    kernel merges these, which takes 2 us, or, where they are short, a cluster, whose blocks begin together or not at
+    all.
     """
     pairs, rounds = batch * kv_heads, -(-slots // (4 * DECODE_TILE))
     if 2 * pairs > STREAMING_MULTIPROCESSORS:
-        work, alone = slots * head_dim / 128, pairs <= STREAMING_MULTIPROCESSORS
-
-        def cost(splits: int) -> float:
-            if splits == 1 and alone:
-                return (1 + ALONE_END) * work + ALONE
-            blocks = -(-pairs * splits // STREAMING_MULTIPROCESSORS)  # of a multiprocessor
-            return (blocks + UNEVEN_END) * work / splits + MERGING[splits]
-
-        splits = min(range(1, 6 if alone else 4), key=cost)
-        return DecodeCut(splits, warps=8 if splits == 1 and alone else 4)
+        most = max(1, min(MOST_SPLITS, slots // SLOTS_OF_SPLIT))
+        # No split of a full cache is to be without work.
+        splits = {-(-rounds // -(-rounds // wanted)) for wanted in range(1, most + 1)}
+        cuts = [DecodeCut(number, resident=resident) for number in sorted(splits) for resident in (4, 3)]
+        if pairs <= len(SLOT_MICROSECONDS[8]) * STREAMING_MULTIPROCESSORS:
+            cuts.append(DecodeCut(1, warps=8))
+        return min(cuts, key=lambda cut: decode_microseconds(cut, pairs, slots * head_dim / 128))
     if 8 * pairs >= 3 * STREAMING_MULTIPROCESSORS:
-        return DecodeCut(min(2, rounds), warps=4 if slots <= 1024 else 8, clustered=rounds > 1)
+        return DecodeCut(min(2, rounds), warps=4 if slots < 2048 else 8, clustered=rounds > 1)
     if slots <= CLUSTERED_SLOTS:
-        splits = min(2 * STREAMING_MULTIPROCESSORS // pairs, LARGEST_CLUSTER, rounds)
-        return DecodeCut(splits, clustered=splits > 1)
+        number = min(2 * STREAMING_MULTIPROCESSORS // pairs, LARGEST_CLUSTER, rounds)
+        return DecodeCut(number, clustered=number > 1)
     wanted = min(2 * STREAMING_MULTIPROCESSORS // pairs, max(8, rounds // 2), rounds)
     return DecodeCut(-(-rounds // -(-rounds // wanted)))

@@ -10,6 +10,7 @@ from kernel_oracles import frobenius, on_hopper
 
 import pallas_kernels as pk
 from pallas_kernels import mosaic_decode
+from pallas_kernels.decode_steps import DecodeShape
 from pallas_kernels.tiling import DecodeCut
 
 
@@ -68,6 +69,15 @@ def test_lowers_for_cuda_without_a_gpu(sizes):
     assert "mosaic_gpu" in jax.jit(kernel).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.parametrize("resident", [3, 4])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_multiprocessor_holds_as_many_blocks_as_a_cut_says(head_dim, resident):
+    words = DecodeShape(64, 1, 32, 8, head_dim, 4096, DecodeCut(1, resident=resident)).shared_words
+    its_own = 2 * 4 * 4 * 8  # barriers of two tiles of each warp
+    each = 4 * words + its_own + 1024  # which the system keeps of every block
+    assert resident * each <= 228 * 1024 < (resident + 1) * each
+
+
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize(
@@ -79,6 +89,7 @@ def test_lowers_for_cuda_without_a_gpu(sizes):
         DecodeCut(3, 8, 3),
         DecodeCut(8, 8, clustered=True),
         DecodeCut(3, clustered=True),
+        DecodeCut(2, resident=3),
     ],
     ids=str,
 )

@@ -374,7 +374,7 @@ def any_decoding(draw):
     group, head_dim = draw(st.integers(1, 8)), draw(st.sampled_from([64, 128]))
     splits = draw(st.integers(1, 4))
     clustered = splits > 1 and draw(st.booleans())
-    cut = DecodeCut(splits, draw(st.sampled_from([4, 8])), draw(st.integers(2, 4)), clustered)
+    cut = DecodeCut(splits, draw(st.sampled_from([4, 8])), draw(st.integers(2, 4)), clustered, draw(st.integers(3, 4)))
     positions = []
     for _ in range(draw(st.integers(1, 3))):
         first = draw(st.integers(0, slots - tokens))
