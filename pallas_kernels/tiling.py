@@ -369,6 +369,7 @@ class DecodeCut:
 
 LARGEST_CLUSTER = 8  # blocks, that every Hopper GPU runs together
 CLUSTERED_SLOTS = 2048  # up to which clusters of more than two blocks are faster than a second kernel
+SHORT_SLOTS, FEW_BLOCKS = 1536, 64  # up to which clusters of so many blocks altogether are faster than more
 MOST_SPLITS, SLOTS_OF_SPLIT = 5, 1000  # at most, and at least, where sequences and kv heads keep the device busy
 # What a multiprocessor takes for a slot of 128 channels of each of one block, two, three and four that it holds, on an
 # H200, in microseconds, by the warps of a block.
@@ -410,7 +411,7 @@ def choose_decode_cut(batch: int, kv_heads: int, head_dim: int, slots: int) -> D
     two serves those that are fewer, but fill the device so. Still fewer are cut into as many splits as run at once, two
     blocks per multiprocessor, each with two tiles per warp or more, or one where that would leave few splits. A second
     kernel merges these, which takes 2 us, or, where they are short, a cluster, whose blocks begin together or not at
-    all.
+    all; of the shortest, clusters of fewer blocks.
     """
     pairs, rounds = batch * kv_heads, -(-slots // (4 * DECODE_TILE))
     if 2 * pairs > STREAMING_MULTIPROCESSORS:
@@ -424,7 +425,8 @@ def choose_decode_cut(batch: int, kv_heads: int, head_dim: int, slots: int) -> D
     if 8 * pairs >= 3 * STREAMING_MULTIPROCESSORS:
         return DecodeCut(min(2, rounds), warps=4 if slots < 2048 else 8, clustered=rounds > 1)
     if slots <= CLUSTERED_SLOTS:
-        number = min(2 * STREAMING_MULTIPROCESSORS // pairs, LARGEST_CLUSTER, rounds)
+        wanted = max(2, FEW_BLOCKS // pairs) if slots <= SHORT_SLOTS else 2 * STREAMING_MULTIPROCESSORS // pairs
+        number = min(wanted, LARGEST_CLUSTER, rounds)
         return DecodeCut(number, clustered=number > 1)
     wanted = min(2 * STREAMING_MULTIPROCESSORS // pairs, max(8, rounds // 2), rounds)
     return DecodeCut(-(-rounds // -(-rounds // wanted)))
