@@ -14,7 +14,7 @@ from fireq_jax.generate import compiled_generate
 from fireq_jax.kv_cache import KVCache
 from fireq_jax.layers import DecoderBlock
 from fireq_jax.llama import Llama
-from fireq_jax.quantize import cache_kind, parameter_bytes
+from fireq_jax.quantize import cache_kind, layer_names, parameter_bytes
 from fireq_jax.sampling import Sampling
 
 Params = Mapping[str, Any]
@@ -164,7 +164,7 @@ def looped_rounds(config: LlamaConfig, tokens: int) -> int:
 def feed_forward_call(model: Llama, params: Params, tokens: int) -> Call:
     """A loop over the blocks of all layers, per block."""
     config = model.config
-    layers = [params[f"layers_{i}"] for i in range(config.num_layers)]
+    layers = [params[name] for name in layer_names(params)]
     rounds = looped_rounds(config, tokens)
 
     def arrays() -> tuple[Any, ...]:

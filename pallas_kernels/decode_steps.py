@@ -247,10 +247,18 @@ class Steps:
                 parts.append((source, at, arith.muli(rows, i32(row_bytes))))
                 at += DECODE_TILE * row_bytes
             total = functools.reduce(arith.addi, (size for _, _, size in parts))
+            needed: list[ir.Value] = []
+            if reads:
+                weights, values = map(hopper.unpack, given)
+                needed = [*weights, *values[:: self.words // 2]]  # a register of every load
             self.slots.request(
-                self.slots.place(slots, slot, warp), self.slots.barrier(arrivals, slot, warp), parts, total,
-                [*hopper.unpack(given[0]), *hopper.unpack(given[1])[:: self.words // 2]] if reads else [], zero,
-            )  # fmt: skip
+                self.slots.place(slots, slot, warp),
+                self.slots.barrier(arrivals, slot, warp),
+                parts,
+                total,
+                needed,
+                zero,
+            )
             return ()
 
         return cast(Operation, copy)
@@ -371,11 +379,10 @@ class Steps:
                         total = arith.addf(total, weight)
                         of_block[2 * block + column] = arith.mulf(weight, v_scales[block])
                     registers[size * n + column], registers[size * n + 2 + column] = largest, total
-                    shrinks.append(shrink)
+                    shrinks.append(arith.bitcast(integer(32), shrink))
                 # From lanes that each have two rows of a slot to lanes that each have two slots of a row.
                 pairs = (arithmetic.to_bf16x2(*of_block[2 * block : 2 * block + 2]) for block in range(4))
                 weights += [hopper.transpose_matrix(pair) for pair in pairs]
-            shrinks = [arith.bitcast(integer(32), shrink) for shrink in shrinks]
             return hopper.pack(registers), hopper.pack([*weights, *shrinks])
 
         return cast(Operation, weigh)

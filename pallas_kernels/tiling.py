@@ -402,6 +402,11 @@ def decode_microseconds(cut: DecodeCut, pairs: int, work: float) -> float:
     )
 
 
+def fewest_splits(rounds: int, most: int) -> int:
+    """Of a full cache, with as many rounds for the longest as ``most`` splits have: so that none is without work."""
+    return -(-rounds // -(-rounds // most))
+
+
 def choose_decode_cut(batch: int, kv_heads: int, head_dim: int, slots: int) -> DecodeCut:
     """What was fastest among the shapes that were tried (docs/kernels.md), for a cache that is full.
 
@@ -416,8 +421,7 @@ def choose_decode_cut(batch: int, kv_heads: int, head_dim: int, slots: int) -> D
     pairs, rounds = batch * kv_heads, -(-slots // (4 * DECODE_TILE))
     if 2 * pairs > STREAMING_MULTIPROCESSORS:
         most = max(1, min(MOST_SPLITS, slots // SLOTS_OF_SPLIT))
-        # No split of a full cache is to be without work.
-        splits = {-(-rounds // -(-rounds // wanted)) for wanted in range(1, most + 1)}
+        splits = {fewest_splits(rounds, wanted) for wanted in range(1, most + 1)}
         cuts = [DecodeCut(number, resident=resident) for number in sorted(splits) for resident in (4, 3)]
         if pairs <= len(SLOT_MICROSECONDS[8]) * STREAMING_MULTIPROCESSORS:
             cuts.append(DecodeCut(1, warps=8))
@@ -429,4 +433,4 @@ def choose_decode_cut(batch: int, kv_heads: int, head_dim: int, slots: int) -> D
         number = min(wanted, LARGEST_CLUSTER, rounds)
         return DecodeCut(number, clustered=number > 1)
     wanted = min(2 * STREAMING_MULTIPROCESSORS // pairs, max(8, rounds // 2), rounds)
-    return DecodeCut(-(-rounds // -(-rounds // wanted)))
+    return DecodeCut(fewest_splits(rounds, wanted))
