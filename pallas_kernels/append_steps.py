@@ -6,28 +6,28 @@ code: what it reads next is asked for before it works on what has come, and no r
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
-import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import arithmetic, hopper
+from pallas_kernels.append_lanes import EACH, Halves, Lanes, Mixed, mix, norm_of_mixed
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
-from pallas_kernels.packing import INT4_MIN
+from pallas_kernels.packing import INT4_MAX, INT4_MIN
 from pallas_kernels.reference_rotation import QUERY_MAX
-from pallas_kernels.row_steps import balanced, largest_magnitude, to_floats
+from pallas_kernels.row_steps import from_bf16x2, largest_magnitude, to_floats
 
-EACH = 4  # neighbouring channels of each half of a head that a lane holds
-TOGETHER = 2  # heads of queries that a lane works on at once, if they are not mixed; as many are on their way
+TOGETHER = 2  # heads of queries that a lane works on at once, if they are not mixed
+WARP_BYTES = 512  # of a head of each of a warp's units, in bf16
+COPIES_AHEAD = 4  # heads of queries that are on their way
 SMALLEST_NORMAL = 2.0**-126  # whose reciprocal is finite
 Table = Callable[[], list[ir.Value]]  # gives a lane's channels
-ROUNDING = 1.5 * 2.0**23 - INT4_MIN  # a float32 of which neighbours are 1 apart
+ROUNDING = 1.5 * 2.0**23 - INT4_MIN  # a float32 of which neighbours are 1 apart, and whose last 16 bits are 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +90,13 @@ class Row(NamedTuple):
         return self._replace(offset=self.offset + size)
 
 
+class KeyTables(NamedTuple):
+    """What keys of one head are multiplied by, and what is added to them; if the shape has it."""
+
+    inverse_scale: Table
+    minus_offset: Table
+
+
 class InCache(NamedTuple):
     """Where a unit's int4 codes go to, and their scale."""
 
@@ -97,42 +104,62 @@ class InCache(NamedTuple):
     scale: Row
 
 
+class InTurn:
+    """Turns bf16 into float32 by instructions that need an earlier result.
+
+    Left to itself ptxas begins with a token's or a head's channels as soon as they are there, however many registers
+    those of the ones before still take.
+    """
+
+    def __init__(self) -> None:
+        self.zero = hopper.unknown_zero()
+        self.upper, self.shift = i32(0xFFFF0000), i32(1 << 16)
+
+    def comes_first(self, result: ir.Value) -> None:
+        """Has what follows wait for a register."""
+        bits = arith.bitcast(ir.IntegerType.get_signless(32), result)
+        self.upper, self.shift = (arithmetic.and_or(bits, self.zero, i32(x)) for x in (0xFFFF0000, 1 << 16))
+
+    def to_floats(self, words: Sequence[ir.Value]) -> list[ir.Value]:
+        """Of words of two bf16."""
+        both = [part for w in words for part in (arith.muli(w, self.shift), arith.andi(w, self.upper))]
+        return [arith.bitcast(ir.F32Type.get(), part) for part in both]
+
+
 class Steps:
     """The register-level steps for one shape.
 
-    Lane l of a unit's holds the channels 4 l to 4 l + 3 of the head's first half, then those of its second.
+    Attributes:
+      values_held: how lanes hold values.
+      read: how they hold queries and keys as they come.
+      made: how they hold them when they are written.
+      norm: what is made, mixed by a matrix of ones, is one over this times too large.
     """
 
     def __init__(self, shape: AppendShape) -> None:
         self.shape = shape
         self.scalar = plgpu.Layout.WG_SPLAT(())
+        self.values_held = Halves(shape.head_dim)
+        self.read = Halves(shape.head_dim, turned=shape.mixed)
+        self.made: Lanes = Mixed(shape.head_dim) if shape.mixed else self.read
+        self.norm = norm_of_mixed(shape.head_dim) if shape.mixed else 1.0
 
-    def _lane(self) -> ir.Value:
-        """A lane's number among those of its unit."""
-        return arith.andi(utils.thread_idx(), i32(self.shape.lanes - 1))
+    def _row(self, lanes: Lanes, ref: Any, size: int, row: ir.Value, columns: int | None = None) -> Row:
+        """What a lane has of a row's first group of channels, of elements of ``size`` bytes."""
+        columns = self.shape.head_dim if columns is None else columns
+        return Row(hopper.global_address(ref, size, (row, columns), (lanes.column(), 1)))
 
-    def _is_first_lane(self) -> ir.Value:
-        return arith.cmpi(arith.CmpIPredicate.eq, self._lane(), i32(0))
-
-    def _number(self, first: Any) -> ir.Value:
-        """Of a lane's unit."""
-        return arith.addi(first.registers.item(), arith.divui(utils.thread_idx(), i32(self.shape.lanes)))
-
-    def _row(self, ref: Any, size: int, row: ir.Value | int, columns: int, exists: ir.Value | None = None) -> Row:
-        """What a lane has of a row's first half, of elements of ``size`` bytes."""
-        return Row(hopper.global_address(ref, size, (row, columns), (self._lane(), EACH)), 0, exists)
-
-    def _load(self, row: Row, columns: int, size: int) -> list[ir.Value]:
-        """Words of a lane's channels, zeros where there is no row; of ``head_dim / 2`` columns only one half."""
-        d, words = self.shape.head_dim, []
-        for half in range(2 * columns // d):
-            offset = row.offset + half * d // 2 * size
+    def _load(self, row: Row, size: int, halves: int = 2) -> list[ir.Value]:
+        """Words of a lane's channels, zeros where there is no row; of both halves or only the first."""
+        words = []
+        for half in range(halves):
+            offset = row.offset + half * self.shape.head_dim // 2 * size
             words += hopper.load_global(EACH * size // 4, row.address, row.exists, offset)
         return words
 
-    def _floats(self, row: Row, columns: int) -> list[ir.Value]:
+    def _floats(self, row: Row, halves: int = 2) -> list[ir.Value]:
         """As :meth:`_load`, of float32."""
-        return to_floats(self._load(row, columns, 4), 4)
+        return to_floats(self._load(row, 4, halves), 4)
 
     def _word(self, ref: Any, index: ir.Value) -> ir.Value:
         """Of a vector of words that nothing writes."""
@@ -140,196 +167,221 @@ class Steps:
 
     def _rotation(self, cosines: Row, sines: Row) -> tuple[list[ir.Value], list[ir.Value]]:
         """Of a token."""
-        half = self.shape.head_dim // 2
-        return self._floats(cosines, half), self._floats(sines, half)
+        return self._floats(cosines, 1), self._floats(sines, 1)
 
     def _rotated(
-        self, words: Sequence[ir.Value], rotation: tuple[list[ir.Value], list[ir.Value]]
+        self, values: Sequence[ir.Value], rotation: tuple[list[ir.Value], list[ir.Value]]
     ) -> list[ir.Value]:  # fmt: skip
-        """A head in bf16 with its pairs (i, i + d / 2) rotated, in float32."""
-        values, (cos, sin), fma = to_floats(words, 2), rotation, arithmetic.multiply_add
+        """A head with its pairs (i, i + d / 2) rotated."""
+        (cos, sin), fma = rotation, arithmetic.multiply_add
         low, high = values[:EACH], values[EACH:]
         new_low = [fma(a, c, arith.negf(arith.mulf(b, s))) for a, b, c, s in zip(low, high, cos, sin, strict=True)]
         new_high = [fma(b, c, arith.mulf(a, s)) for a, b, c, s in zip(low, high, cos, sin, strict=True)]
         return [*new_low, *new_high]
 
-    def _held_if_mixed[**P](self, table: Callable[P, list[ir.Value]]) -> Callable[P, list[ir.Value]]:
-        """Has a table's registers loaded once by kernels that mix, and else again wherever they are needed.
+    def _store_e4m3(self, row: Row, words: Sequence[ir.Value]) -> None:
+        """Writes a lane's e4m3 of a query or key, a word of each group."""
+        if self.made.apart == EACH:
+            hopper.store_global(row.address, words, row.offset, row.exists)
+            return
+        for group, word in enumerate(words):
+            store(row.behind(group * self.made.apart), word)
 
-        Without them 64 registers are enough, with which a multiprocessor holds a third more warps. What mixes needs
-        more in any case.
+    def _through_shared_memory(
+        self, q: Any, room: Any, row: ir.Value, each: int, exists: Callable[[int], ir.Value | None]
+    ) -> tuple[Callable[[Sequence[int]], None], Callable[[int], list[ir.Value]]]:
+        """How ``each`` heads of a unit's lanes, of which ``row`` is the first, come by a way that takes no registers.
+
+        Returns:
+          What asks for several of them, as a group of copies; and what gives a lane's words of one that is there.
         """
-        return cast(Callable[P, list[ir.Value]], functools.cache(table)) if self.shape.mixed else table
+        d, thread = self.shape.head_dim, utils.thread_idx()
+        lane, warp = arith.andi(thread, i32(31)), arith.shrui(thread, i32(5))
+        room_of_warp = arith.addi(hopper.shared_address(room), arith.muli(warp, i32(WARP_BYTES * each)))
+        # Lanes copy 16 neighbouring bytes, eight bf16, whichever they read then.
+        target = arith.addi(room_of_warp, arith.muli(lane, i32(16)))
+        part = arith.muli(arith.andi(lane, i32(self.shape.lanes - 1)), i32(8))
+        source = hopper.global_address(q, 2, (row, d), (part, 1))
+        own = arith.addi(room_of_warp, arith.muli(arith.divui(lane, i32(self.shape.lanes)), i32(2 * d)))
+        own = arith.addi(own, arith.muli(self.read.column(), i32(2)))
 
-    def _mixed(self, registers: Sequence[ir.Value]) -> list[ir.Value]:
-        """Times the orthonormal Hadamard matrix of Sylvester's construction."""
-        registers = list(registers)
-        # A butterfly per bit of the channel's number: in registers, then between lanes.
-        stride = 1
-        while stride < len(registers):
-            new = list(registers)
-            for i in range(len(registers)):
-                if not i & stride:
-                    new[i] = arith.addf(registers[i], registers[i + stride])
-                    new[i + stride] = arith.subf(registers[i], registers[i + stride])
-            registers, stride = new, 2 * stride
-        for distance in (2**bit for bit in range(self.shape.lanes.bit_length() - 1)):
-            upper = arith.cmpi(arith.CmpIPredicate.ne, arith.andi(self._lane(), i32(distance)), i32(0))
-            sign = arith.select(upper, f32(-1), f32(1))
-            registers = [arithmetic.multiply_add(r, sign, hopper.exchange(r, distance)) for r in registers]
-        return [arith.mulf(r, f32(1 / math.sqrt(self.shape.head_dim))) for r in registers]
+        def ask(several: Sequence[int]) -> None:
+            for i in several:
+                hopper.copy_to_shared(target, source, WARP_BYTES * i, 2 * d * i, exists(i))
+            hopper.end_group_of_copies()
 
-    def _store_e4m3(self, row: Row, registers: Sequence[ir.Value], factor: ir.Value) -> None:
-        """Writes a unit's head, times the factor, to a row of ``head_dim`` e4m3."""
-        for half, part in enumerate(rounded(registers, factor)):
-            store(row.behind(half * self.shape.head_dim // 2), part)
+        def load(i: int) -> list[ir.Value]:
+            places = [WARP_BYTES * i + 2 * group * self.read.apart for group in range(2)]
+            return [word for place in places for word in hopper.load_shared(own, place, words=2)]
 
-    def queries(self, each: int) -> Operation:
+        return ask, load
+
+    def queries(self, each: int, through_shared: bool) -> Operation:
         """``(q, cosines, sines, scales, q8, q_scale, first) -> ()``: e4m3, scale ``max|x| / QUERY_MAX``, or 1 of 0.
 
         Every unit's lanes take ``each`` neighbouring heads of a token, the block's first unit those of number
         ``first``. Quotients are products with reciprocals, up to their last bits.
+
+        Heads may come through shared memory, which is another argument then, behind ``q_scale``, and has ``WARP_BYTES``
+        of each warp for each of its lanes' heads.
         """
         s, d = self.shape, self.shape.head_dim
         parts = -(-s.heads // each)  # of a token's heads
         group = s.heads // s.kv_heads
 
-        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 6, self.scalar), return_type=())
-        def queries(_: Any, q: Any, cosines: Any, sines: Any, scales: Any, q8: Any, q_scale: Any, first: Any) -> Any:
-            unit, count = self._number(first), s.batch * s.tokens * parts
-            here = arith.cmpi(arith.CmpIPredicate.ult, unit, i32(count))
-            unit = arith.minui(unit, i32(count - 1))
-            token = arith.divui(unit, i32(parts))
-            head = arith.muli(arith.remui(unit, i32(parts)), i32(each))
-            row = arith.addi(arith.muli(token, i32(s.heads)), head)
-            sources, targets = self._row(q, 2, row, d), self._row(q8, 1, row, d)
-            scale_target = Row(hopper.global_address(q_scale, 4, (row, 1)))
+        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * (6 + through_shared), self.scalar), return_type=())
+        def queries(_: Any, q: Any, cosines: Any, sines: Any, scales: Any, q8: Any, q_scale: Any, *others: Any) -> Any:
+            *room, first = others
 
-            def exists(i: int) -> ir.Value | None:
+            def place(lanes: Lanes) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+                """Whether a lane's unit is there, its token, its first head, and that as a row."""
+                unit, count = arith.addi(first.registers.item(), lanes.unit()), s.batch * s.tokens * parts
+                here = arith.cmpi(arith.CmpIPredicate.ult, unit, i32(count))
+                unit = arith.minui(unit, i32(count - 1))
+                token = arith.divui(unit, i32(parts))
+                head = arith.muli(arith.remui(unit, i32(parts)), i32(each))
+                return here, token, head, arith.addi(arith.muli(token, i32(s.heads)), head)
+
+            def exists(head: ir.Value, i: int) -> ir.Value | None:
                 """Whether the token has the head; None if all have that many."""
                 if s.heads % each == 0:
                     return None
                 return arith.cmpi(arith.CmpIPredicate.ult, arith.addi(head, i32(i)), i32(s.heads))
 
-            def load(several: Sequence[int]) -> list[list[ir.Value]]:
-                return [self._load(sources.behind(2 * d * i)._replace(exists=exists(i)), d, 2) for i in several]
+            _, token, head, row = place(self.read)
+            here, _, head_made, row_made = place(self.made)
+            targets = self._row(self.made, q8, 1, row_made)
+            scale_target = Row(hopper.global_address(q_scale, 4, (row_made, 1)))
 
             # Whether for all units it is the same heads of theirs that share a kv head.
             aligned = group % each == 0 or each % group == 0
 
-            @self._held_if_mixed
             def table(first: int) -> list[ir.Value]:
                 """The scales of the kv head that a head reads."""
                 kv_head = arith.divui(arith.addi(head, i32(first)), i32(group))
                 kv_head = arith.minui(kv_head, i32(s.kv_heads - 1))
-                return self._floats(self._row(scales, 4, kv_head, d), d)
+                return self._floats(self._row(self.read, scales, 4, kv_head))
 
-            # Mixing takes registers, and waits for nothing; so do scales of several kv heads.
-            step = 1 if s.mixed or (s.scaled and not aligned) else TOGETHER
-            together = [range(i, min(i + step, each)) for i in range(0, each, step)]
-            following = load(together[0])
-            rotation = self._rotation(*(self._row(x, 4, token, d // 2) for x in (cosines, sines)))
+            # Loaded again for other heads, so that 64 registers are enough and a multiprocessor holds 32 warps; but
+            # what mixes takes more in any case.
+            table = functools.cache(table) if s.mixed else table
+            firsts = [i // group * group if aligned else i for i in range(each)]
+            together = [range(i, min(i + TOGETHER, each)) for i in range(0, each, TOGETHER)]
+            # Mixing takes registers, and waits for nothing; so do two heads' own scales.
+            if s.mixed or (s.scaled and any(firsts[several[0]] != firsts[several[-1]] for several in together)):
+                together = [range(i, i + 1) for i in range(each)]
+            if through_shared:
+                ask, load = self._through_shared_memory(q, room[0], row, each, functools.partial(exists, head))
+            else:
+                sources = self._row(self.read, q, 2, row)
+            ahead = max(1, COPIES_AHEAD // len(together[0]))
+            for several in together[:ahead] if through_shared else []:
+                ask(several)
+            in_turn = InTurn()
+            rotation = self._rotation(*(self._row(self.read, x, 4, token, d // 2) for x in (cosines, sines)))
             for number, several in enumerate(together):
-                loaded = following
-                if number + 1 < len(together):
-                    following = load(together[number + 1])
-                made = [self._rotated(words, rotation) for words in loaded]
+                if through_shared:
+                    hopper.wait_for_copies(min(ahead, len(together) - number) - 1)
+                    if number + ahead < len(together):
+                        ask(together[number + ahead])
+                    loaded = [load(i) for i in several]
+                else:
+                    rows = [sources.behind(2 * d * i)._replace(exists=exists(head, i)) for i in several]
+                    loaded = [self._load(source, 2) for source in rows]
+                made = [self._rotated(in_turn.to_floats(words), rotation) for words in loaded]
                 if s.scaled:
-                    firsts = [i // group * group if aligned else i for i in several]
-                    made = [times(values, table(first)) for first, values in zip(firsts, made, strict=True)]
+                    made = [times(values, table(firsts[i])) for i, values in zip(several, made, strict=True)]
                 if s.mixed:
-                    made = [self._mixed(values) for values in made]
-                peaks = [largest_magnitude(values) for values in made]
-                peaks = hopper.all_across_lanes(peaks, arithmetic.maximum_or_nan, s.lanes)
-                for i, values, peak in zip(several, made, peaks, strict=True):
-                    flag = here if (it := exists(i)) is None else arith.andi(here, it)
-                    zero = arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0))
-                    scale = arith.select(zero, f32(1), arith.mulf(peak, f32(1 / QUERY_MAX)))
-                    factor = arithmetic.approximate_reciprocal(arithmetic.maximum(scale, f32(SMALLEST_NORMAL)))
-                    self._store_e4m3(targets.behind(d * i)._replace(exists=flag), values, factor)
-                    flag = arith.andi(self._is_first_lane(), flag)
-                    store(scale_target.behind(4 * i)._replace(exists=flag), scale)
+                    made = [mix(values, d, utils.thread_idx) for values in made]
+                # Each lane makes the scale of one of the heads.
+                peak = self.made.spread(map(largest_magnitude, made), len(made), arithmetic.maximum_or_nan)
+                zero = arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0))
+                scale = arith.select(zero, f32(1), arith.mulf(peak, f32(self.norm / QUERY_MAX)))
+                factor = arithmetic.approximate_reciprocal(arithmetic.maximum(scale, f32(SMALLEST_NORMAL)))
+                if s.mixed:
+                    factor = arith.mulf(factor, f32(self.norm))
+                in_turn.comes_first(factor)
+                flags = []
+                for i, values in zip(several, made, strict=True):
+                    flags.append(here if (it := exists(head_made, i)) is None else arith.andi(here, it))
+                    its = self.made.of_number(factor, i - several[0], len(several))
+                    self._store_e4m3(targets.behind(d * i)._replace(exists=flags[-1]), rounded(values, its))
+                writes = self.made.is_first(len(several))
+                for i, flag in zip(several, flags, strict=True):
+                    if len(several) > 1:
+                        mine = self.made.number(len(several))
+                        flag = arith.andi(flag, arith.cmpi(arith.CmpIPredicate.eq, mine, i32(i - several[0])))
+                    store(scale_target.behind(4 * i)._replace(exists=arith.andi(writes, flag)), scale)
             return ()
 
         return cast(Operation, queries)
 
     def _key(
-        self, words: Sequence[ir.Value], rotation: tuple[list[ir.Value], list[ir.Value]],
-        inverse_scale: Table | None, offset: Row | None,
+        self, values: Sequence[ir.Value], rotation: tuple[list[ir.Value], list[ir.Value]],
+        tables: KeyTables,
     ) -> list[ir.Value]:  # fmt: skip
-        """A head of a key."""
-        values = self._rotated(words, rotation)
-        if inverse_scale is not None:
-            values = times(values, inverse_scale())
-        if offset is None:
-            return values
-        # Loaded where it is needed: it would take eight registers.
-        moved = [arith.subf(a, b) for a, b in zip(values, self._floats(offset, self.shape.head_dim), strict=True)]
-        return self._mixed(moved)
+        """A head of a key, as it is made."""
+        values = self._rotated(values, rotation)
+        # Tables are loaded where they are needed: each would take eight registers.
+        if not self.shape.mixed:
+            return times(values, tables.inverse_scale()) if self.shape.scaled else values
+        factors = tables.inverse_scale() if self.shape.scaled else [f32(1)] * len(values)
+        moved = map(arithmetic.multiply_add, values, factors, tables.minus_offset())
+        return mix(list(moved), self.shape.head_dim, hopper.thread_anew)
 
-    def _tables_of_keys(self, scale: Any, offset: Any, kv_head: ir.Value) -> tuple[Table | None, Row | None]:
-        """Of a kv head: what gives one over its scales, and where its offset is, if the shape has them."""
-        s, d = self.shape, self.shape.head_dim
-        scale_row, offset_row = (self._row(table, 4, kv_head, d) for table in (scale, offset))
+    def _key_tables(self, scale: Any, offset: Any, kv_head: ir.Value) -> KeyTables:
+        """Of a kv head."""
+        scales, offsets = (self._row(self.read, table, 4, kv_head) for table in (scale, offset))
+        return KeyTables(
+            lambda: [arithmetic.approximate_reciprocal(r) for r in self._floats(scales)],
+            lambda: [arith.negf(r) for r in self._floats(offsets)],
+        )
 
-        @self._held_if_mixed
-        def inverse_scale() -> list[ir.Value]:
-            return [arithmetic.approximate_reciprocal(r) for r in self._floats(scale_row, d)]
-
-        return inverse_scale if s.scaled else None, offset_row if s.mixed else None
-
-    def _in_cache(self, codes: Any, scales: Any, row: ir.Value, slot: ir.Value, kept: ir.Value | None) -> InCache:
+    def _in_cache(self, lanes: Lanes, codes: Any, scales: Any, row: ir.Value, slot: ir.Value) -> InCache:
         """Of a sequence and kv head, counted as ``row``."""
         row = arith.addi(arith.muli(row, i32(self.shape.slots)), slot)
-        half = self.shape.head_dim // 2
-        address = hopper.global_address(codes, 1, (row, half), (self._lane(), EACH // 2))
-        return InCache(Row(address, 0, kept), Row(hopper.global_address(scales, 2, (row, 1)), 0, kept))
+        column = arith.divui(lanes.column(), i32(2))
+        address = hopper.global_address(codes, 1, (row, self.shape.head_dim // 2), (column, 1))
+        return InCache(Row(address), Row(hopper.global_address(scales, 2, (row, 1))))
 
-    def _signed_peak(self, registers: Sequence[ir.Value]) -> tuple[ir.Value, ir.Value]:
-        """The largest magnitude of a unit, or NaN, and whether it is a positive entry's alone.
+    def _store_codes(self, lanes: Lanes, target: Row, registers: Sequence[ir.Value], factor: ir.Value) -> None:
+        """Writes a lane's int4 codes like ``quantize_kv``'s, given one over their scale.
 
-        With its sign behind its last bit a float32 is an integer that is the larger, the larger its magnitude.
+        Below -8 there is none: not even the rounding of scales brings a quotient down to -8.5.
         """
         word = ir.IntegerType.get_signless(32)
-        turned = [
-            hopper.pure_asm("shf.l.wrap.b32 $0, $1, $1, 1;", "=r,r", [arith.bitcast(word, r)], word) for r in registers
-        ]
-        largest = hopper.across_lanes(balanced(turned, arith.maxui), arith.maxui, self.shape.lanes)
-        positive = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(largest, i32(1)), i32(0))
-        return arith.bitcast(ir.F32Type.get(), arith.shrui(largest, i32(1))), positive
-
-    def _codes(self, registers: Sequence[ir.Value], factor: ir.Value) -> list[ir.Value]:
-        """A lane's int4 codes of the first and of the second half, each in the lower 16 bits of a word."""
-        word = ir.IntegerType.get_signless(32)
-        # Added to ROUNDING a number becomes an integer in the last bits, whose last four are the code's plus 8.
+        # Added to ROUNDING a number becomes an integer in the last bits: the code plus 8.
         numbers = [arith.bitcast(word, arithmetic.multiply_add(r, factor, f32(ROUNDING))) for r in registers]
-        lowest = int(np.float32(ROUNDING + INT4_MIN).view(np.int32))
-        numbers = [arith.minsi(arith.maxsi(x, i32(lowest)), i32(lowest + 15)) for x in numbers]
-        words = []
-        for half in (numbers[:EACH], numbers[EACH:]):
-            four = half[0]
-            for i, number in enumerate(half[1:], start=1):
-                four = arith.addi(four, arith.shli(number, i32(4 * i)))  # of what is not the code nothing is below 2^16
-            words.append(arith.xori(four, i32(0x8888)))
-        return words
+        # The first group's in the lower 16 bits, the second's in the upper ones.
+        pairs = [arithmetic.permute(a, b, 0x5410) for a, b in zip(numbers[:EACH], numbers[EACH:], strict=True)]
+        codes = i32(0)
+        for i, pair in enumerate(pairs):
+            pair = arithmetic.of_pairs("min.u16x2", pair, i32(INT4_MAX - INT4_MIN << 16 | INT4_MAX - INT4_MIN))
+            codes = arith.addi(codes, arith.shli(pair, i32(4 * i)))
+        codes = arith.xori(codes, i32(0x88888888))
+        if lanes.apart == EACH:
+            store(target, codes)
+            return
+        store_half(target, codes)
+        store_half(target.behind(lanes.apart // 2), arith.shrui(codes, i32(16)))
 
-    def _append(self, registers: Sequence[ir.Value], target: InCache) -> ir.Value:
-        """Writes a unit's int4 codes and their scale, like ``quantize_kv``'s; gives its largest magnitude, or NaN."""
-        single = ir.F32Type.get()
-        peak, positive = self._signed_peak(registers)
-        zero = arith.cmpf(arith.CmpFPredicate.OEQ, peak, f32(0))
-        magnitude = arith.select(zero, f32(1), arith.mulf(peak, f32(-1 / INT4_MIN)))
-        positive = arith.andi(positive, arith.cmpf(arith.CmpFPredicate.OGT, peak, f32(0)))
-        scale = arith.select(positive, arith.subf(f32(0), magnitude), magnitude)
+    def _cache_scale(self, peak: ir.Value, norm: float) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Of the :func:`signed_peak` of a unit that is one over ``norm`` times too large.
+
+        Returns:
+          The largest magnitude, the scale of ``quantize_kv`` in bf16, and by what the unit is to be multiplied.
+        """
+        magnitude = arith.bitcast(ir.F32Type.get(), arith.shrui(peak, i32(1)))
+        if norm != 1:
+            magnitude = arith.mulf(magnitude, f32(norm))
+        positive = arith.cmpi(arith.CmpIPredicate.eq, arith.andi(peak, i32(1)), i32(0))
+        zero = arith.cmpf(arith.CmpFPredicate.OEQ, magnitude, f32(0))
+        scale = arith.mulf(magnitude, f32(-1 / INT4_MIN))
+        scale = arith.select(zero, f32(1), arith.select(positive, arith.negf(scale), scale))
         in_bf16 = arithmetic.to_bf16x2(scale, f32(0))
-        scale = arith.bitcast(single, arith.shli(in_bf16, i32(16)))
-        for half, part in enumerate(self._codes(registers, arithmetic.reciprocal(scale))):
-            store_half(target.codes.behind(half * self.shape.head_dim // 4), part)
-        exists = self._is_first_lane()
-        if target.scale.exists is not None:
-            exists = arith.andi(exists, target.scale.exists)
-        store_half(target.scale._replace(exists=exists), in_bf16)
-        return peak
+        scale = arith.bitcast(ir.F32Type.get(), arith.shli(in_bf16, i32(16)))
+        factor = arithmetic.reciprocal(scale)
+        return magnitude, in_bf16, factor if norm == 1 else arith.mulf(factor, f32(norm))
 
     def append(self, kind: Literal["keys", "values"]) -> Operation:
         """``(x, cosines, sines, scale, offset, codes, scales, starts, lengths, first) -> ()``: a block's units.
@@ -343,29 +395,79 @@ class Steps:
             _: Any, x: Any, cosines: Any, sines: Any, scale: Any, offset: Any, codes: Any, scales: Any, starts: Any,
             lengths: Any, first: Any,
         ) -> Any:  # fmt: skip
-            unit, count = self._number(first), s.batch * s.tokens * s.kv_heads
-            exists = arith.cmpi(arith.CmpIPredicate.ult, unit, i32(count))
-            unit = arith.minui(unit, i32(count - 1))
-            token, head = arith.divui(unit, i32(s.kv_heads)), arith.remui(unit, i32(s.kv_heads))
-            words = self._load(self._row(x, 2, unit, d), d, 2)
+            read, made = (self.read, self.made) if kind == "keys" else (self.values_held, self.values_held)
+
+            def place(lanes: Lanes) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+                """Whether a lane's unit is there, the unit, its token and its head."""
+                unit, count = arith.addi(first.registers.item(), lanes.unit()), s.batch * s.tokens * s.kv_heads
+                exists = arith.cmpi(arith.CmpIPredicate.ult, unit, i32(count))
+                unit = arith.minui(unit, i32(count - 1))
+                return exists, unit, arith.divui(unit, i32(s.kv_heads)), arith.remui(unit, i32(s.kv_heads))
+
+            _, unit, token, head = place(read)
+            words = self._load(self._row(read, x, 2, unit), 2)
+            angles = [self._row(read, table, 4, token, d // 2) for table in (cosines, sines)]
+            exists, _, token, head_made = place(made)
             sequence, number = arith.divui(token, i32(s.tokens)), arith.remui(token, i32(s.tokens))
             start, length = (self._word(ref, sequence) for ref in (starts, lengths))
+            registers, norm = to_floats(words, 2), 1.0
             if kind == "keys":
-                rotation = self._rotation(*(self._row(x, 4, token, d // 2) for x in (cosines, sines)))
-                registers = self._key(words, rotation, *self._tables_of_keys(scale, offset, head))
-            else:
-                registers = to_floats(words, 2)
+                registers = self._key(registers, self._rotation(*angles), self._key_tables(scale, offset, head))
+                norm = self.norm
+            peak = made.spread(iter([signed_peak(registers)]), 1, arith.maxui)
+            _, in_bf16, factor = self._cache_scale(peak, norm)
             slot = arith.addi(start, number)
             kept = arith.andi(
                 arith.cmpi(arith.CmpIPredicate.slt, number, length),
                 arith.cmpi(arith.CmpIPredicate.slt, slot, i32(s.slots)),
             )
             kept = arith.andi(kept, exists)
-            row = arith.addi(arith.muli(sequence, i32(s.kv_heads)), head)
-            self._append(registers, self._in_cache(codes, scales, row, arith.select(kept, slot, i32(0)), kept))
+            row = arith.addi(arith.muli(sequence, i32(s.kv_heads)), head_made)
+            target = self._in_cache(made, codes, scales, row, arith.select(kept, slot, i32(0)))
+            self._store_codes(made, target.codes._replace(exists=kept), registers, factor)
+            kept = arith.andi(made.is_first(1), kept)
+            store_half(target.scale._replace(exists=kept), in_bf16)
             return ()
 
         return cast(Operation, append)
+
+
+def signed_peak(registers: Sequence[ir.Value]) -> ir.Value:
+    """The largest magnitude among float32 registers, as a word that is the larger, the larger it is; or NaN's.
+
+    It is the float32 with its sign behind its last bit. Of equal magnitudes a negative one's is larger.
+    """
+    words = [arith.bitcast(ir.IntegerType.get_signless(32), r) for r in registers]
+    return _sign_behind(by_threes(words, arith.maxsi), by_threes(words, arith.maxui))
+
+
+def signed_peak_of_bf16(words: Sequence[ir.Value]) -> ir.Value:
+    """:func:`signed_peak` of words of two bf16."""
+    word, largest = ir.IntegerType.get_signless(32), []
+    for instruction, combine in (("max.s16x2", arith.maxsi), ("max.u16x2", arith.maxui)):
+        pair = by_threes(words, functools.partial(arithmetic.of_pairs, instruction))
+        largest.append(combine(*(arith.bitcast(word, x) for x in from_bf16x2(pair))))
+    return _sign_behind(*largest)
+
+
+def _sign_behind(signed: ir.Value, unsigned: ir.Value) -> ir.Value:
+    """The signed peak of float32 whose bits are largest as signed numbers and as unsigned ones.
+
+    The first is the largest positive one, the second the negative one of largest magnitude. Where there are none of
+    one kind it is a smaller one of the other kind, or the same.
+    """
+    turned = [
+        hopper.pure_asm("shf.l.wrap.b32 $0, $1, $1, 1;", "=r,r", [bits], bits.type) for bits in (signed, unsigned)
+    ]
+    return arith.maxui(*turned)
+
+
+def by_threes(values: Sequence[ir.Value], combine: Callable[[ir.Value, ir.Value], ir.Value]) -> ir.Value:
+    """The largest of some integers, in the order in which an instruction takes three of them."""
+    values = list(values)
+    while len(values) > 1:
+        values = [functools.reduce(combine, values[i : i + 3]) for i in range(0, len(values), 3)]
+    return values[0]
 
 
 def times(values: Sequence[ir.Value], factors: Sequence[ir.Value]) -> list[ir.Value]:
@@ -374,9 +476,9 @@ def times(values: Sequence[ir.Value], factors: Sequence[ir.Value]) -> list[ir.Va
 
 
 def rounded(registers: Sequence[ir.Value], factor: ir.Value) -> list[ir.Value]:
-    """A lane's channels of the first and of the second half, times the factor, as words of four e4m3."""
+    """A lane's channels of the first and of the second group, times the factor, as words of four e4m3."""
     scaled = [arith.mulf(r, factor) for r in registers]
-    return [arithmetic.to_e4m3x4(scaled[EACH * half : EACH * (half + 1)]) for half in range(2)]
+    return [arithmetic.to_e4m3x4(scaled[i : i + EACH]) for i in range(0, len(scaled), EACH)]
 
 
 def store(row: Row, value: ir.Value) -> None:

@@ -33,10 +33,15 @@ def of_f16x2(pair: ir.Value) -> list[ir.Value]:
     ]
 
 
+def of_pairs(instruction: str, *operands: ir.Value) -> ir.Value:
+    """An instruction on registers of two 16-bit numbers, such as ``max.s16x2``."""
+    listed, constraints = ", ".join(f"${i}" for i in range(len(operands) + 1)), ",".join(["=r"] + ["r"] * len(operands))
+    return hopper.pure_asm(f"{instruction} {listed};", constraints, operands, operands[0].type)
+
+
 def f16x2(operation: str, *operands: ir.Value) -> ir.Value:
     """An instruction on registers of two float16, such as ``fma.rn`` or ``max``."""
-    listed, constraints = ", ".join(f"${i}" for i in range(len(operands) + 1)), ",".join(["=r"] + ["r"] * len(operands))
-    return hopper.pure_asm(f"{operation}.f16x2 {listed};", constraints, operands, operands[0].type)
+    return of_pairs(f"{operation}.f16x2", *operands)
 
 
 def exp2_f16x2(pair: ir.Value) -> ir.Value:

@@ -6,7 +6,7 @@ meaning beyond that, and lets registers live in Pallas loops.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax.experimental.mosaic.gpu as mgpu
 import numpy as np
@@ -107,9 +107,17 @@ def warp_number() -> ir.Value:
     return asm("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "=r,r", [warp], [warp.type])[0]
 
 
-def unknown_zero() -> ir.Value:
-    """A 0 of which the compiler does not know that it is one: the second coordinate of a block in a grid of one."""
-    return asm("mov.u32 $0, %ctaid.y;", "=r", [], [ir.IntegerType.get_signless(32)])[0]
+def unknown_zero(axis: Literal["y", "z"] = "y") -> ir.Value:
+    """A 0 of which the compiler does not know that it is one: a block's further coordinate in a grid of one axis."""
+    return asm(f"mov.u32 $0, %ctaid.{axis};", "=r", [], [ir.IntegerType.get_signless(32)])[0]
+
+
+def thread_anew() -> ir.Value:
+    """The thread's number in its block, of which the compiler does not know that it has it already.
+
+    What is computed from it is not kept in registers from where the same was computed before.
+    """
+    return asm("mov.u32 $0, %tid.x;", "=r", [], [ir.IntegerType.get_signless(32)])[0]
 
 
 def run_where(condition: ir.Value, body: Callable[[], None]) -> None:
@@ -197,6 +205,30 @@ def load_shared(address: ir.Value, offset: int = 0, words: int = 4) -> list[ir.V
     vector, listed = (f".v{words}", f"{{{out}}}") if words > 1 else ("", out)
     ptx = f"ld.shared{vector}.b32 {listed}, [${words}+{offset}];"
     return asm(ptx, ",".join(["=r"] * words + ["r"]), [address], [word] * words)
+
+
+def copy_to_shared(
+    address: ir.Value, source: ir.Value, offset: int, source_offset: int, exists: ir.Value | None = None
+) -> None:
+    """Asks for 16 bytes of global memory to be written to a shared address, or zeros where a bit does not hold.
+
+    No register waits for them. Both addresses are aligned to 16 bytes.
+    """
+    ptx = f"cp.async.cg.shared.global [$0+{offset}], [$1+{source_offset}], 16"
+    if exists is None:
+        asm(ptx + ";", "r,l", [address, source], [])
+        return
+    asm(ptx + ", $2;", "r,l,r", [address, source, arith.select(exists, i32(16), i32(0))], [])
+
+
+def end_group_of_copies() -> None:
+    """Puts what :func:`copy_to_shared` was asked for since the last such end into a group."""
+    asm("cp.async.commit_group;", "", [], [])
+
+
+def wait_for_copies(later: int) -> None:
+    """Waits for all groups of this thread's warp but so many of the last ones, and for the warp's other lanes."""
+    asm(f"cp.async.wait_group {later}; bar.warp.sync 0xffffffff;", "", [], [])
 
 
 def store_shared(
@@ -371,6 +403,18 @@ def all_across_lanes(
         others = [exchange(value, distance) for value in values]
         values, distance = [combine(a, b) for a, b in zip(values, others, strict=True)], 2 * distance
     return values
+
+
+def of_neighbour(register: ir.Value, number: int, among: int) -> ir.Value:
+    """The register of the lane of that number among 2, 4, 8 ... neighbouring ones."""
+    kind = "f" if register.type == ir.F32Type.get() else "r"
+    ptx = f"shfl.sync.idx.b32 $0, $1, {number}, {(32 - among) << 8 | 0x1F:#x}, 0xffffffff;"
+    return asm(ptx, f"={kind},{kind}", [register], [register.type])[0]
+
+
+def largest_across_warp(word: ir.Value) -> ir.Value:
+    """The largest unsigned number that a lane of the warp has."""
+    return asm("redux.sync.max.u32 $0, $1, 0xffffffff;", "=r,r", [word], [word.type])[0]
 
 
 def multiply_tiles(

@@ -34,7 +34,7 @@ def warps_of_prompt(head_dim: int, mixed: bool) -> int:
 
 
 def blocks_at_once(s: AppendShape) -> int:
-    """Of a prompt's, that the device holds: three that mix, of up to 85 registers, and else 32 warps' worth."""
+    """Of a prompt's, that the device holds: three that mix, of up to 80 registers, and else 32 warps' worth."""
     return (3 if s.mixed else 32 // s.warps) * STREAMING_MULTIPROCESSORS
 
 
@@ -86,7 +86,8 @@ def make_kernel(s: AppendShape, prompt: bool) -> Operation:
 
         @pl.when(takes_queries)
         def queries() -> None:
-            ops.queries(each)(q, cos, sin, scale, q8, q_scale, query_block * s.units)
+            room = of_prompt[-1:]  # of a prompt what its keys and values are held in
+            ops.queries(each, prompt)(q, cos, sin, scale, q8, q_scale, *room, query_block * s.units)
 
         @pl.when(jnp.logical_not(takes_queries | takes_values))
         def keys() -> None:
@@ -112,7 +113,7 @@ def make_kernel(s: AppendShape, prompt: bool) -> Operation:
         results += [((s.batch, s.tokens, s.kv_heads, s.head_dim), e4m3), scales]
         results += [((s.batch, s.kv_heads, s.head_dim, padded), e4m3), scales]
         shared_memory = [
-            plgpu.SMEM((s.warps,), jnp.float32), plgpu.SMEM((s.head_dim * SCALE_TOKENS,), jnp.float32)
+            plgpu.SMEM((s.warps + 2 * s.head_dim,), jnp.float32), plgpu.SMEM((s.head_dim * SCALE_TOKENS,), jnp.float32)
         ]  # fmt: skip
     kernel = plgpu.kernel(
         body,

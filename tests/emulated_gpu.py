@@ -169,7 +169,7 @@ def emulated(*modules):
         "cluster_arrive_done": arrive_done,
         "cluster_wait": lambda: machine.block.cluster.wait(member(), machine.failures),
         "warpgroup_barrier": lambda: None,
-        "unknown_zero": lambda: constant(0, 32),
+        "unknown_zero": lambda axis="y": constant(0, 32), "thread_anew": lambda: utils.thread_idx(),
         "run_where": lambda condition, body: body(),  # whose loads and stores have conditions of their own
         "shared_address": lambda ref: Register(machine.full(ref.address, U32)),
     }  # fmt: skip

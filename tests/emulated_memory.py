@@ -166,6 +166,7 @@ class Block:
         self.arrivals, self.cluster = {}, None
         self.team = np.zeros(threads // 32, np.int64)
         self.loads = []  # that may not have been carried out
+        self.groups = [[]]  # of copies without barriers; the last one has not ended
         self.sent = []  # to shared memory of the cluster: arrays, places and bytes
 
     def deliver(self):

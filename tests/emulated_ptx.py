@@ -124,6 +124,15 @@ class Machine:
             self.block.settle()
         if opcode == "bar.warp.sync" or kind[0] == "fence":
             pass  # warps run in step
+        elif opcode == "cp.async.commit_group":
+            self.block.groups.append([])
+        elif opcode == "cp.async.wait_group":
+            done = len(self.block.groups) - 1 - int(arguments[0])
+            for place, data in (copy for group in self.block.groups[:done] for copy in group):
+                place[:] = data
+            self.block.groups = self.block.groups[done:]
+        elif opcode == "cp.async.cg.shared.global":
+            self.copy(arguments, address, value)
         elif kind[0] == "mbarrier" or opcode.startswith("cp.async.bulk"):
             self.asynchronous(kind, arguments, names, active, value, address)
         elif kind[0] == "mapa":
@@ -251,6 +260,13 @@ class Machine:
             low, high, shift = value(arguments[1]), value(arguments[2]), int(arguments[3])
             down = shift if kind[1] == "r" else 32 - shift
             assign(arguments[0], low >> U32(down) | high << U32(32 - down))
+        elif kind[-1] in ("s16x2", "u16x2"):
+            kind_of_half = {"s": np.int16, "u": np.uint16}[kind[-1][0]]
+            a, b = (value(x).view(kind_of_half) for x in arguments[1:])
+            assign(arguments[0], {"max": np.maximum, "min": np.minimum}[kind[0]](a, b).view(U32))
+        elif kind[0] == "redux":
+            largest = value(arguments[1]).reshape(-1, 32).max(axis=1)
+            assign(arguments[0], np.repeat(largest, 32))
         elif kind[-1] in ("f16x2", "bf16x2"):
             half = np.float16 if kind[-1] == "f16x2" else ml_dtypes.bfloat16
             a, *others = (value(x).view(B16).view(half).astype(np.float64) for x in arguments[1:])
@@ -294,7 +310,11 @@ class Machine:
             assign(arguments[0], halves.swapaxes(1, 2).reshape(-1).view(U32))
         elif kind[0] == "shfl":
             lanes = np.arange(self.block.threads)
-            lanes = lanes ^ int(arguments[2]) if kind[2] == "bfly" else lanes // 32 * 32 + value(arguments[2]) % 32
+            if kind[2] == "bfly":
+                lanes = lanes ^ int(arguments[2])
+            else:  # the upper bits of a lane's number that stay its own
+                kept = int(arguments[3], 0) >> 8 & 31
+                lanes = lanes // 32 * 32 + (lanes % 32 & kept | value(arguments[2]) % 32 & (31 ^ kept))
             assign(arguments[0], value(arguments[1], F32)[lanes])
         elif kind[0] == "mma":
             self.mma(
@@ -302,6 +322,19 @@ class Machine:
             )
         else:
             raise NotImplementedError(line)
+
+    def copy(self, arguments, address, value):
+        """Of 16 bytes by each thread, or of zeros; what they replace is garbage until the group was waited for."""
+        size = int(arguments[2])
+        sizes = value(arguments[3]) if len(arguments) > 3 else self.full(size, U32)
+        targets, sources = address(arguments[0]).astype(np.int64), address(arguments[1])
+        assert np.all(targets % size == 0), "misaligned address"
+        self.block.touch(targets, np.ones(self.block.threads, bool), size, True)
+        data = self.load("global", sources, sizes > 0, size)
+        for target, row in zip(targets, data, strict=True):
+            place = self.block.shared[target : target + size]
+            place[:] = 0xA5
+            self.block.groups[-1].append((place, row.copy()))
 
     def send(self, targets, words, barriers):
         """Stores of each thread in the cluster's blocks, which arrive when the barriers there are waited for."""

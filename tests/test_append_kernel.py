@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from kernel_oracles import BF16, on_hopper
 
 import pallas_kernels as pk
-from pallas_kernels import append_block_steps, append_steps, mosaic_append, reference_rotation, row_steps
+from pallas_kernels import append_block_steps, append_lanes, append_steps, mosaic_append, reference_rotation, row_steps
+
+MODULES = (mosaic_append, append_steps, append_block_steps, append_lanes, row_steps)
 
 
 def rotate_and_append(*arrays, **options):
@@ -116,7 +118,7 @@ def check_prompt(arrays, options, kernel):
 def test_prompts_on_the_emulated_multiprocessor(case, monkeypatch):
     monkeypatch.setattr(mosaic_append, "STREAMING_MULTIPROCESSORS", 4)  # several queries per warp
     arrays, options = inputs(*case)
-    with emulated(mosaic_append, append_steps, append_block_steps, row_steps):
+    with emulated(*MODULES):
         prompt, cache = rotate_and_round(*arrays, **options)
     check_prompt(arrays, options, lambda *_, **__: (prompt, cache))
 
@@ -124,7 +126,7 @@ def test_prompts_on_the_emulated_multiprocessor(case, monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_on_the_emulated_multiprocessor(case):
     arrays, options = inputs(*case)
-    with emulated(mosaic_append, append_steps, append_block_steps, row_steps):
+    with emulated(*MODULES):
         q8, q_scale, cache = rotate_and_append(*arrays, **options)
     check(arrays, options, lambda *_, **__: (q8, q_scale, cache))
 
@@ -146,7 +148,7 @@ def any_rotation(draw, most_tokens):
 @settings(max_examples=8)
 def test_any_shape_on_the_emulated_multiprocessor(case):
     arrays, options = inputs(*case)
-    with emulated(mosaic_append, append_steps, append_block_steps, row_steps):
+    with emulated(*MODULES):
         q8, q_scale, cache = rotate_and_append(*arrays, **options)
     check(arrays, options, lambda *_, **__: (q8, q_scale, cache))
 
@@ -157,7 +159,7 @@ def test_prompts_of_any_shape_on_the_emulated_multiprocessor(case, multiprocesso
     arrays, options = inputs(*case)
     with (
         mock.patch.object(mosaic_append, "STREAMING_MULTIPROCESSORS", multiprocessors),
-        emulated(mosaic_append, append_steps, append_block_steps, row_steps),
+        emulated(*MODULES),
     ):
         prompt, cache = rotate_and_round(*arrays, **options)
     check_prompt(arrays, options, lambda *_, **__: (prompt, cache))
@@ -177,7 +179,7 @@ def test_heads_of_the_same_lanes_on_the_emulated_multiprocessor(
 ):  # fmt: skip
     monkeypatch.setattr(mosaic_append, "STREAMING_MULTIPROCESSORS", multiprocessors)
     arrays, options = inputs(2, 11, heads, kv_heads, head_dim, 40, [3, 30], [11, 4], True)
-    with emulated(mosaic_append, append_steps, append_block_steps, row_steps):
+    with emulated(*MODULES):
         prompt, cache = rotate_and_round(*arrays, **options)
     check_prompt(arrays, options, lambda *_, **__: (prompt, cache))
 
