@@ -12,6 +12,7 @@ from pallas_kernels import hopper
 from pallas_kernels.hopper import i32
 from pallas_kernels.matmul_steps import Operation, Steps
 from pallas_kernels.sums_layout import bytes_of_half, place_of_thread, vectors
+from pallas_kernels.tiling import SHARED_MEMORY
 
 
 def _store_or_send(
@@ -25,9 +26,13 @@ def _store_or_send(
 
 
 class ClusterSums:
-    """The steps for the products of ``ops``."""
+    """The steps for the products of ``ops``.
 
-    def __init__(self, ops: Steps) -> None:
+    Attributes:
+      apart: whether sums land in room of their own, not where the steps' inputs were.
+    """
+
+    def __init__(self, ops: Steps, tile_bytes: int) -> None:
         t, self.ops = ops.tiling, ops
         self.tiling, self.scalar, self.swizzle = t, ops.scalar, ops.swizzle
         self.layout, self.type = ops.layout[ops.kind], ops.type[ops.kind]
@@ -36,6 +41,9 @@ class ClusterSums:
         self.part_registers = ops.registers * t.halves // self.parts
         self.part_bytes = t.sides * bytes_of_half(self.part_registers)
         self.part_type = hopper.container_type(self.part_registers, self.type.dtype)
+        self.landing_bytes = self.teams * (self.parts - 1) * self.part_bytes  # of a block
+        self.apart = t.divides_sums and t.shared_memory(tile_bytes) + self.landing_bytes <= SHARED_MEMORY
+        self.room_type = plgpu.RefType(() if self.apart else self.swizzle)
 
     def meet(self) -> Operation:
         """``(side) -> ()``: waits for that warpgroup of each team, with a barrier that nothing else uses."""
@@ -62,7 +70,7 @@ class ClusterSums:
     def open_landing(self) -> Operation:
         """``(landing) -> ()``: makes the barrier at which other blocks' sums land, and announces their bytes."""
         t = self.tiling
-        size = self.teams * (self.parts - 1) * self.part_bytes
+        size = self.landing_bytes
         if not t.divides_sums and t.split > 1:
             size = (t.split - 1) * t.sides * t.halves * bytes_of_half(self.ops.registers)
 
@@ -134,24 +142,21 @@ class ClusterSums:
             picked = [arith.select(here, a, b) for a, b in zip(candidates, picked, strict=True)]
         return picked
 
-    def _landing_place(self, stages: Any, side: Any, part: ir.Value) -> ir.Value:
-        """Where the first sender's sums of a part land in the block that writes it, for the thread with this number.
-
-        It is the place of the steps' inputs.
-        """
+    def _landing_place(self, room: Any, side: Any, part: ir.Value) -> ir.Value:
+        """Where the first sender's sums of a part land in the block that writes it, for the thread with this number."""
         address = arith.muli(side.registers.item(), i32(bytes_of_half(self.part_registers)))
         address = arith.addi(address, place_of_thread(self.part_registers))
         if self.teams > 1:
             team = arith.andi(part, i32(self.teams - 1))
             address = arith.addi(address, arith.muli(team, i32((self.parts - 1) * self.part_bytes)))
-        return arith.addi(hopper.shared_address(stages), address)
+        return arith.addi(hopper.shared_address(room), address)
 
     def _block_of(self, part: ir.Value) -> ir.Value:
         """The number in the cluster of the block that writes a part."""
         return arith.shrui(part, i32(self.teams.bit_length() - 1)) if self.teams > 1 else part
 
     def send_parts(self) -> Operation:
-        """``(side, part, scales, stages, *sums, [landing]) -> ()``: a tile's sums, for those who write other parts.
+        """``(side, part, scales, room, *sums, [landing]) -> ()``: a tile's sums, for those who write other parts.
 
         Where a block is alone, it has no ``landing``, and its warpgroups meet before they read.
         """
@@ -159,17 +164,17 @@ class ClusterSums:
 
         @plgpu.inline_mgpu(
             arg_types=(
-                self.scalar, self.scalar, self.ops.layout["pair"], plgpu.RefType(self.swizzle),
+                self.scalar, self.scalar, self.ops.layout["pair"], self.room_type,
                 *[self.layout] * halves, *[plgpu.RefType()] * clustered,
             ),
             return_type=(),
         )  # fmt: skip
-        def write(_: Any, side: Any, part: Any, scales: Any, stages: Any, *rest: Any) -> Any:
+        def write(_: Any, side: Any, part: Any, scales: Any, room: Any, *rest: Any) -> Any:
             to_send = [register for half in rest[:halves] for register in self.ops.to_send(half, scales)]
             for distance in range(1, self.parts):
                 target = arith.addi(part.registers.item(), i32(distance))
                 target = arith.andi(target, i32(self.parts - 1))
-                address, barrier = self._landing_place(stages, side, target), None
+                address, barrier = self._landing_place(room, side, target), None
                 if clustered:
                     block = self._block_of(target)
                     address = hopper.in_block(address, block)
@@ -182,19 +187,19 @@ class ClusterSums:
         return cast(Operation, write)
 
     def gather_parts(self) -> Operation:
-        """``(side, part, scales, stages, *sums) -> sums``: all sums of the part, this warpgroup's among them."""
+        """``(side, part, scales, room, *sums) -> sums``: all sums of the part, this warpgroup's among them."""
 
         @plgpu.inline_mgpu(
             arg_types=(
-                self.scalar, self.scalar, self.ops.layout["pair"], plgpu.RefType(self.swizzle),
+                self.scalar, self.scalar, self.ops.layout["pair"], self.room_type,
                 *[self.layout] * self.tiling.halves,
             ),
             return_type=self.part_type,
         )  # fmt: skip
-        def read(_: Any, side: Any, part: Any, scales: Any, stages: Any, *sums: Any) -> Any:
+        def read(_: Any, side: Any, part: Any, scales: Any, room: Any, *sums: Any) -> Any:
             of_tile = [register for half in sums for register in self.ops.in_common_units(half, scales)]
             registers = self._part(of_tile, part.registers.item())
-            place = self._landing_place(stages, side, part.registers.item())
+            place = self._landing_place(room, side, part.registers.item())
             return hopper.pack(self._add_received(registers, place, self.parts - 1, self.part_bytes))
 
         return cast(Operation, read)

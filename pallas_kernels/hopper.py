@@ -221,6 +221,18 @@ def copy_to_shared(
     asm(ptx + ", $2;", "r,l,r", [address, source, arith.select(exists, i32(16), i32(0))], [])
 
 
+def copy_in_bulk(address: ir.Value, source: ir.Value, size: int, barrier: ir.Value, condition: ir.Value) -> None:
+    """Asks for bytes of global memory to be copied to a shared address, where a bit holds.
+
+    Their number is a multiple of 16, and both addresses are. The mbarrier at ``barrier`` counts them.
+    """
+    asm(
+        "{ .reg .pred p; setp.ne.b32 p, $4, 0; "
+        "@p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3]; }",
+        "r,l,r,r,r", [address, source, i32(size), barrier, arith.extui(ir.IntegerType.get_signless(32), condition)], [],
+    )  # fmt: skip
+
+
 def end_group_of_copies() -> None:
     """Puts what :func:`copy_to_shared` was asked for since the last such end into a group."""
     asm("cp.async.commit_group;", "", [], [])

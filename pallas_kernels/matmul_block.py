@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
+from pallas_kernels.first_pair import FirstPair
 from pallas_kernels.matmul_plan import Plan
 from pallas_kernels.matmul_tile import TileAtWork
 from pallas_kernels.weight_layout import TILE_K
@@ -38,6 +39,10 @@ class Block:
         self.x_smem, self.w_smem, self.y_smem, self.full, self.empty, *rest = refs[ends[-1] :]
         self.residual_here: Any = rest.pop() if plan.has_residual else None
         self.landing: Any = rest.pop() if plan.lands else None
+        self.room: Any = rest.pop() if plan.in_cluster.apart else self.x_smem.at[0]  # for sums of a part
+        if plan.first_pair is not None:  # when the first step's tokens are there, and either step's weights
+            self.first_tokens: Any = rest.pop()
+            self.first_weights: Any = rest.pop()
         self.received: Any = rest.pop() if rest else None
         self.block, warpgroup = jax.lax.axis_index("block"), jax.lax.axis_index("warpgroup")
         self.peer = jax.lax.axis_index("peer") if plan.cluster > 1 else jnp.int32(0)
@@ -58,6 +63,8 @@ class Block:
             self.mine = plan.rounds.whole + (self.block < plan.rounds.divided).astype(jnp.int32)
         else:
             self.mine = jax.lax.div(plan.tiles - self.block + plan.blocks - 1, jnp.int32(plan.blocks))
+        if plan.first_pair is not None:
+            plan.first_pair.open()(self.first_weights)
         if self.landing is not None:
             self.plan.in_cluster.open_landing()(self.landing)
         if plan.cluster > 1:
@@ -99,22 +106,16 @@ class Block:
         sides = range(0, t.sides, plan.sides_together)
         places = [plan.of_weight(tile.row * t.sides + side) for side in sides]
 
-        def produce_step(j: Any, _: None) -> None:
-            s = j * t.at_once
-            slot, at = self.slot_of(tile.before + s), self.first_step + tile.first + s
-            barrier = self.full.at[self.barrier_of(slot)]
-
-            @pl.when(tile.before + s >= t.stages)
-            def reuse() -> None:
-                plgpu.barrier_wait(self.empty.at[self.barrier_of(slot)])
+        def copy_tokens(slot: Any, at: Any, steps: int, barrier: Any) -> None:
+            """Inputs of steps from the tile's step ``at`` on."""
 
             def copy_rows(rows: int, together: str | None) -> None:
-                for u in range(t.at_once):
+                for u in range(steps):
                     inputs = self.x.at[pl.ds(tile.token * t.tokens, rows), pl.ds((at + u) * TILE_K, TILE_K)]
                     target = self.x_smem.at[slot + u, pl.ds(0, rows)] if rows < t.tokens else self.x_smem.at[slot + u]
                     plgpu.copy_gmem_to_smem(inputs, target, barrier, collective_axes=together)
 
-            def copy_tokens(together: str | None) -> None:
+            def copy(together: str | None) -> None:
                 if plan.last_rows == t.tokens or plan.token_tiles == 1:
                     copy_rows(plan.last_rows, together)
                     return
@@ -122,22 +123,51 @@ class Block:
                 pl.when(is_last)(functools.partial(copy_rows, plan.last_rows, together))
                 pl.when(~is_last)(functools.partial(copy_rows, t.tokens, together))
 
+            together = "peer" if t.share > 1 else None
+            if plan.rounds.divided:
+                pl.when(self.is_whole(i))(functools.partial(copy, together))
+                pl.when(~self.is_whole(i))(functools.partial(copy, None))
+            else:
+                copy(together)
+
+        first = self.first_step + tile.first
+
+        def produce_first_pair(pair: FirstPair) -> None:
+            for u, barrier in enumerate((self.first_tokens, self.full.at[0])):
+
+                def ask(side: int, row: Any, number: int, u: int = u) -> None:
+                    where = self.w[number], self.w_smem.at[0, side], self.first_weights
+                    pair.copy(number)(*where, row, jnp.int32(first + u), jnp.int32(u))
+
+                for side, (weight, row) in zip(sides, places, strict=True):
+                    plan.for_weight(weight, functools.partial(ask, side, row))
+                copy_tokens(u, first + u, 1, barrier)
+            for _ in range(plan.copies - 1):  # those that come at barriers of their own
+                plgpu.barrier_arrive(self.full.at[0])
+
+        def produce_step(j: Any, _: None) -> None:
+            s = j * t.at_once
+            slot, at = self.slot_of(tile.before + s), first + s
+            barrier = self.full.at[self.barrier_of(slot)]
+
+            @pl.when(tile.before + s >= t.stages)
+            def reuse() -> None:
+                plgpu.barrier_wait(self.empty.at[self.barrier_of(slot)])
+
             def copy_weight(side: int, row: Any, number: int) -> None:
                 where = pl.ds(row, plan.sides_together), pl.ds(at, t.at_once)
                 target = self.w_smem.at[self.barrier_of(slot), pl.ds(side, plan.sides_together)]
                 plgpu.copy_gmem_to_smem(self.w[number].at[where], target, barrier)
 
-            together = "peer" if t.share > 1 else None
-            if plan.rounds.divided:
-                pl.when(self.is_whole(i))(functools.partial(copy_tokens, together))
-                pl.when(~self.is_whole(i))(functools.partial(copy_tokens, None))
-            else:
-                copy_tokens(together)
-
+            copy_tokens(slot, at, t.at_once, barrier)
             for side, (weight, row) in zip(sides, places, strict=True):
                 plan.for_weight(weight, functools.partial(copy_weight, side, row))
 
-        jax.lax.fori_loop(0, tile.count * t.teams // t.at_once, produce_step, None)
+        begin: Any = 0
+        if plan.first_pair is not None:
+            pl.when(i == 0)(functools.partial(produce_first_pair, plan.first_pair))
+            begin = (i == 0).astype(jnp.int32)
+        jax.lax.fori_loop(begin, tile.count * t.teams // t.at_once, produce_step, None)
 
     def _compute(self) -> None:
         t = self.plan.tiling

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.cluster_steps import ClusterSums
+from pallas_kernels.first_pair import BARRIERS, FirstPair
 from pallas_kernels.matmul_steps import Steps
 from pallas_kernels.stream_steps import Exchange
 from pallas_kernels.tiling import FEW_TOKENS_OF_TILES, Tiling, plan_rounds, plan_stream
@@ -66,7 +67,8 @@ class Plan:
         self.has_bias, self.has_residual = has_bias, has_residual
         self.tile_shape = tile_shape(group_size, scale_dtype)
         self.ops = Steps(m, sizes, k, group_size, scale_dtype, t, folded=folded)
-        self.in_cluster, self.exchange = ClusterSums(self.ops), Exchange(self.ops)
+        self.in_cluster = ClusterSums(self.ops, 4 * math.prod(self.tile_shape))
+        self.exchange = Exchange(self.ops)
         steps = -(-k // TILE_K)
         if t.parts > 1 or t.at_once > 1:  # every part takes as many steps; those behind the last one read zeros
             steps = math.ceil(steps / (t.parts * t.unroll)) * t.unroll
@@ -85,6 +87,8 @@ class Plan:
         self.stream = plan_stream(t, self.tiles, steps) if t.stream_k else None
         if self.stream is not None:
             self.blocks, self.steps = self.stream.blocks, self.stream.chains * t.unroll
+        self.first_pair = FirstPair(self.ops, k) if t.begins_alone and k > TILE_K else None
+        self.copies = t.at_once + t.sides // self.sides_together  # that bring the steps that are copied together
         self.counts_vary = self.stream is not None or self.rounds.divided > 0  # of a block's steps of a tile
         self.slots_of_team = t.stages // t.teams
         # Steps of a turn of the loop: where a tile begins with the first slot, as many as bring it back there, so that
@@ -124,8 +128,7 @@ class Plan:
         """Shared memory and barriers, in the order in which :class:`Block` takes them."""
         t = self.tiling
         pairs = t.stages // t.at_once
-        copies = t.at_once + t.sides // self.sides_together
-        full = plgpu.Barrier(num_arrivals=copies, num_barriers=pairs)
+        full = plgpu.Barrier(num_arrivals=self.copies, num_barriers=pairs)
         readers = t.sides if t.sides > 1 else t.at_once  # of what is copied together
         empty = plgpu.Barrier(num_arrivals=readers, num_barriers=pairs)
         shared = plgpu.ClusterBarrier(collective_axes=("peer",), num_arrivals=readers, num_barriers=pairs)
@@ -139,6 +142,10 @@ class Plan:
         if t.parts > 1 and not t.divides_sums:
             words = self.exchange.bytes_of_warpgroup // 4
             scratch.append(plgpu.SMEM((t.split + t.teams - 2, t.sides, words), jnp.int32))
+        if self.first_pair is not None:
+            scratch += [plgpu.SMEM((2 * BARRIERS,), jnp.int32), plgpu.Barrier(num_arrivals=1)]
+        if self.in_cluster.apart:
+            scratch.append(plgpu.SMEM((self.in_cluster.landing_bytes // 4,), jnp.int32))
         if self.lands:
             scratch.append(plgpu.SMEM((2,), jnp.int32))
         if self.has_residual:

@@ -15,6 +15,7 @@ from pallas_kernels.tiling import StreamK
 from pallas_kernels.weight_layout import TILE_N
 
 if TYPE_CHECKING:
+    from pallas_kernels.first_pair import FirstPair
     from pallas_kernels.matmul_block import Block
 
 LOADED_AT_ONCE = 64  # registers of a thread, of other blocks' sums of a half
@@ -108,10 +109,29 @@ class TileAtWork:
         known = r % self.plan.slots_of_team * teams // at_once
         return known + jax.lax.div(self.block.team, jnp.int32(at_once)) if teams > 1 else known
 
-    def _fetch(self, s: Any, r: int | None, last: Any, ends: bool, begins: bool = True) -> Any:
+    def _await_first_pair(self, pair: "FirstPair", s: Any, number: int) -> None:
+        """Waits for the tile's step s, which is its first one or may be its second one, in this order of ``number``.
+
+        Of a block's first tile each comes by copies of its own, of others both come together.
+        """
+        block, first_tile = self.block, self.tile.number == 0
+        full = block.full.at[self._barrier(s, number if self.plan.slots_known else None)]
+
+        @pl.when(first_tile & (s == number))
+        def alone() -> None:
+            plgpu.barrier_wait(full if number else block.first_tokens)
+            pair.wait(number)(block.first_weights)
+
+        if number == 0:
+            pl.when(~first_tile)(lambda: plgpu.barrier_wait(full))
+
+    def _fetch(
+        self, s: Any, r: int | None, last: Any, ends: bool, begins: bool = True, number: int | None = None
+    ) -> Any:  # fmt: skip
         """Operand and scales of the team's step s; behind the last one, where chains end, those of the last.
 
-        Only the step that ``begins`` those that are copied together waits, if one team takes all of them.
+        Only the step that ``begins`` those that are copied together waits, if one team takes all of them; and those of
+        a block's first pair, which ``number`` says that it may be.
         """
         block, at_once = self.block, self.plan.tiling.at_once
         at, barrier = self._slot(s, r), self._barrier(s, r)
@@ -121,6 +141,8 @@ class TileAtWork:
             before = None if r is None else r - 1
             at = jnp.where(exists, at, self._slot(s - 1, before))
             barrier = jnp.where(exists, barrier, self._barrier(s - 1, before))
+        elif number is not None and self.plan.first_pair is not None:
+            self._await_first_pair(self.plan.first_pair, s, number)
         elif begins:
             plgpu.barrier_wait(block.full.at[barrier])
         tile = block.side * at_once
@@ -158,7 +180,12 @@ class TileAtWork:
                 before, here, next_group = operand, (ratios, group), group + 1
                 if group == ops.groups - 1:
                     operand, ratios, unit, last = self._fetch(
-                        s + u + 1, of_tile(u + 1), last, ends=ends and u == length - 1, begins=(u + 1) % taken == 0
+                        s + u + 1,
+                        of_tile(u + 1),
+                        last,
+                        ends=ends and u == length - 1,
+                        begins=(u + 1) % taken == 0,
+                        number=None if u or r else 1,
                     )
                     next_group = 0
                 parts[0] = self._settled(halves - 1, parts[0], here, (ratios, next_group), before, operand)
@@ -210,7 +237,7 @@ class TileAtWork:
         empty = plgpu.layout_cast(jnp.zeros(shape.shape, shape.dtype), self.ops.layout[self.ops.kind])
         rest = 0 if plan.stream is not None else plan.steps % together
         turns: Any = jax.lax.div(self.tile.count, together) if plan.counts_vary else plan.steps // together
-        fetched = self._fetch(jnp.int32(0), 0 if plan.slots_known else None, self.ones, ends=False)
+        fetched = self._fetch(jnp.int32(0), 0 if plan.slots_known else None, self.ones, ends=False, number=0)
         parts = (Part(empty, empty if self.ops.short else None),) * plan.tiling.halves
         carry = self._chains(jnp.int32(0), rest, 0, (*fetched, parts), ends=turns == 0)
 
@@ -280,15 +307,15 @@ class TileAtWork:
     def _write_part(self, sums: Sums) -> None:
         """Of a tile that several take together: adds up all their sums of some of the tokens, and writes these."""
         cluster, block = self.plan.in_cluster, self.block
-        # The others are done with what they read, where sums will land.
-        if self.plan.lands:
-            if self.plan.tiling.split > 1:
-                hopper.cluster_wait()  # as when the kernel began
-            hopper.cluster_arrive()
-            hopper.cluster_wait()
-        else:
-            cluster.meet_all()()
-        here = block.side, block.part, sums.unit, block.x_smem.at[0]
+        if self.plan.tiling.split > 1:
+            hopper.cluster_wait()  # as when the kernel began
+        if not cluster.apart:  # the others are done with what they read, where sums will land
+            if self.plan.lands:
+                hopper.cluster_arrive()
+                hopper.cluster_wait()
+            else:
+                cluster.meet_all()()
+        here = block.side, block.part, sums.unit, block.room
         cluster.send_parts()(*here, *sums.parts, *[block.landing] * self.plan.lands)
         if self.plan.lands:
             cluster.await_landing()(block.landing)

@@ -202,13 +202,14 @@ class ManyTokensCost:
 # Of blocks, persistent or not, that divide steps equally or do not: where more are worth it at all.
 MOST_ROUNDS = {(True, False): math.inf, (False, False): 1, (True, True): 3}
 MANY_TOKENS_COST = ManyTokensCost(
-    start=2.28, sharing_start=3.35, round=0.986, lone=(2.67, 0.0018), splitting=(0.84, 0.0014),
+    start=2.28, sharing_start=3.35, round=0.986, lone=(2.67, 0.0018), splitting=(0.69, 0.0014),
     dividing=(0.57, 0.0042), streaming=(2.8, 0.013), sender=0.0031, piece=0.64,
     sharing=0.981, at_once=0.983, one_round=1,
 )  # fmt: skip
 WIDE_COST = dataclasses.replace(  # of tiles of 192 outputs
-    MANY_TOKENS_COST, lone=(3.6, 0.0018), dividing=(1.1, 0.009), sharing=1, at_once=1, one_round=1.04
-)
+    MANY_TOKENS_COST, start=1.85, lone=(3.3, 0.0018), splitting=(0.5, 0.0014), dividing=(1.1, 0.009), sharing=1,
+    at_once=1, one_round=1.04,
+)  # fmt: skip
 
 
 def estimated_microseconds(t: Tiling, m: int, n: int, k: int) -> float:

@@ -97,6 +97,11 @@ class Tiling:
         return 1 + self.sides % 2
 
     @property
+    def begins_alone(self) -> bool:
+        """Whether a block's first two steps are copied each alone: of a pair that a team takes, one is needed first."""
+        return self.at_once > 1 and self.teams == 1
+
+    @property
     def parts(self) -> int:
         """Blocks and teams that take every so manieth step of a tile each."""
         return self.split * self.teams
@@ -136,6 +141,7 @@ class Tiling:
             0 if self.divides_sums else (self.split + self.teams - 2) * self.tokens * self.outputs * 4,
             2 * (self.stages + 1) * 8,
             8 if self.split > 1 or self.share > 1 else 0,
+            24 if self.begins_alone else 0,
         ]
         return sum(-(-size // 1024) * 1024 for size in arrays)
 

@@ -363,7 +363,9 @@ class Machine:
                 arrival = self.block.arrivals[int(address(arguments[1])[thread])]
                 parity = int(value(arguments[2])[thread])
                 if arrival.phase & 1 == parity:
-                    arrival.complete(patience=30 if self.block.cluster is not None else 0)
+                    arrival.complete(
+                        patience=30 if isinstance(self.block, Warpgroup) or self.block.cluster is not None else 0
+                    )
                 done[thread] = arrival.phase & 1 != parity
             names[arguments[0]] = done
         else:

@@ -25,6 +25,7 @@ import pallas_kernels as pk
 from pallas_kernels import (
     cluster_steps,
     decode_steps,
+    first_pair,
     matmul_block,
     matmul_plan,
     matmul_steps,
@@ -44,7 +45,7 @@ from pallas_kernels import (
 from pallas_kernels.tiling import DecodeCut, Streaming, Tiling
 
 SUMS = cluster_steps, stream_steps, sums_layout
-MATMUL = mosaic_matmul, matmul_plan, matmul_block, matmul_tile, matmul_steps, weight_steps, *SUMS
+MATMUL = mosaic_matmul, matmul_plan, matmul_block, matmul_tile, matmul_steps, first_pair, weight_steps, *SUMS
 MATVEC = mosaic_matvec, matvec_steps, warp_slots, matmul_steps, weight_steps
 
 
@@ -147,6 +148,8 @@ def test_matvec_of_several_weights(m, sizes, k, cut, biased):
         # Those who add up write a part of the tokens each.
         (100, 192, 640, 128, E4M3, Tiling(96, 4, unroll=2, persistent=False, teams=2, sides=1)),
         (130, 192, 1152, 128, E4M3, Tiling(128, 4, unroll=2, persistent=False, split=2, teams=2, sides=1)),
+        # No room but that of the steps' inputs for the sums of others.
+        (130, 192, 1152, 128, E4M3, Tiling(128, 10, unroll=2, persistent=False, split=2, teams=2, sides=1)),
         (90, 192, 640, 64, BF16, Tiling(96, 2, halves=1, unroll=2, persistent=False, split=2)),
     ],
 )
