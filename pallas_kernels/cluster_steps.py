@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, cast
 
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
@@ -76,13 +75,7 @@ class ClusterSums:
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=())
         def make(_: Any, landing: Any) -> Any:
-            first = arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), i32(0))
-            hopper.asm(
-                "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p mbarrier.init.shared.b64 [$0], 1; "
-                f"@p mbarrier.arrive.expect_tx.shared.b64 _, [$0], {size}; }}", "r,r",
-                [hopper.shared_address(landing), arith.extui(ir.IntegerType.get_signless(32), first)], [],
-            )  # fmt: skip
-            hopper.asm("fence.mbarrier_init.release.cluster;", "", [], [])
+            hopper.open_barriers(hopper.shared_address(landing), size)
             return ()
 
         return cast(Operation, make)

@@ -6,9 +6,7 @@ need not wait for the second one's weights: bulk copies are of any 16 bytes, and
 
 from typing import Any, cast
 
-from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import hopper
@@ -37,15 +35,7 @@ class FirstPair:
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=())
         def make(_: Any, barriers: Any) -> Any:
-            first = arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), i32(0))
-            first = arith.extui(ir.IntegerType.get_signless(32), first)
-            for number in range(BARRIERS):
-                hopper.asm(
-                    "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p mbarrier.init.shared.b64 [$0], 1; "
-                    f"@p mbarrier.arrive.expect_tx.shared.b64 _, [$0], {self.sides * self.tile_bytes}; }}", "r,r",
-                    [arith.addi(hopper.shared_address(barriers), i32(8 * number)), first], [],
-                )  # fmt: skip
-            hopper.asm("fence.mbarrier_init.release.cluster;", "", [], [])
+            hopper.open_barriers(hopper.shared_address(barriers), self.sides * self.tile_bytes, BARRIERS)
             hopper.asm("fence.proxy.async.shared::cta;", "", [], [])
             hopper.asm(f"bar.sync {hopper.FREE_BARRIER}, {self.threads};", "", [], [])
             return ()

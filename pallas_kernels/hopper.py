@@ -221,6 +221,19 @@ def copy_to_shared(
     asm(ptx + ", $2;", "r,l,r", [address, source, arith.select(exists, i32(16), i32(0))], [])
 
 
+def open_barriers(address: ir.Value, size: int, count: int = 1) -> None:
+    """Makes mbarriers from a shared address on; the first phase of each is over when so many bytes have come."""
+    first = arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), i32(0))
+    first = arith.extui(ir.IntegerType.get_signless(32), first)
+    for number in range(count):
+        asm(
+            "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p mbarrier.init.shared.b64 [$0], 1; "
+            f"@p mbarrier.arrive.expect_tx.shared.b64 _, [$0], {size}; }}",
+            "r,r", [arith.addi(address, i32(8 * number)), first], [],
+        )  # fmt: skip
+    asm("fence.mbarrier_init.release.cluster;", "", [], [])
+
+
 def copy_in_bulk(address: ir.Value, source: ir.Value, size: int, barrier: ir.Value, condition: ir.Value) -> None:
     """Asks for bytes of global memory to be copied to a shared address, where a bit holds.
 
