@@ -145,6 +145,7 @@ def test_matvec_of_several_weights(m, sizes, k, cut, biased):
         (90, 192, 640, 128, E4M3, Tiling(96, 4, halves=1, unroll=2, persistent=False, split=2, sides=3)),
         (100, 192, 640, 128, E4M3, Tiling(96, 2, unroll=2, persistent=False)),
         (170, 128, 384, 128, E4M3, Tiling(160, 2, unroll=2, persistent=False)),
+        (130, 192, 1152, 128, E4M3, Tiling(64, 4, halves=1, unroll=2, persistent=False, split=2, teams=2, sides=1)),
         # Those who add up write a part of the tokens each.
         (100, 192, 640, 128, E4M3, Tiling(96, 4, unroll=2, persistent=False, teams=2, sides=1)),
         (130, 192, 1152, 128, E4M3, Tiling(128, 4, unroll=2, persistent=False, split=2, teams=2, sides=1)),

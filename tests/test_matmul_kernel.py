@@ -265,6 +265,7 @@ def test_flags_of_rounded_rows_serve_several_products():
         Tiling(32, 6, halves=2, unroll=3, split=4, persistent=False, teams=2),
         Tiling(16, 8, halves=1, unroll=2, split=2, persistent=False, teams=2, sides=1),
         Tiling(64, 8, halves=1, unroll=2, persistent=False, teams=4, sides=1),
+        Tiling(64, 12, halves=1, unroll=2, split=2, persistent=False, teams=2, sides=1),
         Tiling(8, 8, halves=1, unroll=2, persistent=False, teams=2, sides=1),
         Tiling(16, 8, halves=1, unroll=2, stream_k=True),
         Tiling(64, 8, halves=1, unroll=2, stream_k=True),
