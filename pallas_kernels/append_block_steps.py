@@ -14,18 +14,8 @@ from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import arithmetic, hopper
 from pallas_kernels.append_lanes import EACH, Lanes
-from pallas_kernels.append_steps import (
-    AppendShape,
-    InCache,
-    InTurn,
-    KeyTables,
-    Row,
-    Steps,
-    rounded,
-    signed_peak,
-    signed_peak_of_bf16,
-    store_half,
-)
+from pallas_kernels.append_steps import AppendShape, InCache, KeyTables, Row, Steps, store_half
+from pallas_kernels.append_values import InTurn, rounded, signed_peak, signed_peak_of_bf16
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.reference import E4M3_MAX

@@ -9,7 +9,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import arithmetic, hopper
+from pallas_kernels import arithmetic, hopper, tensor_core
 from pallas_kernels.hopper import f32, i32
 
 EACH = 4  # neighbouring channels of each of two groups that a lane holds of a unit
@@ -179,7 +179,7 @@ def mix(registers: Sequence[ir.Value], head_dim: int, thread: Callable[[], ir.Va
         parts = [split(registers[j], registers[EACH + j]) for j in (i, i + 1)]
         four: Sequence[ir.Value] = [f32(0)] * 4
         for several in zip(*parts, strict=True):
-            four = hopper.multiply_tiles(four, matrix, several, "bf16")
+            four = tensor_core.multiply_tiles(four, matrix, several, "bf16")
         sums.append(four)
     # Of a product's four registers the first bit of the number counts bit 2 of a channel's, the second one bit 0.
     first, second = ([combine(a, b) for a, b in zip(*sums, strict=True)] for combine in (arith.addf, arith.subf))

@@ -31,7 +31,7 @@ class ClusterSums:
       apart: whether sums land in room of their own, not where the steps' inputs were.
     """
 
-    def __init__(self, ops: Steps, tile_bytes: int) -> None:
+    def __init__(self, ops: Steps) -> None:
         t, self.ops = ops.tiling, ops
         self.tiling, self.scalar, self.swizzle = t, ops.scalar, ops.swizzle
         self.layout, self.type = ops.layout[ops.kind], ops.type[ops.kind]
@@ -41,7 +41,7 @@ class ClusterSums:
         self.part_bytes = t.sides * bytes_of_half(self.part_registers)
         self.part_type = hopper.container_type(self.part_registers, self.type.dtype)
         self.landing_bytes = self.teams * (self.parts - 1) * self.part_bytes  # of a block
-        self.apart = t.divides_sums and t.shared_memory(tile_bytes) + self.landing_bytes <= SHARED_MEMORY
+        self.apart = t.divides_sums and t.shared_memory(ops.tile_bytes) + self.landing_bytes <= SHARED_MEMORY
         self.room_type = plgpu.RefType(() if self.apart else self.swizzle)
 
     def meet(self) -> Operation:

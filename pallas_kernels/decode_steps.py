@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import arithmetic, hopper
+from pallas_kernels import arithmetic, hopper, tensor_core
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.tiling import DECODE_SLOTS, DECODE_TILE, MULTIPROCESSOR_SHARED_MEMORY, DecodeCut
@@ -200,7 +200,7 @@ class Steps:
                         pairs.append(pair)
                     for e in range(2):
                         eight = [i32(0x80088008)] * 2 + [i32(0x80808080)] * 2  # minus
-                        start = hopper.multiply_tiles(start, eight, pairs[2 * e : 2 * e + 2], "f16")
+                        start = tensor_core.multiply_tiles(start, eight, pairs[2 * e : 2 * e + 2], "f16")
                     queries += pairs
                 starts += start[:2]
                 for column in range(2):
@@ -382,7 +382,7 @@ class Steps:
                     shrinks.append(arith.bitcast(integer(32), shrink))
                 # From lanes that each have two rows of a slot to lanes that each have two slots of a row.
                 pairs = (arithmetic.to_bf16x2(*of_block[2 * block : 2 * block + 2]) for block in range(4))
-                weights += [hopper.transpose_matrix(pair) for pair in pairs]
+                weights += [tensor_core.transpose_matrix(pair) for pair in pairs]
             return hopper.pack(registers), hopper.pack([*weights, *shrinks])
 
         return cast(Operation, weigh)
@@ -407,7 +407,7 @@ class Steps:
                 for i, operand in enumerate(self._value_operands(values, half)):
                     for n, of_rows in enumerate(weights):
                         at = size * n + 4 + 4 * i
-                        registers[at : at + 4] = hopper.multiply_tiles(
+                        registers[at : at + 4] = tensor_core.multiply_tiles(
                             registers[at : at + 4], operand, of_rows[2 * half : 2 * half + 2], "bf16"
                         )
             return hopper.pack(registers)
@@ -426,7 +426,7 @@ class Steps:
                     operand = [low[2 * e], high[2 * e], low[2 * e + 1], high[2 * e + 1]]
                     for n, sums in enumerate(scores):
                         at = 2 * (self.k_steps * n + 2 * w + e)
-                        sums[4 * half : 4 * half + 4] = hopper.multiply_tiles(
+                        sums[4 * half : 4 * half + 4] = tensor_core.multiply_tiles(
                             sums[4 * half : 4 * half + 4], operand, queries[at : at + 2], "f16"
                         )
         return scores

@@ -7,12 +7,13 @@ need not wait for the second one's weights: bulk copies are of any 16 bytes, and
 from typing import Any, cast
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
 from pallas_kernels import hopper
 from pallas_kernels.hopper import i32
 from pallas_kernels.matmul_steps import Operation, Steps
-from pallas_kernels.weight_layout import SHARES, TILE_K, TILE_N
+from pallas_kernels.weight_layout import TILE_K, TILE_N
 
 BARRIERS = 2  # of eight bytes, one for each step's weights
 
@@ -27,8 +28,12 @@ class FirstPair:
 
     def __init__(self, ops: Steps, k: int) -> None:
         self.sizes, self.sides, self.scalar = ops.sizes, ops.tiling.sides, ops.scalar
-        self.steps, self.tile_bytes = -(-k // TILE_K), SHARES * ops.share_bytes
+        self.steps, self.tile_bytes = -(-k // TILE_K), ops.tile_bytes
         self.threads = (ops.tiling.sides + 1) * hopper.WARPGROUP
+
+    def _barrier(self, barriers: Any, number: int) -> ir.Value:
+        """The address of that of a step's weights."""
+        return arith.addi(hopper.shared_address(barriers), i32(8 * number))
 
     def open(self) -> Operation:
         """``(barriers) -> ()``: makes them and announces each step's bytes, for all threads of the block."""
@@ -42,22 +47,22 @@ class FirstPair:
 
         return cast(Operation, make)
 
-    def copy(self, weight: int) -> Operation:
-        """``(tiles, place of a side's pair, barriers, row, step, number) -> ()``: asks for a tile of that weight.
+    def copy(self, weight: int, number: int) -> Operation:
+        """``(tiles, place of a side's pair, barriers, row, step) -> ()``: asks for a tile of that weight.
 
-        ``number`` is 0 for the first step and 1 for the second one. Tiles beyond the last one are the last: their
+        It is the first step's, of ``number`` 0, or the second one's. Tiles beyond the last one are the last: their
         results are not written, or their inputs are zeros.
         """
         rows = -(-self.sizes[weight] // TILE_N)
 
-        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 3, *[self.scalar] * 3), return_type=())
-        def ask(_: Any, tiles: Any, pair: Any, barriers: Any, row: Any, step: Any, number: Any) -> Any:
-            row, step, number = (x.registers.item() for x in (row, step, number))
+        @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 3, *[self.scalar] * 2), return_type=())
+        def ask(_: Any, tiles: Any, pair: Any, barriers: Any, row: Any, step: Any) -> Any:
+            row, step = row.registers.item(), step.registers.item()
             row, step = arith.minui(row, i32(rows - 1)), arith.minui(step, i32(self.steps - 1))
             tile = arith.addi(arith.muli(row, i32(self.steps)), step)
             source = hopper.global_address(tiles, 1, (tile, self.tile_bytes))
-            place = arith.addi(hopper.shared_address(pair), arith.muli(number, i32(self.tile_bytes)))
-            barrier = arith.addi(hopper.shared_address(barriers), arith.muli(number, i32(8)))
+            place = arith.addi(hopper.shared_address(pair), i32(number * self.tile_bytes))
+            barrier = self._barrier(barriers, number)
             one = arith.cmpi(arith.CmpIPredicate.eq, hopper.thread_in_warpgroup(), i32(0))
             hopper.copy_in_bulk(place, source, self.tile_bytes, barrier, one)
             return ()
@@ -69,7 +74,7 @@ class FirstPair:
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=())
         def wait(_: Any, barriers: Any) -> Any:
-            hopper.wait_for_phase(arith.addi(hopper.shared_address(barriers), i32(8 * number)), i32(0))
+            hopper.wait_for_phase(self._barrier(barriers, number), i32(0))
             return ()
 
         return cast(Operation, wait)

@@ -137,7 +137,7 @@ class Block:
 
                 def ask(side: int, row: Any, number: int, u: int = u) -> None:
                     where = self.w[number], self.w_smem.at[0, side], self.first_weights
-                    pair.copy(number)(*where, row, jnp.int32(first + u), jnp.int32(u))
+                    pair.copy(number, u)(*where, row, jnp.int32(first + u))
 
                 for side, (weight, row) in zip(sides, places, strict=True):
                     plan.for_weight(weight, functools.partial(ask, side, row))

@@ -67,8 +67,7 @@ class Plan:
         self.has_bias, self.has_residual = has_bias, has_residual
         self.tile_shape = tile_shape(group_size, scale_dtype)
         self.ops = Steps(m, sizes, k, group_size, scale_dtype, t, folded=folded)
-        self.in_cluster = ClusterSums(self.ops, 4 * math.prod(self.tile_shape))
-        self.exchange = Exchange(self.ops)
+        self.in_cluster, self.exchange = ClusterSums(self.ops), Exchange(self.ops)
         steps = -(-k // TILE_K)
         if t.parts > 1 or t.at_once > 1:  # every part takes as many steps; those behind the last one read zeros
             steps = math.ceil(steps / (t.parts * t.unroll)) * t.unroll
@@ -87,6 +86,7 @@ class Plan:
         self.stream = plan_stream(t, self.tiles, steps) if t.stream_k else None
         if self.stream is not None:
             self.blocks, self.steps = self.stream.blocks, self.stream.chains * t.unroll
+        # Of one step there is no pair.
         self.first_pair = FirstPair(self.ops, k) if t.begins_alone and k > TILE_K else None
         self.copies = t.at_once + t.sides // self.sides_together  # that bring the steps that are copied together
         self.counts_vary = self.stream is not None or self.rounds.divided > 0  # of a block's steps of a tile

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels import arithmetic, hopper
+from pallas_kernels import arithmetic, hopper, tensor_core
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.reference import E4M3_MAX
 from pallas_kernels.tiling import Tiling
@@ -82,6 +82,7 @@ class Steps:
         # Of a thread's sums of a half: the containers that these are in, and how many registers.
         self.kind, self.registers = ("short", self.half // 4) if self.short else ("accumulator", self.half // 2)
         self.share_bytes = share_bytes(group_size, scale_dtype)
+        self.tile_bytes = SHARES * self.share_bytes
         self.swizzle = (cast(Any, plgpu.SwizzleTransform)(128),)
         self.scalar = plgpu.Layout.WG_SPLAT(())
         containers = {
@@ -148,7 +149,7 @@ class Steps:
         )
         def wait(_: Any, accumulator: Any, ratios: Any, *operands: Any) -> Any:
             keep = [register for operand in operands for register in hopper.unpack(operand)]
-            registers = hopper.wait_for_wgmma(in_flight, hopper.unpack(accumulator), keep)
+            registers = tensor_core.wait_for_wgmma(in_flight, hopper.unpack(accumulator), keep)
             if self.folded:
                 return hopper.pack(registers)
             return hopper.pack(by_row(registers, hopper.unpack(ratios)[2 * group : 2 * group + 2]))
@@ -169,7 +170,7 @@ class Steps:
         )  # fmt: skip
         def wait(_: Any, sums: Any, products: Any, ratios: Any, *operands: Any) -> Any:
             keep = [register for operand in operands for register in hopper.unpack(operand)]
-            registers = hopper.wait_for_wgmma(in_flight, hopper.unpack(products), keep)
+            registers = tensor_core.wait_for_wgmma(in_flight, hopper.unpack(products), keep)
             pair = hopper.unpack(ratios)[2 * group : 2 * group + 2]
             totals = [
                 arithmetic.f16x2("fma.rn", register, pair[i % 2], total)
@@ -191,7 +192,7 @@ class Steps:
         )
         def issue(_: Any, before: Any, operand: Any, tokens: Any) -> Any:
             its = self._of_group(half, group, operand, tokens)
-            return hopper.pack(hopper.wgmma_e4m3(hopper.unpack(before), *its, i32(0)))
+            return hopper.pack(tensor_core.wgmma_e4m3(hopper.unpack(before), *its, i32(0)))
 
         return cast(Operation, issue)
 
@@ -222,7 +223,7 @@ class Steps:
         per_group = 16 // self.groups
         registers = hopper.unpack(operand)[group * per_group : (group + 1) * per_group]
         start = half * self.half * TILE_K + group * self.group_size
-        return registers, hopper.k_major_descriptor(arith.addi(hopper.shared_address(tokens), i32(start)))
+        return registers, tensor_core.k_major_descriptor(arith.addi(hopper.shared_address(tokens), i32(start)))
 
     def multiply(self, half: int, group: int) -> Operation:
         """``(accumulator, operand, tokens, is first) -> accumulator``: adds a group's product, which is left to run."""
@@ -239,7 +240,7 @@ class Steps:
                 later = arith.cmpi(arith.CmpIPredicate.eq, first.registers.item(), i32(0))
                 accumulate = arith.extui(ir.IntegerType.get_signless(32), later)
             its = self._of_group(half, group, operand, tokens)
-            return hopper.pack(hopper.wgmma_e4m3(hopper.unpack(accumulator), *its, accumulate))
+            return hopper.pack(tensor_core.wgmma_e4m3(hopper.unpack(accumulator), *its, accumulate))
 
         return cast(Operation, issue)
 
@@ -318,12 +319,12 @@ class Steps:
                 offset = (half * self.half + 8 * j) * 128
                 place, results = arith.addi(address, i32(offset)), packed[2 * j : 2 * j + 4]
                 if has_residual:
-                    added = hopper.load_matrices(place, 4, transposed=True)
+                    added = tensor_core.load_matrices(place, 4, transposed=True)
                     results = [
                         hopper.pure_asm("add.rn.bf16x2 $0, $1, $2;", "=r,r,r", list(pair), pair[0].type)
                         for pair in zip(added, results, strict=True)
                     ]
-                hopper.store_matrices(place, results, transposed=True)
+                tensor_core.store_matrices(place, results, transposed=True)
             return ()
 
         return cast(Operation, write)

@@ -109,13 +109,12 @@ class TileAtWork:
         known = r % self.plan.slots_of_team * teams // at_once
         return known + jax.lax.div(self.block.team, jnp.int32(at_once)) if teams > 1 else known
 
-    def _await_first_pair(self, pair: "FirstPair", s: Any, number: int) -> None:
+    def _await_first_pair(self, pair: "FirstPair", s: Any, number: int, full: Any) -> None:
         """Waits for the tile's step s, which is its first one or may be its second one, in this order of ``number``.
 
-        Of a block's first tile each comes by copies of its own, of others both come together.
+        Of a block's first tile each comes by copies of its own, of others both come together, to the barrier ``full``.
         """
         block, first_tile = self.block, self.tile.number == 0
-        full = block.full.at[self._barrier(s, number if self.plan.slots_known else None)]
 
         @pl.when(first_tile & (s == number))
         def alone() -> None:
@@ -142,7 +141,7 @@ class TileAtWork:
             at = jnp.where(exists, at, self._slot(s - 1, before))
             barrier = jnp.where(exists, barrier, self._barrier(s - 1, before))
         elif number is not None and self.plan.first_pair is not None:
-            self._await_first_pair(self.plan.first_pair, s, number)
+            self._await_first_pair(self.plan.first_pair, s, number, block.full.at[barrier])
         elif begins:
             plgpu.barrier_wait(block.full.at[barrier])
         tile = block.side * at_once
@@ -180,13 +179,9 @@ class TileAtWork:
                 before, here, next_group = operand, (ratios, group), group + 1
                 if group == ops.groups - 1:
                     operand, ratios, unit, last = self._fetch(
-                        s + u + 1,
-                        of_tile(u + 1),
-                        last,
-                        ends=ends and u == length - 1,
-                        begins=(u + 1) % taken == 0,
+                        s + u + 1, of_tile(u + 1), last, ends=ends and u == length - 1, begins=(u + 1) % taken == 0,
                         number=None if u or r else 1,
-                    )
+                    )  # fmt: skip
                     next_group = 0
                 parts[0] = self._settled(halves - 1, parts[0], here, (ratios, next_group), before, operand)
                 if halves == 1 and group == ops.groups - 1 and (u + 1) % taken == 0:

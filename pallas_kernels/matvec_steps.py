@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from pallas_kernels import arithmetic, hopper
+from pallas_kernels import arithmetic, hopper, tensor_core
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation, float_address, load_if
 from pallas_kernels.row_steps import balanced
@@ -302,7 +302,7 @@ class Steps:
                 for u in self._of_group(group):
                     a = decode_to_halves(codes[u])
                     for block in range(self.blocks_of_tokens):
-                        part[block] = hopper.multiply_tiles(part[block], a, inputs(u, block), "f16")
+                        part[block] = tensor_core.multiply_tiles(part[block], a, inputs(u, block), "f16")
                 pair = decode_scales(scales[group], self.scale_dtype)
                 total = [
                     arithmetic.multiply_add(part[block][column + 2 * row], pair[row], total[i])

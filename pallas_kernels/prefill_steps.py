@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 
-from pallas_kernels import arithmetic, hopper
+from pallas_kernels import arithmetic, hopper, tensor_core
 from pallas_kernels.hopper import f32, i32
 from pallas_kernels.matmul_steps import Operation
 from pallas_kernels.reference_rotation import SCALE_TOKENS
@@ -169,8 +169,8 @@ class Steps:
             return_type=self.type["scores"],
         )
         def issue(_: Any, scores: Any, queries: Any, keys: Any) -> Any:
-            a, b = (hopper.k_major_descriptor(hopper.shared_address(x), d) for x in (queries, keys))
-            return hopper.pack(hopper.wgmma_e4m3(hopper.unpack(scores), a, b, i32(0), d // 32))
+            a, b = (tensor_core.k_major_descriptor(hopper.shared_address(x), d) for x in (queries, keys))
+            return hopper.pack(tensor_core.wgmma_e4m3(hopper.unpack(scores), a, b, i32(0), d // 32))
 
         return cast(Operation, issue)
 
@@ -182,9 +182,9 @@ class Steps:
             return_type=self.type["output"],
         )
         def issue(_: Any, output: Any, weights: Any, values: Any) -> Any:
-            descriptor = hopper.k_major_descriptor(hopper.shared_address(values), self.shape.keys)
+            descriptor = tensor_core.k_major_descriptor(hopper.shared_address(values), self.shape.keys)
             operand = hopper.unpack(weights)
-            return hopper.pack(hopper.wgmma_e4m3(hopper.unpack(output), operand, descriptor, i32(1)))
+            return hopper.pack(tensor_core.wgmma_e4m3(hopper.unpack(output), operand, descriptor, i32(1)))
 
         return cast(Operation, issue)
 
@@ -200,7 +200,7 @@ class Steps:
         )
         def wait(_: Any, scores: Any, output: Any, weights: Any) -> Any:
             scores, output = hopper.unpack(scores), hopper.unpack(output)
-            both = hopper.wait_for_wgmma(0, [*scores, *output], hopper.unpack(weights))
+            both = tensor_core.wait_for_wgmma(0, [*scores, *output], hopper.unpack(weights))
             return hopper.pack(both[: len(scores)]), hopper.pack(both[len(scores) :])
 
         return cast(Operation, wait)
@@ -384,7 +384,7 @@ class Steps:
             for block in range(0, s.head_dim // 8, 2):
                 chunk = arith.xori(arith.addi(second, i32(block % 8)), arith.andi(row, i32(7)))
                 place = arith.addi(base, arith.addi(arith.muli(chunk, i32(16)), i32(block // 8 * ROWS * 128)))
-                hopper.store_matrices(place, words[2 * block : 2 * block + 4], transposed=False)
+                tensor_core.store_matrices(place, words[2 * block : 2 * block + 4], transposed=False)
             return ()
 
         return cast(Operation, write)

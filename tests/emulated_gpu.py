@@ -47,7 +47,7 @@ from emulated_memory import (
 from emulated_ptx import Machine
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels import arithmetic
+from pallas_kernels import arithmetic, hopper, tensor_core
 
 
 @contextmanager
@@ -156,10 +156,12 @@ def emulated(*modules):
         machine.block.deliver()
         machine.block.cluster.arrive(member())
 
-    hopper_functions = {
+    tensor_core_functions = {
         "wgmma_e4m3": issue, "wait_for_wgmma": wait_for_products, "store_matrices": store_matrices,
         "load_matrices": load_matrices,
         "k_major_descriptor": lambda address, row_bytes=128: (int(address.values[0]), row_bytes),
+    }  # fmt: skip
+    hopper_functions = {
         "thread_in_warpgroup": lambda: Register(np.arange(machine.block.threads, dtype=U32) % U32(128)),
         "asm": asm, "pure_asm": pure_asm, "constant": constant, "ir": ir, "arith": arith, "llvm": llvm,
         "utils": utils,
@@ -302,13 +304,14 @@ def emulated(*modules):
     with (
         jax.disable_jit(),
         mock.patch.multiple(jax.lax, axis_index=index_of, fori_loop=loop),
-        mock.patch.multiple(modules[0].hopper, **hopper_functions),
+        mock.patch.multiple(hopper, **hopper_functions),
+        mock.patch.multiple(tensor_core, **tensor_core_functions),
     ):
         patches = []
         replaced = {"arith": arith, "llvm": llvm, "utils": utils, "ir": ir, "plgpu": plgpu}
         replaced |= {name: hopper_functions[name] for name in ("f32", "i32")}
         try:
-            for module in (*modules, arithmetic):
+            for module in (*modules, arithmetic, tensor_core):
                 present = {name: x for name, x in replaced.items() if hasattr(module, name)}
                 if hasattr(module, "pl"):
                     present["pl"] = SimpleNamespace(when=when, ds=lambda start, size: slice(start, start + size))

@@ -13,9 +13,17 @@ from hypothesis import strategies as st
 from kernel_oracles import BF16, on_hopper
 
 import pallas_kernels as pk
-from pallas_kernels import append_block_steps, append_lanes, append_steps, mosaic_append, reference_rotation, row_steps
+from pallas_kernels import (
+    append_block_steps,
+    append_lanes,
+    append_steps,
+    append_values,
+    mosaic_append,
+    reference_rotation,
+    row_steps,
+)
 
-MODULES = (mosaic_append, append_steps, append_block_steps, append_lanes, row_steps)
+MODULES = (mosaic_append, append_steps, append_block_steps, append_values, append_lanes, row_steps)
 
 
 def rotate_and_append(*arrays, **options):
